@@ -1,0 +1,173 @@
+"""RecAdam as an optax gradient transformation.
+
+The kernel is `recadam_core.update` itself, traced: XLA makes one loop of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from recadam_core import (
+    Annealing,
+    Hyperparameters,
+    Moments,
+    RecAdamError,
+    Sigmoid,
+    coefficients,
+    update,
+)
+from recadam_core.coefficients import check_pull
+
+__all__ = ["RecAdamState", "recadam"]
+
+
+class RecAdamState(NamedTuple):
+    """State of `recadam`.
+
+    Example:
+        >>> recadam(1e-3).init(jnp.ones(2)).anchor.shape
+        (2,)
+    """
+
+    count: jax.Array  # shape (), int32: steps taken
+    mu: optax.Updates  # first moments, the parameters' shapes, mu_dtype or at least float32
+    nu: optax.Updates  # second moments, the parameters' shapes, at least float32
+    anchor: optax.Params  # pretrained values, the parameters' shapes; None for new heads
+
+
+def recadam(
+    learning_rate: float | jax.Array | Callable[[Any], Any] = 2e-5,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    gamma: float = 5000.0,
+    annealing: Annealing | None = None,
+    anchor: Any = None,
+    anchor_mask: Any = None,
+    mu_dtype: Any = None,
+    bias_correction: bool = True,
+    form: str = "decoupled",
+) -> optax.GradientTransformation:
+    r"""Adam with a pull towards pretrained weights that is annealed away.
+
+    Math:
+        $\theta \leftarrow \theta + r(\theta^* - \theta) - s\,m'/(\sqrt{v'}+\varepsilon) - d\,\theta$,
+        with the coefficients of `recadam_core.coefficients` at step count + 1, traced.
+
+    Args:
+        learning_rate: a number, or a schedule of the count (from 0, as in optax).
+        b1: decay rate of the first moment.
+        b2: decay rate of the second moment.
+        eps: under Adam's fraction.
+        weight_decay: decoupled decay towards zero. It works against the anchor.
+        gamma: strength of the pull; learning_rate * gamma is the share of the way home in one step.
+        annealing: `Sigmoid`, `Linear`, `Constant`, or any object with their method `weights`.
+        anchor: pretrained values, a tree like the parameters with None for new heads. It becomes part
+            of the state as a copy. None takes the parameters given to init.
+        anchor_mask: tree of bools like the parameters, or a function that makes one of them: True
+            where a parameter is anchored. None anchors all.
+        mu_dtype: dtype of the first moments; None for the parameter's, at least float32.
+        bias_correction: whether the moments are corrected for their start at zero.
+        form: "decoupled", "released" or "proximal".
+
+    Returns:
+        A transformation whose update needs the parameters. The updates are the whole step, to be
+        added by `optax.apply_updates`; put clipping and the like before it in a chain, nothing after.
+
+    Raises:
+        RecAdamError: for a value outside its range, at once; for a tree that does not fit, at init or
+            while tracing, naming the path in the tree.
+
+    Example:
+        >>> params = {"w": jnp.ones(2), "head": jnp.zeros(1)}
+        >>> tx = recadam(1e-3, gamma=100.0, anchor={"w": params["w"], "head": None})
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update({"w": jnp.ones(2), "head": jnp.ones(1)}, state, params)
+        >>> int(state.count), state.anchor["head"] is None
+        (1, True)
+
+    Source: arXiv 2004.12651, Algorithm 1.
+    """
+    hp = Hyperparameters(
+        lr=0.0 if callable(learning_rate) else learning_rate,
+        betas=(b1, b2),
+        eps=eps,
+        weight_decay=weight_decay,
+        gamma=gamma,
+        annealing=Sigmoid() if annealing is None else annealing,
+        bias_correction=bias_correction,
+        form=form,
+    )
+    if isinstance(learning_rate, (int, float)) and isinstance(gamma, (int, float)):
+        # Traced steps cannot raise, so the first one, where the pull is strongest, is checked here.
+        recall = hp.annealing.weights(1)[1]
+        if isinstance(recall, float):
+            check_pull(learning_rate * gamma * recall, form, "recadam, step 1")
+
+    def init(params: Any) -> RecAdamState:
+        leaves, tree = jax.tree.flatten(params)
+        paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        for path, p in zip(paths, leaves, strict=True):
+            if not jnp.issubdtype(jnp.result_type(p), jnp.floating):
+                raise RecAdamError(f"parameter {path!r} has dtype {jnp.result_type(p)}; give a floating array")
+        stars = leaves if anchor is None else _up_to(tree, anchor, "anchor")
+        mask = anchor_mask(params) if callable(anchor_mask) else anchor_mask
+        if mask is not None:
+            keep = _up_to(tree, mask, "anchor_mask")
+            stars = [star if kept else None for star, kept in zip(stars, keep, strict=True)]
+        for path, p, star in zip(paths, leaves, stars, strict=True):
+            if star is not None and jnp.shape(star) != jnp.shape(p):
+                raise RecAdamError(
+                    f"anchor {path!r} has shape {jnp.shape(star)}, its parameter {jnp.shape(p)}; "
+                    "give the pretrained array of that parameter, or None for a new head"
+                )
+        moments = [Moments.zeros_like(jnp.asarray(p)) for p in leaves]
+        return RecAdamState(
+            count=jnp.zeros([], jnp.int32),
+            mu=tree.unflatten([s.m if mu_dtype is None else s.m.astype(mu_dtype) for s in moments]),
+            nu=tree.unflatten([s.v for s in moments]),
+            anchor=tree.unflatten([None if star is None else jnp.array(star, copy=True) for star in stars]),
+        )
+
+    def update_fn(updates: Any, state: RecAdamState, params: Any = None) -> tuple[Any, RecAdamState]:
+        if params is None:
+            raise RecAdamError("recadam: update needs the parameters; call update(grads, state, params)")
+        thetas, tree = jax.tree.flatten(params)
+        grads = _up_to(tree, updates, "gradients")
+        mus, nus, stars = (tree.flatten_up_to(x) for x in (state.mu, state.nu, state.anchor))
+        count = optax.safe_increment(state.count)
+        t = count.astype(jax.dtypes.canonicalize_dtype(jnp.float64))
+        lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        by_anchored = {a: coefficients(t, hp, lr, a, xp=jnp) for a in (True, False)}
+        new = [
+            update(theta, grad, Moments(m, v), star, by_anchored[star is not None])
+            for theta, grad, m, v, star in zip(thetas, grads, mus, nus, stars, strict=True)
+        ]
+        deltas = [delta.astype(theta.dtype) for theta, (delta, _) in zip(thetas, new, strict=True)]
+        return tree.unflatten(deltas), RecAdamState(
+            count=count,
+            mu=tree.unflatten([s.m for _, s in new]),
+            nu=tree.unflatten([s.v for _, s in new]),
+            anchor=state.anchor,
+        )
+
+    return optax.GradientTransformation(init, update_fn)
+
+
+def _path(path: Any) -> str:
+    """A key path as `encoder/layer_3/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _up_to(tree: Any, other: Any, what: str) -> list[Any]:
+    """The other tree's parts at the leaves of `tree`, or a one-line error."""
+    try:
+        return list(tree.flatten_up_to(other))
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise RecAdamError(f"{what}: not the parameters' tree ({reason}); give one of that structure") from None

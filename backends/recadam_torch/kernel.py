@@ -1,0 +1,77 @@
+"""The kernel in PyTorch, in place, over lists of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from recadam_core import Coefficients
+from torch import Tensor
+
+__all__ = ["kernel_"]
+
+
+def kernel_(
+    thetas: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    ms: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    anchors: Sequence[Tensor] | None,
+    c: Coefficients,
+) -> None:
+    r"""One step for tensors that share their coefficients, in place on `thetas`, `ms` and `vs`.
+
+    Operation for operation that of `recadam_core.update`, as `torch._foreach` calls: one fused launch
+    a line on CUDA, a loop over the list on CPU. None of torch's combined operations (`lerp`, `addcmul`,
+    `addcdiv`, `add` with alpha) is used, since they round differently. With a list of one it is the
+    single-tensor step, so the formula stands here once.
+
+    Args:
+        thetas: parameters; overwritten. 16-bit ones are summed in float32 and rounded once.
+        grads: gradients, the parameters' shapes.
+        ms: first moments, at least float32; overwritten.
+        vs: second moments, at least float32; overwritten.
+        anchors: pretrained values, the parameters' shapes; None where `c.recall` is 0.
+        c: coefficients, Python floats.
+
+    Example:
+        >>> theta, m, v = torch.ones(2), torch.zeros(2), torch.zeros(2)
+        >>> c = Coefficients(0.9, 0.999, 0.0, 1e-8, 0.25, 0.0)
+        >>> kernel_([theta], [torch.ones(2)], [m], [v], [torch.zeros(2)], c)
+        >>> theta
+        tensor([0.7500, 0.7500])
+
+    Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12.
+    """
+    old = _like(thetas, ms)
+    grads = _like(grads, ms)
+    torch._foreach_mul_(ms, c.beta1)
+    torch._foreach_add_(ms, torch._foreach_mul(grads, 1 - c.beta1))
+    torch._foreach_mul_(vs, c.beta2)
+    work = torch._foreach_mul(grads, grads)
+    torch._foreach_mul_(work, 1 - c.beta2)
+    torch._foreach_add_(vs, work)
+    work = torch._foreach_sqrt(vs)
+    torch._foreach_add_(work, c.eps)
+    delta = torch._foreach_div(ms, work)
+    torch._foreach_mul_(delta, c.step)
+    if anchors is None:
+        torch._foreach_neg_(delta)
+    else:
+        pull = torch._foreach_sub(_like(anchors, ms), old)
+        torch._foreach_mul_(pull, c.recall)
+        torch._foreach_sub_(pull, delta)
+        delta = pull
+    if c.decay:
+        torch._foreach_sub_(delta, torch._foreach_mul(old, c.decay))
+    if old is thetas:
+        torch._foreach_add_(thetas, delta)
+    else:
+        torch._foreach_copy_(thetas, torch._foreach_add(old, delta))
+
+
+def _like(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors in the others' dtypes and devices; the very list when nothing is to be done."""
+    if all(x.dtype == y.dtype and x.device == y.device for x, y in zip(tensors, others, strict=True)):
+        return tensors
+    return [x.to(y.device, y.dtype) for x, y in zip(tensors, others, strict=True)]

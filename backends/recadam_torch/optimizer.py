@@ -1,0 +1,277 @@
+"""RecAdam as a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from itertools import chain
+from typing import Any
+
+import torch
+from recadam_core import (
+    Coefficients,
+    Hyperparameters,
+    RecAdamError,
+    Sigmoid,
+    annealing_from_dict,
+    annealing_to_dict,
+    coefficients,
+    release_step,
+)
+from recadam_core.optimizer import check_anchors
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .kernel import kernel_
+
+__all__ = ["RecAdam"]
+
+_POLICY = ("betas", "eps", "weight_decay", "gamma", "bias_correction", "form")
+
+
+@lru_cache(maxsize=256)
+def _policy(annealing: Any, values: tuple[Any, ...]) -> tuple[Hyperparameters, int | None]:
+    if isinstance(annealing, tuple):
+        annealing = annealing_from_dict(dict(annealing))
+    hp = Hyperparameters(annealing=annealing, **dict(zip(_POLICY, values, strict=True)))
+    return hp, release_step(annealing)
+
+
+def _group_policy(group: Mapping[str, Any]) -> tuple[Hyperparameters, int | None]:
+    """The settings of a parameter group, and the step that releases its anchors."""
+    annealing = group["annealing"]
+    key = tuple(annealing.items()) if isinstance(annealing, dict) else annealing
+    return _policy(key, tuple(tuple(v) if isinstance(v, list) else v for v in map(group.get, _POLICY)))
+
+
+class RecAdam(Optimizer):
+    r"""Adam with a pull towards pretrained weights that is annealed away; a drop-in for AdamW.
+
+    Math:
+        $\theta \leftarrow \theta + r(\theta^* - \theta) - s\,m'/(\sqrt{v'}+\varepsilon) - d\,\theta$,
+        with the coefficients of `recadam_core.coefficients`.
+
+    Args:
+        params: parameters, groups of them, or `model.named_parameters()`.
+        lr: learning rate; a float or a 0-d tensor. Schedulers set it as in every torch optimizer.
+        betas: decay rates of Adam's moments.
+        eps: under Adam's fraction.
+        weight_decay: decoupled decay towards zero. It works against the anchor: keep 0 for
+            pretrained weights.
+        gamma: strength of the pull; lr * gamma is the share of the way home in one step.
+        annealing: `Sigmoid`, `Linear`, `Constant`, or any object with their method `weights`.
+        anchors: pretrained values by parameter name, copied. A parameter without one is a new head
+            and gets plain Adam(W). None anchors every parameter where it is now, except in groups
+            that say `"anchored": False`.
+        bias_correction: whether the moments are corrected for their start at zero.
+        form: "decoupled" (the paper's algorithm), "released" (the authors' code) or "proximal"
+            (stable at any lr * gamma).
+        foreach: whether to step over lists of tensors; None does so on CUDA. Costs memory for two
+            more copies of the parameters, changes no bit.
+        maximize: whether to climb instead of descend; the pull stays a pull.
+
+    Every argument but `anchors`, `params` and `maximize` may differ from group to group.
+
+    Raises:
+        RecAdamError: for a value outside its range, an anchor that matches no parameter or has
+            another shape, complex or integer parameters, sparse gradients, or a diverging pull. A
+            step that raises has changed nothing.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = RecAdam(model.named_parameters(), lr=1e-3, gamma=100.0, annealing=Sigmoid(k=0.1, t0=50))
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['anchor', 'exp_avg', 'exp_avg_sq', 'step']
+
+    Source: arXiv 2004.12651, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 2e-5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        gamma: float = 5000.0,
+        annealing: Any = None,
+        anchors: Mapping[str, Tensor] | None = None,
+        bias_correction: bool = True,
+        form: str = "decoupled",
+        foreach: bool | None = None,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "gamma": gamma,
+            "annealing": _plain(Sigmoid() if annealing is None else annealing),
+            "bias_correction": bias_correction,
+            "form": form,
+            "anchored": True,
+            "foreach": foreach,
+            "maximize": maximize,
+        }
+        # Read by add_param_group, which the base class calls for each group.
+        self._anchors = anchors
+        super().__init__(params, defaults)
+        self._anchors = None
+        if anchors is not None:
+            names = chain.from_iterable(group["param_names"] for group in self.param_groups)
+            parameters = chain.from_iterable(group["params"] for group in self.param_groups)
+            check_anchors({n: p.shape for n, p in zip(names, parameters, strict=True)}, anchors)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle."""
+        super().__setstate__(state)
+        self._anchors = None
+
+    @torch.no_grad()
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, anchored where they are now unless the group says `"anchored": False`.
+
+        Args:
+            param_group: "params" and any setting of the constructor. With "anchors", pretrained
+                values by name.
+
+        Raises:
+            RecAdamError: as the constructor; then nothing is added.
+        """
+        group = dict(param_group)
+        anchors = group.pop("anchors", self._anchors)
+        if "annealing" in group:
+            group["annealing"] = _plain(group["annealing"])
+        settings = {**self.defaults, **group}
+        hp, _ = _group_policy(settings)
+        hp.replace(lr=float(settings["lr"]))
+        super().add_param_group(group)
+        group = self.param_groups[-1]
+        try:
+            states = self._initial_states(group, anchors)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        for p, state in zip(group["params"], states, strict=True):
+            self.state[p] = state
+
+    def _initial_states(self, group: dict[str, Any], anchors: Mapping[str, Tensor] | None) -> list[Any]:
+        names = group.get("param_names")
+        if anchors is not None and names is None:
+            raise RecAdamError(
+                "anchors are matched by name; pass model.named_parameters() instead of model.parameters()"
+            )
+        states = []
+        for index, p in enumerate(group["params"]):
+            name = names[index] if names else f"params[{index}]"
+            if not p.is_floating_point():
+                raise RecAdamError(f"parameter {name!r} has dtype {p.dtype}; give a real floating tensor")
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            state: dict[str, Any] = {
+                "step": torch.tensor(0.0, dtype=torch.float32),
+                "exp_avg": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
+            }
+            if group["anchored"]:
+                if anchors is None:
+                    state["anchor"] = p.detach().clone()
+                elif name in anchors:
+                    check_anchors({name: p.shape}, {name: anchors[name]})
+                    state["anchor"] = anchors[name].detach().to(p.device, copy=True)
+            states.append(state)
+        return states
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step for every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned; None without one.
+
+        Raises:
+            RecAdamError: when a gradient is sparse or the pull diverges; nothing is changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for plan in [plan for group in self.param_groups for plan in self._plans(group)]:
+            self._execute(*plan)
+        return loss
+
+    def _plans(self, group: dict[str, Any]) -> Iterable[tuple[dict[str, Any], list[Tensor], Coefficients, bool]]:
+        """The group's parameters in lists that share their coefficients."""
+        hp, release = _group_policy(group)
+        lists: dict[Any, list[Tensor]] = {}
+        for index, p in enumerate(group["params"]):
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                name = group["param_names"][index] if "param_names" in group else f"params[{index}]"
+                raise RecAdamError(f"gradient of {name!r} is sparse; RecAdam needs dense gradients")
+            state = self.state[p]
+            key = (int(state["step"]) + 1, "anchor" in state, p.dtype, p.device)
+            lists.setdefault(key, []).append(p)
+        lr = float(group["lr"])
+        for (t, anchored, _, _), params in lists.items():
+            c = coefficients(t, hp, lr, anchored)
+            if anchored and c.recall and any(self.state[p]["anchor"] is None for p in params):
+                raise RecAdamError(
+                    f"step {t}: the anchor was freed when the annealing had released it; "
+                    "make a new optimizer to pull again"
+                )
+            yield group, params, c, anchored and release is not None and t >= release
+
+    def _execute(self, group: dict[str, Any], params: list[Tensor], c: Coefficients, release: bool) -> None:
+        foreach = group["foreach"]
+        if foreach is None:
+            foreach = params[0].is_cuda
+        for part in [params] if foreach else [[p] for p in params]:
+            states = [self.state[p] for p in part]
+            grads = [p.grad for p in part]
+            if group["maximize"]:
+                grads = list(torch._foreach_neg(grads))
+            kernel_(
+                part,
+                grads,
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [state["anchor"] for state in states] if c.recall else None,
+                c,
+            )
+            for state in states:
+                state["step"] += 1
+                if release:
+                    state["anchor"] = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume where `state_dict()` was taken, bit for bit.
+
+        The base class casts all floating state to the parameter's dtype, which would round the
+        float32 moments and anchors of a 16-bit parameter; here they keep the dtype they were saved in.
+
+        Args:
+            state_dict: what `state_dict()` returned.
+        """
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for index, p in zip(saved, params, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor) and key != "step":
+                    self.state[p][key] = value.to(p.device, copy=True)
+
+
+def _plain(annealing: Any) -> Any:
+    """An annealing as plain scalars, which weights-only loading accepts; a stranger's as it is."""
+    try:
+        return annealing_to_dict(annealing)
+    except RecAdamError:
+        return annealing

@@ -1,0 +1,263 @@
+r"""Annealings: how the objective shifts from remembering to learning.
+
+An annealing maps the step t to two weights, $(\lambda_t, \bar\lambda_t)$ = (task, recall): the
+first multiplies the target task's step, the second the pull towards the anchor.
+
+| annealing | task weight | recall weight |
+|---|---|---|
+| `Sigmoid(k, t0)` | $\sigma(k(t - t_0))$ | $\sigma(-k(t - t_0))$ |
+| `Linear(t0)` | $\min(1, t/t_0)$ | $\max(0, (t_0 - t)/t_0)$ |
+| `Constant(task, recall)` | task | recall |
+
+The recall weight is computed as such, never as one minus the task weight: near the end of the
+annealing that difference would have no correct digit left.
+
+Steps count from 1, after the optimizer's increment. Any object with a method
+`weights(t, xp=None) -> (task, recall)` is an annealing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from ._scalars import host
+from .errors import RecAdamError, check_number, unknown
+
+__all__ = [
+    "ANNEALINGS",
+    "RECALL_FLOOR",
+    "Annealing",
+    "Constant",
+    "Linear",
+    "Sigmoid",
+    "annealing_from_dict",
+    "annealing_to_dict",
+    "release_step",
+]
+
+RECALL_FLOOR = 2.0**-40
+"""Recall weights below this are exactly zero, by definition and in every backend."""
+
+
+@runtime_checkable
+class Annealing(Protocol):
+    """Anything that gives the task and the recall weight of a step.
+
+    Example:
+        >>> class Warmup:
+        ...     def weights(self, t, xp=None):
+        ...         return 1.0, 1.0 / t
+        >>> isinstance(Warmup(), Annealing)
+        True
+    """
+
+    def weights(self, t: Any, xp: Any = None) -> tuple[Any, Any]:
+        """Task and recall weight of step `t` (a number, or a floating array of namespace `xp`)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    r"""Sigmoid annealing, the paper's: $\lambda_t = w\,\sigma(k(t - t_0))$.
+
+    Math:
+        task $= w / (1 + e^{-k(t-t_0)})$, recall $= w / (1 + e^{k(t-t_0)})$.
+
+    Args:
+        k: slope of the sigmoid, per step; > 0. Large k turns the annealing into a switch.
+        t0: step at which both weights are w/2; >= 0.
+        weight: w, the sum of both weights; >= 0.
+
+    Raises:
+        RecAdamError: when an argument is outside its range.
+
+    Example:
+        >>> Sigmoid(k=0.1, t0=250).weights(250)
+        (0.5, 0.5)
+
+    Source: arXiv 2004.12651, eq. (9).
+    """
+
+    k: float = 0.1
+    t0: float = 250
+    weight: float = 1.0
+    name: ClassVar[str] = "sigmoid"
+
+    def __post_init__(self) -> None:
+        check_number("Sigmoid", "k", self.k, low=0.0, open_low=True)
+        check_number("Sigmoid", "t0", self.t0, low=0.0)
+        check_number("Sigmoid", "weight", self.weight, low=0.0)
+
+    def weights(self, t: Any, xp: Any = None) -> tuple[Any, Any]:
+        """Task and recall weight of step `t`, each accurate to the last digits at both ends.
+
+        Args:
+            t: the step, from 1: a number, or a floating array of namespace `xp`.
+            xp: array namespace of `t`; None for numbers.
+
+        Returns:
+            (task, recall), of t's shape and type.
+        """
+        xp = xp or host
+        x = self.k * (t - self.t0)
+        e = xp.exp(-abs(x))
+        high, low = self.weight / (1.0 + e), self.weight * e / (1.0 + e)
+        rising = x >= 0
+        return xp.where(rising, high, low), xp.where(rising, low, high)
+
+
+@dataclass(frozen=True)
+class Linear:
+    r"""Linear annealing: the task weight rises from 0 to `weight` over `t0` steps.
+
+    Math:
+        task $= w \min(1, t/t_0)$, recall $= w \max(0, (t_0 - t)/t_0)$.
+
+    Args:
+        t0: number of steps; > 0.
+        weight: w, the sum of both weights; >= 0.
+
+    Raises:
+        RecAdamError: when an argument is outside its range.
+
+    Example:
+        >>> Linear(t0=100).weights(25)
+        (0.25, 0.75)
+
+    Source: the authors' released optimizer; the paper's ablation.
+    """
+
+    t0: float = 250
+    weight: float = 1.0
+    name: ClassVar[str] = "linear"
+
+    def __post_init__(self) -> None:
+        check_number("Linear", "t0", self.t0, low=0.0, open_low=True)
+        check_number("Linear", "weight", self.weight, low=0.0)
+
+    def weights(self, t: Any, xp: Any = None) -> tuple[Any, Any]:
+        """Task and recall weight of step `t`; arguments and returns as in `Sigmoid.weights`."""
+        xp = xp or host
+        rising = t < self.t0
+        task, recall = self.weight * (t / self.t0), self.weight * ((self.t0 - t) / self.t0)
+        zero = 0.0 * t
+        return xp.where(rising, task, zero + self.weight), xp.where(rising, recall, zero)
+
+
+@dataclass(frozen=True)
+class Constant:
+    r"""Weights that do not change: L2-SP at (1, 1), plain Adam at (1, 0).
+
+    Args:
+        task: weight of the target task's step; >= 0.
+        recall: weight of the pull; >= 0.
+
+    Raises:
+        RecAdamError: when an argument is outside its range.
+
+    Example:
+        >>> Constant(task=1.0, recall=0.5).weights(7)
+        (1.0, 0.5)
+
+    Source: L2-SP is arXiv 1802.01483, eq. (2). The released RecAdam's option `constant` has no pull
+    at all; here that is `Constant(task=w, recall=0.0)`.
+    """
+
+    task: float = 1.0
+    recall: float = 1.0
+    name: ClassVar[str] = "constant"
+
+    def __post_init__(self) -> None:
+        check_number("Constant", "task", self.task, low=0.0)
+        check_number("Constant", "recall", self.recall, low=0.0)
+
+    def weights(self, t: Any, xp: Any = None) -> tuple[Any, Any]:
+        """The two weights, whatever the step; arguments and returns as in `Sigmoid.weights`."""
+        zero = 0.0 * t
+        return zero + self.task, zero + self.recall
+
+
+ANNEALINGS: dict[str, type[Any]] = {cls.name: cls for cls in (Sigmoid, Linear, Constant)}
+"""Annealings by name, for configuration files and the command line."""
+
+
+def annealing_to_dict(annealing: Any) -> dict[str, Any]:
+    """A named annealing as plain scalars, ready for JSON or an optimizer's parameter group.
+
+    Args:
+        annealing: an instance of a class in `ANNEALINGS`.
+
+    Returns:
+        Its name under "name", and its fields.
+
+    Raises:
+        RecAdamError: for an annealing of another class.
+
+    Example:
+        >>> annealing_to_dict(Linear(t0=100))
+        {'name': 'linear', 't0': 100, 'weight': 1.0}
+    """
+    name = getattr(annealing, "name", None)
+    if not isinstance(name, str) or not isinstance(annealing, ANNEALINGS.get(name, ())):
+        raise RecAdamError(f"annealing {annealing!r} has no name to save it by; add its class to ANNEALINGS")
+    return {"name": name, **dataclasses.asdict(annealing)}
+
+
+def annealing_from_dict(fields: dict[str, Any]) -> Any:
+    """The annealing that `annealing_to_dict` described.
+
+    Args:
+        fields: "name" and the arguments of that class.
+
+    Returns:
+        The annealing.
+
+    Raises:
+        RecAdamError: for an unknown name or argument.
+
+    Example:
+        >>> annealing_from_dict({"name": "sigmoid", "k": 0.2})
+        Sigmoid(k=0.2, t0=250, weight=1.0)
+    """
+    name = fields.get("name")
+    if name not in ANNEALINGS:
+        raise unknown("annealing", name, ANNEALINGS)
+    arguments = {key: value for key, value in fields.items() if key != "name"}
+    known = {field.name for field in dataclasses.fields(ANNEALINGS[name])}
+    for key in arguments:
+        if key not in known:
+            raise unknown(f"argument of annealing {name!r}:", key, known)
+    return ANNEALINGS[name](**arguments)
+
+
+def release_step(annealing: Annealing, horizon: int = 2**48) -> int | None:
+    """The first step from which the anchor is never read again, so that it can be freed.
+
+    Args:
+        annealing: one whose recall weight never rises.
+        horizon: how far to look, in steps.
+
+    Returns:
+        The first step t whose recall weight is below `RECALL_FLOOR`; None when there is none
+        before the horizon.
+
+    Example:
+        >>> release_step(Sigmoid(k=0.1, t0=250)), release_step(Linear(t0=100)), release_step(Constant())
+        (528, 100, None)
+    """
+
+    def released(t: int) -> bool:
+        return bool(annealing.weights(t)[1] < RECALL_FLOOR)
+
+    high = 1
+    while not released(high):
+        high *= 2
+        if high > horizon:
+            return None
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if released(middle) else (middle, high)
+    return high

@@ -1,0 +1,112 @@
+"""Hyperparameters: everything a run may choose, frozen and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from .annealing import Annealing, Sigmoid, annealing_from_dict, annealing_to_dict
+from .errors import RecAdamError, check_number, unknown
+
+__all__ = ["FORMS", "Hyperparameters"]
+
+FORMS = ("decoupled", "released", "proximal")
+"""The three forms of the update; `coefficients` says how they differ."""
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    r"""Settings of RecAdam, validated when made.
+
+    Args:
+        lr: learning rate $\eta$; >= 0. A schedule passes each step's own to `coefficients`.
+        betas: decay rates $(\beta_1, \beta_2)$ of Adam's moments; each in [0, 1).
+        eps: $\varepsilon$ under Adam's fraction; >= 0. The released optimizer's default is 1e-6.
+        weight_decay: decoupled decay towards zero, as in AdamW; >= 0. It works against the anchor,
+            so 0 is right for pretrained weights.
+        gamma: strength $\gamma$ of the quadratic penalty $\tfrac12\gamma\|\theta-\theta^*\|^2$; >= 0.
+            Each step moves the weights by $\eta\gamma\bar\lambda_t$ of the way home: keep that below 1.
+        annealing: gives $(\lambda_t, \bar\lambda_t)$ for each step.
+        bias_correction: whether Adam's moments are corrected for their start at zero.
+        form: "decoupled", "released" or "proximal".
+
+    Raises:
+        RecAdamError: when a value is outside its range.
+
+    Example:
+        >>> Hyperparameters(lr=1e-4, annealing=Sigmoid(k=0.2, t0=100)).gamma
+        5000.0
+
+    Source: arXiv 2004.12651, Algorithm 1.
+    """
+
+    lr: float = 2e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    gamma: float = 5000.0
+    annealing: Annealing = field(default_factory=Sigmoid)
+    bias_correction: bool = True
+    form: str = "decoupled"
+
+    def __post_init__(self) -> None:
+        where = "Hyperparameters"
+        check_number(where, "lr", self.lr, low=0.0)
+        try:
+            beta1, beta2 = self.betas
+        except (TypeError, ValueError):
+            raise RecAdamError(
+                f"{where}: betas is {self.betas!r}; give two numbers, as (0.9, 0.999)"
+            ) from None
+        object.__setattr__(self, "betas", (beta1, beta2))
+        for name, beta in (("betas[0]", beta1), ("betas[1]", beta2)):
+            check_number(where, name, beta, low=0.0, high=1.0, open_high=True)
+        check_number(where, "eps", self.eps, low=0.0)
+        check_number(where, "weight_decay", self.weight_decay, low=0.0)
+        check_number(where, "gamma", self.gamma, low=0.0)
+        if not isinstance(self.annealing, Annealing):
+            raise RecAdamError(
+                f"{where}: annealing is {self.annealing!r}; give one, as Sigmoid(k=0.1, t0=250)"
+            )
+        if self.form not in FORMS:
+            raise unknown("form", self.form, FORMS)
+
+    def replace(self, **changes: Any) -> Hyperparameters:
+        """A copy with some values changed, checked again.
+
+        Example:
+            >>> Hyperparameters().replace(gamma=100.0).gamma
+            100.0
+        """
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain scalars, lists and dicts, ready for JSON.
+
+        Example:
+            >>> Hyperparameters.from_dict(Hyperparameters().to_dict()) == Hyperparameters()
+            True
+        """
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**values, "betas": list(self.betas), "annealing": annealing_to_dict(self.annealing)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Hyperparameters:
+        """The settings that `to_dict` described.
+
+        Raises:
+            RecAdamError: for an unknown key or a value outside its range.
+
+        Example:
+            >>> Hyperparameters.from_dict({"lr": 1e-4}).lr
+            0.0001
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise unknown("hyperparameter", key, known)
+        values = dict(values)
+        if "annealing" in values:
+            values["annealing"] = annealing_from_dict(values["annealing"])
+        return cls(**values)

@@ -1,0 +1,178 @@
+"""RecAdam over a dict of arrays of any one library: init and step, both pure."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from array_api_compat import array_namespace, is_array_api_obj
+
+from .annealing import release_step
+from .backends import Backend, backend_for
+from .coefficients import coefficients
+from .errors import RecAdamError
+from .hyperparameters import Hyperparameters
+from .update import Moments
+
+__all__ = ["RecAdam", "State", "check_anchors"]
+
+
+class State(NamedTuple):
+    """The optimizer's state.
+
+    Example:
+        >>> State(0, {}, {}).step
+        0
+    """
+
+    step: int  # steps taken
+    moments: dict[str, Moments]  # one pair a parameter, its shape, at least float32
+    anchors: dict[str, Any]  # pretrained values by name; None once freed; no entry for a new head
+
+
+def check_anchors(shapes: Mapping[str, Any], anchors: Mapping[str, Any], where: str = "anchors") -> None:
+    """Raise unless every anchor names a parameter and has its shape.
+
+    Args:
+        shapes: shape by parameter name.
+        anchors: anchor by parameter name; may lack names (new heads).
+        where: the place for the message.
+
+    Raises:
+        RecAdamError: naming the anchor and the remedy.
+
+    Example:
+        >>> check_anchors({"w": (2,)}, {"w": np.zeros(3)})
+        Traceback (most recent call last):
+        ...
+        recadam_core.errors.RecAdamError: anchors: 'w' has shape (3,), its parameter (2,); give the pretrained
+        array of that parameter, or leave the name out for a new head
+    """
+    for name, anchor in anchors.items():
+        if name not in shapes:
+            near = difflib.get_close_matches(name, shapes, n=1)
+            hint = f"the nearest is {near[0]!r}; rename it" if near else "rename it"
+            raise RecAdamError(f"{where}: {name!r} matches no parameter; {hint} or leave it out")
+        if tuple(anchor.shape) != tuple(shapes[name]):
+            raise RecAdamError(
+                f"{where}: {name!r} has shape {tuple(anchor.shape)}, its parameter {tuple(shapes[name])}; "
+                "give the pretrained array of that parameter, or leave the name out for a new head"
+            )
+
+
+class RecAdam:
+    """RecAdam for named arrays of one library, found from the arrays themselves.
+
+    Both methods are pure: they change none of their arguments and keep nothing, so a step can be
+    replayed, and the optimizer object itself can be shared.
+
+    Args:
+        hp: the settings.
+        backend: the backend to use; None finds the one that serves the arrays.
+
+    Example:
+        >>> import numpy as np
+        >>> import recadam_core as rc
+        >>> pretrained = {"w": np.array([1.0, -2.0]), "head": np.zeros(1)}
+        >>> opt = rc.RecAdam(rc.Hyperparameters(lr=0.1, gamma=1.0))
+        >>> state = opt.init(pretrained, anchors={"w": pretrained["w"]})
+        >>> grads = {"w": np.array([0.3, 0.1]), "head": np.array([1.0])}
+        >>> params, state = opt.step(pretrained, grads, state)
+        >>> params["head"], state.step
+        (array([-0.1]), 1)
+
+    Source: arXiv 2004.12651, Algorithm 1.
+    """
+
+    def __init__(self, hp: Hyperparameters | None = None, backend: Backend | None = None) -> None:
+        self.hp = Hyperparameters() if hp is None else hp
+        self._backend = backend
+        self._release = release_step(self.hp.annealing)
+
+    def init(self, params: Mapping[str, Any], anchors: Mapping[str, Any]) -> State:
+        """The state before the first step.
+
+        Args:
+            params: parameters by name; real floating dtypes.
+            anchors: pretrained values by name, copied here. A name that is missing is a new head: it
+                gets plain Adam. `params` itself anchors everything where it is now.
+
+        Returns:
+            Zero moments, copied anchors, step 0.
+
+        Raises:
+            RecAdamError: when an anchor matches no parameter or has another shape, or a parameter is
+                no floating array.
+        """
+        for name, theta in params.items():
+            if not is_array_api_obj(theta):
+                raise RecAdamError(f"parameter {name!r} is {type(theta).__name__}; give an array")
+            xp = array_namespace(theta)
+            if not xp.isdtype(theta.dtype, "real floating"):
+                raise RecAdamError(f"parameter {name!r} has dtype {theta.dtype}; give a real floating array")
+        check_anchors({name: theta.shape for name, theta in params.items()}, anchors)
+        moments = {name: Moments.zeros_like(theta) for name, theta in params.items()}
+        copies = {
+            name: (self._backend or backend_for(anchor)).copy(anchor) for name, anchor in anchors.items()
+        }
+        return State(0, moments, copies)
+
+    def step(
+        self,
+        params: Mapping[str, Any],
+        grads: Mapping[str, Any],
+        state: State,
+        lr: float | None = None,
+    ) -> tuple[dict[str, Any], State]:
+        """One step.
+
+        Args:
+            params: parameters by name.
+            grads: gradients of the target task's loss by name; the same names and shapes.
+            state: what `init` or the step before returned.
+            lr: this step's learning rate; None for the settings' own.
+
+        Returns:
+            The new parameters, and the new state. Once the annealing has released the anchors the
+            state no longer holds them.
+
+        Raises:
+            RecAdamError: when names or shapes differ, or the pull diverges.
+        """
+        for name, theta in params.items():
+            if name not in state.moments:
+                raise RecAdamError(f"parameter {name!r} has no state; call init with it")
+            if name not in grads:
+                raise RecAdamError(f"parameter {name!r} has no gradient; give one, or leave it out of params")
+            if tuple(grads[name].shape) != tuple(theta.shape):
+                raise RecAdamError(
+                    f"gradient of {name!r} has shape {tuple(grads[name].shape)}, its parameter "
+                    f"{tuple(theta.shape)}; give the gradient of that parameter"
+                )
+        for name in grads:
+            if name not in params:
+                raise RecAdamError(f"gradient {name!r} matches no parameter; leave it out")
+        t = state.step + 1
+        new_params = dict(params)
+        new_moments = dict(state.moments)
+        for anchored in (True, False):
+            names = [name for name in params if (name in state.anchors) == anchored]
+            if not names:
+                continue
+            c = coefficients(t, self.hp, lr, anchored)
+            backend = self._backend or backend_for(params[names[0]])
+            stars = [state.anchors[name] for name in names] if anchored and c.recall else None
+            thetas, moments = backend.step(
+                [params[name] for name in names],
+                [grads[name] for name in names],
+                [state.moments[name] for name in names],
+                stars,
+                c,
+            )
+            new_params.update(zip(names, thetas, strict=True))
+            new_moments.update(zip(names, moments, strict=True))
+        anchors = state.anchors
+        if self._release is not None and t >= self._release:
+            anchors = dict.fromkeys(anchors)
+        return new_params, State(t, new_moments, anchors)
