@@ -1,0 +1,90 @@
+"""The harness's engine for JAX: forward, backward and update in one compiled, donated step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from recadam_core import Hyperparameters
+from recadam_core.finetuning.engine import StepRecord, coupled_gradient, plain_adam
+from recadam_core.finetuning.models import Model, Ops
+
+from .backend import transformation
+
+__all__ = ["JaxEngine"]
+
+Array = np.ndarray[Any, Any]
+OPS = Ops(jnp, jax.scipy.special.erf)
+
+
+class JaxEngine:
+    """Trains with `recadam_jax.recadam` or optax's AdamW; see `recadam_core.finetuning.engine.Engine`."""
+
+    def __init__(
+        self,
+        model: Model,
+        params: Mapping[str, Array],
+        anchored: frozenset[str],
+        optimizer: str,
+        hp: Hyperparameters,
+        dtype: str,
+    ) -> None:
+        if dtype == "float64":
+            jax.config.update("jax_enable_x64", True)
+        self.model, self.dtype = model, dtype
+        self.params = {n: jnp.array(x, dtype=dtype) for n, x in params.items()}
+        self.start = {n: jnp.array(x, dtype=dtype) for n, x in params.items()}
+        if optimizer == "adamw":
+            b1, b2 = hp.betas
+            make = partial(optax.adamw, b1=b1, b2=b2, eps=hp.eps, weight_decay=hp.weight_decay)
+        else:
+            policy = hp if optimizer == "recadam" else plain_adam(hp)
+            stars = anchored if optimizer == "recadam" else frozenset()
+            make = partial(transformation(policy), anchor_mask={n: n in stars for n in self.params})
+        self.state = make(0.0).init(self.params)
+        self.t = 0
+
+        def train(params: Any, state: Any, start: Any, batch: Any, t: Any, lr: Any) -> Any:
+            loss, grads = jax.value_and_grad(lambda p: model.loss(OPS, p, batch))(params)
+            norm = optax.global_norm(grads)
+            if optimizer == "coupled":
+                grads = {
+                    n: coupled_gradient(
+                        g, params[n], start[n] if n in anchored else None, hp.annealing, hp.gamma, t, jnp
+                    )
+                    for n, g in grads.items()
+                }
+            updates, state = make(lr).update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            moved = {n: p - start[n] for n, p in params.items()}
+            distance = optax.global_norm([moved[n] for n in sorted(anchored)])
+            return params, state, (loss, norm, distance, optax.global_norm(moved))
+
+        self.train = jax.jit(train, donate_argnums=(0, 1))
+        self.methods: dict[str, Any] = {}
+
+    def step(self, batch: Mapping[str, Array], lr: float) -> StepRecord:
+        """One step."""
+        self.t += 1
+        self.params, self.state, record = self.train(
+            self.params, self.state, self.start, self._batch(batch), float(self.t), lr
+        )
+        return StepRecord(*(float(x) for x in record))
+
+    def call(self, function: str, batch: Mapping[str, Array]) -> Array:
+        """A method of the model, compiled for each shape of batch."""
+        if function not in self.methods:
+            self.methods[function] = jax.jit(partial(getattr(self.model, function), OPS))
+        return np.array(self.methods[function](self.params, self._batch(batch)))
+
+    def weights(self) -> dict[str, Array]:
+        """A copy of the parameters."""
+        return {n: np.array(p) for n, p in self.params.items()}
+
+    def _batch(self, batch: Mapping[str, Array]) -> dict[str, Array]:
+        return {n: x.astype(self.dtype if x.dtype.kind == "f" else np.int32) for n, x in batch.items()}

@@ -1,0 +1,343 @@
+"""Sub-commands of `recadam`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import __version__
+from .annealing import ANNEALINGS, Sigmoid, annealing_from_dict, release_step
+from .backends import GROUP, available_backends, get_backend
+from .conformance.claims import check_claims
+from .errors import RecAdamError
+from .finetuning.archives import ARCHIVES, fetch
+from .finetuning.compare import PREDICTIONS, compare_runs
+from .finetuning.engine import OPTIMIZERS
+from .finetuning.run import Run, RunConfig, finetune, load_run
+from .finetuning.schedules import SCHEDULES
+from .finetuning.tasks import TASKS
+from .hyperparameters import FORMS
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="RecAdam: fine-tune without forgetting, the same in NumPy, PyTorch and JAX.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+out_console = Console()
+err_console = Console(stderr=True)
+
+
+def _show(table: Table) -> None:
+    """Print a table; a pipe gets it at full width, a terminal at its own."""
+    console = out_console if out_console.is_terminal else Console(width=200)
+    console.print(table)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}%"
+
+
+@contextmanager
+def _bar(total: int, label: str) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar on standard error, where that is a terminal."""
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=err_console, transient=True) as bar:
+        task = bar.add_task(label, total=total, note="")
+        yield lambda step, note: bar.update(task, completed=step, note=note)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("finetune")
+def finetune_command(
+    task: Annotated[str, typer.Argument(help=f"What to learn: {', '.join(TASKS)}.")],
+    backend: Annotated[str, typer.Option(help="numpy, torch or jax.")] = "torch",
+    optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = "recadam",
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the run [default: runs/TASK-BACKEND-OPTIMIZER-SEED].")
+    ] = None,
+    form: Annotated[str | None, typer.Option(help=f"Form of the update: {', '.join(FORMS)}.")] = None,
+    annealing: Annotated[str | None, typer.Option(help=f"One of {', '.join(ANNEALINGS)}.")] = None,
+    k: Annotated[float | None, typer.Option(help="Slope of the sigmoid, per step.")] = None,
+    t0: Annotated[float | None, typer.Option(help="Middle of the sigmoid, or end of the line, in steps.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Strength of the pull.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Decay towards zero.")] = None,
+    eps: Annotated[float | None, typer.Option(help="Adam's epsilon.")] = None,
+    schedule: Annotated[str | None, typer.Option(help=f"One of {', '.join(SCHEDULES)}.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps of linear warm-up.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the new head and the batches.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="minilm-l3, minilm-l6, a checkpoint folder, or org/model on the hub.")
+    ] = None,
+    train_rows: Annotated[int | None, typer.Option(help="Training rows.")] = None,
+    test_rows: Annotated[int | None, typer.Option(help="Test rows.")] = None,
+    source_rows: Annotated[int | None, typer.Option(help="SNLI pairs of the source measure.")] = None,
+    bbc_rows: Annotated[int | None, typer.Option(help="BBC articles of the source measure; 0 for none.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens a sentence is cut to.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Evaluate every so many steps; 0 for never.")] = None,
+    snapshot_every: Annotated[int | None, typer.Option(help="Keep weights every so many steps.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the directory.")] = False,
+) -> None:
+    """Fine-tune on a task; settings that are not given are the task's own."""
+    given = dict(
+        form=form, gamma=gamma, lr=lr, weight_decay=weight_decay, eps=eps, schedule=schedule, warmup=warmup,
+        steps=steps, batch_size=batch_size, seed=seed, dtype=dtype, model=model, train_rows=train_rows,
+        test_rows=test_rows, source_rows=source_rows, bbc_rows=bbc_rows, max_length=max_length,
+        eval_every=eval_every, snapshot_every=snapshot_every,
+    )  # fmt: skip
+    curve: dict[str, Any] = {name: value for name, value in (("k", k), ("t0", t0)) if value is not None}
+    if annealing not in (None, "sigmoid"):
+        given["annealing"] = annealing_from_dict({"name": annealing, **curve})
+    else:
+        given.update(curve)
+    changes = {name: value for name, value in given.items() if value is not None}
+    config = RunConfig.for_task(task, backend, optimizer, **changes)
+    directory = out or Path("runs") / f"{task}-{backend}-{optimizer}-{seed}"
+    try:
+        with _bar(config.steps, f"{task}, {backend}, {optimizer}") as tell:
+            run = finetune(config, directory, overwrite, tell)
+    except KeyboardInterrupt:
+        err_console.print(f"recadam: interrupted; {directory} says so")
+        raise typer.Exit(130) from None
+    _show(_summary([run]))
+    print(run.path)
+
+
+def _summary(runs: list[Run]) -> Table:
+    from .finetuning.report import summary_rows
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("task", "backend", "optimizer"):
+        table.add_column(name)
+    for name in ("target accuracy", "source figure", "before -> after", "distance to anchor"):
+        table.add_column(name, justify="right")
+    for row in summary_rows(runs):
+        table.add_row(
+            row["task"],
+            row["backend"],
+            row["optimizer"],
+            f"{row['target_before']:.3f} -> {row['target_after']:.3f}",
+            f"{row['metric']} ({row['better']} is better)",
+            f"{row['source_before']:.3f} -> {row['source_after']:.3f}",
+            f"{row['distance']:.3f}",
+        )
+    return table
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs; the first is the reference.")],
+    tolerance: Annotated[
+        float | None, typer.Option(help="Bound on weights and records [default: 1e-9 in float64, 0.05 in float32].")
+    ] = None,
+    predictions: Annotated[float, typer.Option(help="Smallest share of equal test predictions.")] = PREDICTIONS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Do these runs agree, step by step, and where do they first part? Exit 1 when they do not agree."""
+    if len(runs) < 2:
+        raise RecAdamError("compare: give two runs or more; the first is the reference")
+    loaded = [load_run(path) for path in runs]
+    results = [compare_runs(loaded[0], run, tolerance, predictions) for run in loaded[1:]]
+    if as_json:
+        print(json.dumps([asdict(result) for result in results], indent=2))
+    else:
+        table = Table(box=None, pad_edge=False)
+        for name in ("run", "against", "agree", "weights apart", "at", "bound", "same predictions", "parted", "first bit"):
+            table.add_column(name)
+        for c in results:
+            table.add_row(
+                c.second,
+                c.first,
+                "yes" if c.agree else "NO",
+                f"{c.weights:.2g} of the way",
+                f"step {c.weights_step} {c.weights_name}",
+                f"{c.tolerance:g}",
+                f"{_percent(c.predictions)} of {c.rows}",
+                "never" if c.parted is None else f"step {c.parted[0]}, {c.parted[1]}",
+                "never" if c.first_difference is None else f"step {c.first_difference[0]}, {c.first_difference[1]}",
+            )
+        _show(table)
+    if not all(result.agree for result in results):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs.")],
+    out: Annotated[Path, typer.Option(help="Folder of report.html and the pictures.")] = Path("report"),
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "Fine-tuning runs",
+) -> None:
+    """Write a page with tables and pictures of runs."""
+    from .finetuning.report import write_report
+
+    print(write_report([load_run(path) for path in runs], out, title))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the runs and the report.")] = Path("runs/demo"),
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each on its share of the cores.")] = 2,
+    only: Annotated[str | None, typer.Option(help=f"One task alone: {' or '.join(TASKS)}.")] = None,
+) -> None:
+    """Every task on every backend with RecAdam and AdamW, compared, with a report. Exit 1 on disagreement."""
+    from .finetuning.demo import run_demo
+
+    with _bar(1, "demo") as tell:
+        runs, comparisons, page = run_demo(out, jobs, only, tell)
+    _show(_summary(runs))
+    table = Table(box=None, pad_edge=False)
+    for name in ("task", "run", "against", "agree", "weights apart", "same predictions"):
+        table.add_column(name)
+    for task, c in comparisons:
+        same = f"{_percent(c.predictions)} of {c.rows}"
+        table.add_row(task, c.second, c.first, "yes" if c.agree else "NO", f"{c.weights:.2g} of the way", same)
+    _show(table)
+    print(f"report: {page.resolve()}")
+    if not all(c.agree for _, c in comparisons):
+        raise typer.Exit(1)
+
+
+@app.command()
+def conformance(
+    backend: Annotated[list[str] | None, typer.Option(help="Backend to check; several may be given.")] = None,
+    golden: Annotated[
+        Path | None, typer.Option(help="Folder of golden trajectories, as tests/golden in the sources.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Replay recorded gradients through every backend, against the specification. Exit 1 on any miss."""
+    results = []
+    names = backend or available_backends()
+    for name in names:
+        results += check_claims(get_backend(name), golden)
+    if as_json:
+        print(json.dumps([asdict(result) for result in results], indent=2))
+    else:
+        table = Table(box=None, pad_edge=False)
+        for column in ("backend", "variant", "claim", "cases", "worst", "bound", "holds", "worst case"):
+            table.add_column(column, justify="right" if column in ("cases", "worst", "bound") else "left")
+        for r in results:
+            holds = "yes" if r.holds else "NO"
+            table.add_row(
+                r.backend, r.variant, r.claim, str(r.cases), f"{r.worst:.2g}", f"{r.bound:g}", holds, r.worst_case
+            )
+        _show(table)
+        print("worst: largest distance between the trajectories, as a share of the distance travelled")
+    if not all(r.holds for r in results):
+        raise typer.Exit(1)
+
+
+@app.command("fetch")
+def fetch_command(
+    names: Annotated[list[str] | None, typer.Argument(help=f"What to fetch [default: {' '.join(ARCHIVES)}].")] = None,
+) -> None:
+    """Fetch models and data into the cache folder, or check those that are there."""
+    for name in names or list(ARCHIVES):
+        print(f"{name}: {fetch(name)}")
+
+
+class Curve(str, Enum):
+    """Annealings of the command line."""
+
+    sigmoid = "sigmoid"
+    linear = "linear"
+    constant = "constant"
+
+
+@app.command()
+def schedule(
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the training.")] = 1000,
+    annealing: Annotated[Curve, typer.Option(help="The annealing.")] = Curve.sigmoid,
+    k: Annotated[float | None, typer.Option(help="Slope of the sigmoid, per step.")] = None,
+    t0: Annotated[float | None, typer.Option(help="Middle of the sigmoid, or end of the line, in steps.")] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-5,
+    gamma: Annotated[float, typer.Option(help="Strength of the pull.")] = 5000.0,
+    form: Annotated[str, typer.Option(help=f"One of {', '.join(FORMS)}.")] = "decoupled",
+    plot: Annotated[Path | None, typer.Option(help="Write a picture to this file.")] = None,
+) -> None:
+    """Print λ(t) and the pull, and warn when training is frozen, the pull inactive or lr * gamma unstable."""
+    from .finetuning.advice import schedule_advice
+    from .hyperparameters import Hyperparameters
+
+    given = {"k": k, "t0": t0}
+    curve = annealing_from_dict({"name": annealing.value, **{n: v for n, v in given.items() if v is not None}})
+    hp = Hyperparameters(lr=lr, gamma=gamma, form=form, annealing=curve)
+    marks = sorted({1, *(int(x) for x in np.linspace(0, steps, 11)[1:])})
+    if isinstance(curve, Sigmoid):
+        marks = sorted({*marks, *(t for t in (round(curve.t0),) if 1 <= t <= steps)})
+    table = Table(box=None, pad_edge=False)
+    for name in ("step", "task weight", "recall weight", "pull"):
+        table.add_column(name, justify="right")
+    for t in marks:
+        task, recall = curve.weights(t)
+        table.add_row(str(t), f"{task:.4g}", f"{recall:.4g}", f"{lr * gamma * recall:.4g}")
+    _show(table)
+    released = release_step(curve)
+    if released is None:
+        print("the anchor is needed to the end")
+    else:
+        print(f"the anchor can be freed from step {released} on")
+    for warning in schedule_advice(hp, steps):
+        print(f"warning: {warning}")
+    if plot is not None:
+        from .finetuning.files import replacing
+        from .finetuning.plots import schedule_figure
+
+        with replacing(plot) as beside:
+            schedule_figure(curve, lr, gamma, steps).savefig(beside, format=plot.suffix.lstrip(".") or "png", dpi=150)
+        print(plot)
+
+
+@app.command()
+def backends() -> None:
+    """What is installed, and what each backend can do."""
+    from importlib.metadata import entry_points
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("backend", "library", "dtypes", "devices", "variants", "trains"):
+        table.add_column(name)
+    available = available_backends()
+    for name in sorted(point.name for point in entry_points(group=GROUP)):
+        if name not in available:
+            table.add_row(name, f"not installed; pip install 'recadam-core[{name}]'", "", "", "", "")
+            continue
+        try:
+            release = version(name)
+        except PackageNotFoundError:
+            release = ""
+        c = get_backend(name).capabilities
+        cells = (c.dtypes, c.devices, c.variants, c.finetunes)
+        table.add_row(name, f"{name} {release}", *(", ".join(cell) for cell in cells))
+    _show(table)

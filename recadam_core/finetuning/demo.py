@@ -1,0 +1,105 @@
+"""The main job: every task on every backend, with RecAdam and with AdamW, compared and reported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ..backends import available_backends
+from ..errors import RecAdamError, unknown
+from .archives import ARCHIVES, MODELS, fetch
+from .compare import Comparison
+from .report import compare_all, write_report
+from .run import Run, load_run
+from .tasks import TASKS, get_task
+
+__all__ = ["run_demo"]
+
+PLAN = {"movie-reviews": ("torch", "jax"), "digits": ("numpy", "torch", "jax")}
+"""Tasks and their backends, the longest first."""
+
+OPTIMIZERS = ("recadam", "adamw")
+
+
+def run_demo(
+    out: Path, jobs: int, only: str | None, tell: Callable[[int, str], None]
+) -> tuple[list[Run], list[tuple[str, Comparison]], Path]:
+    """Run the plan in processes of their own, each on its share of the cores.
+
+    Args:
+        out: folder of the runs and the report; runs of an earlier demo in it are replaced.
+        jobs: processes at once.
+        only: one task alone, or None.
+        tell: called with the share done (0 or 1) and a line on what is being done.
+
+    Returns:
+        The runs, each task's comparisons, and the path of the report.
+
+    Raises:
+        RecAdamError: when a run fails, with the last line it printed.
+    """
+    if only is not None and only not in PLAN:
+        raise unknown("task", only, TASKS)
+    tasks = [only] if only else list(PLAN)
+    backends = available_backends()
+    plan = [(t, b, o) for t in tasks for b in PLAN[t] if b in backends for o in OPTIMIZERS]
+    if "movie-reviews" in tasks:
+        tell(0, "fetching")
+        for name in (*ARCHIVES,):
+            if name != MODELS[1] or True:
+                fetch(name)
+        get_task("movie-reviews").prepare(0)
+    waiting, running, done = list(plan), [], []
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    jobs = min(jobs, len(cores))
+    slots = [cores[i::jobs] for i in range(jobs)]
+    try:
+        while waiting or running:
+            while waiting and slots:
+                task, backend, optimizer = waiting.pop(0)
+                running.append(_start(out, task, backend, optimizer, slots.pop(0)))
+            for entry in [entry for entry in running if entry[0].poll() is not None]:
+                process, path, slot, log = entry
+                running.remove(entry)
+                slots.append(slot)
+                if process.returncode:
+                    lines = log.read_text(encoding="utf-8").strip().splitlines() or ["no output"]
+                    raise RecAdamError(f"{path}: {lines[-1].removeprefix('recadam: ')}; see {log}")
+                done.append(path)
+            tell(len(done), f"{len(done)} of {len(plan)} runs")
+            time.sleep(0.1)
+    finally:
+        for process, *_ in running:
+            process.terminate()
+        for process, *_ in running:
+            process.wait()
+    runs = [load_run(out / f"{t}-{b}-{o}") for t, b, o in plan]
+    page = write_report(runs, out, "RecAdam beside AdamW, in " + ", ".join(dict.fromkeys(b for _, b, _ in plan)))
+    comparisons = [(t, c) for t in tasks for c in compare_all([r for r in runs if r.config.task == t])]
+    return runs, comparisons, page
+
+
+Entry = tuple["subprocess.Popen[str]", Path, list[int], Path]
+
+
+def _start(out: Path, task: str, backend: str, optimizer: str, slot: list[int]) -> Entry:
+    path = out / f"{task}-{backend}-{optimizer}"
+    log = out / "logs" / f"{path.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "recadam_core", "finetune", task, "--backend", backend]
+    command += ["--optimizer", optimizer, "--out", str(path), "--overwrite"]
+    threads = {name: str(len(slot)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+
+    def pin() -> None:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, slot)
+
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **threads}, preexec_fn=pin, text=True
+        )
+    return process, path, slot, log

@@ -1,0 +1,147 @@
+"""Engines: what a backend brings to the harness, so that one loop trains on every framework."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from ..annealing import Annealing
+from ..backends import Backend
+from ..errors import RecAdamError, unknown
+from ..hyperparameters import Hyperparameters
+from .models import Model
+
+__all__ = ["OPTIMIZERS", "Engine", "StepRecord", "coupled_gradient", "make_engine", "plain_adam"]
+
+OPTIMIZERS = {
+    "recadam": "RecAdam: Adam with the annealed pull outside of its moments",
+    "adamw": "the framework's own AdamW (in NumPy, the kernel without an anchor)",
+    "coupled": "Adam fed with the gradient of the annealed objective, penalty and all",
+}
+"""Optimizers that every engine has, with a line on each."""
+
+
+class StepRecord(NamedTuple):
+    """What an engine reports of one step.
+
+    Example:
+        >>> StepRecord(0.7, 1.0, 0.0, 0.0).loss
+        0.7
+    """
+
+    loss: float  # of the batch, before the step
+    grad_norm: float  # Euclidean norm of the target loss's gradient
+    distance: float  # Euclidean distance of the anchored parameters to their anchors, after the step
+    travelled: float  # Euclidean distance of all parameters to their start, after the step
+
+
+class Engine(Protocol):
+    """A model, its parameters and an optimizer in one framework.
+
+    Made as `Engine(model, params, anchored, optimizer, hp, dtype)`: the model, its starting values in
+    NumPy, the names of those that are pretrained and thus anchored where they start, a name in
+    `OPTIMIZERS`, settings, and "float32" or "float64".
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: Mapping[str, np.ndarray[Any, Any]],
+        anchored: frozenset[str],
+        optimizer: str,
+        hp: Hyperparameters,
+        dtype: str,
+    ) -> None: ...
+
+    def step(self, batch: Mapping[str, np.ndarray[Any, Any]], lr: float) -> StepRecord:
+        """Gradient of the batch's loss, and one step of the optimizer."""
+        ...
+
+    def call(self, function: str, batch: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+        """The model's method of that name ("logits", "features"), at the present parameters."""
+        ...
+
+    def weights(self) -> dict[str, np.ndarray[Any, Any]]:
+        """A copy of the present parameters, in NumPy."""
+        ...
+
+
+def make_engine(
+    backend: Backend,
+    model: Model,
+    params: Mapping[str, np.ndarray[Any, Any]],
+    anchored: frozenset[str],
+    optimizer: str,
+    hp: Hyperparameters,
+    dtype: str,
+) -> Engine:
+    """The backend's engine for a model.
+
+    Args:
+        backend: the backend.
+        model: the model.
+        params: starting values by name.
+        anchored: names of the pretrained ones.
+        optimizer: a name in `OPTIMIZERS`.
+        hp: the settings.
+        dtype: "float32" or "float64".
+
+    Returns:
+        The engine, ready for its first step.
+
+    Raises:
+        RecAdamError: when the backend cannot train that kind of model, or the optimizer is unknown.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise unknown("optimizer", optimizer, OPTIMIZERS)
+    if dtype not in ("float32", "float64"):
+        raise unknown("dtype", dtype, ("float32", "float64"))
+    if model.kind not in backend.capabilities.finetunes:
+        raise RecAdamError(
+            f"backend {backend.name!r} has no gradient for a {model.kind} model; use torch or jax"
+        )
+    engine: Engine = backend.engine(model, params, anchored, optimizer, hp, dtype)  # type: ignore[attr-defined]
+    return engine
+
+
+def plain_adam(hp: Hyperparameters) -> Hyperparameters:
+    """The settings under which RecAdam without anchors is the framework's AdamW or Adam.
+
+    Example:
+        >>> plain_adam(Hyperparameters(gamma=5.0)).gamma
+        0.0
+    """
+    return hp.replace(gamma=0.0, form="decoupled")
+
+
+def coupled_gradient(grad: Any, theta: Any, anchor: Any, annealing: Annealing, gamma: float, t: Any, xp: Any = None) -> Any:
+    r"""Gradient of the annealed objective, for an Adam that is fed the penalty too.
+
+    Math:
+        $\lambda_t\, g + \bar\lambda_t\, \gamma\, (\theta - \theta^*)$
+
+    Args:
+        grad: gradient of the target loss.
+        theta: parameter.
+        anchor: pretrained value; None for a new head, whose gradient stays as it is.
+        annealing: gives the two weights.
+        gamma: strength of the penalty.
+        t: the step, from 1; a floating array of `xp` when traced.
+        xp: namespace of a traced t.
+
+    Returns:
+        The gradient, of theta's shape.
+
+    Example:
+        >>> from recadam_core import Constant
+        >>> coupled_gradient(1.0, 3.0, 2.0, Constant(1.0, 0.5), 10.0, 1)
+        6.0
+
+    Source: arXiv 2004.12651, Algorithm 1, the column of Adam on the objective of eq. (8).
+    """
+    if anchor is None:
+        return grad
+    task, recall = annealing.weights(t, xp)
+    return task * grad + (recall * gamma) * (theta - anchor)

@@ -1,0 +1,7 @@
+"""Models of the harness, written once as functions of (ops, parameters, batch)."""
+
+from .bert import Bert, BertConfig
+from .mlp import MLP
+from .ops import Model, Ops
+
+__all__ = ["MLP", "Bert", "BertConfig", "Model", "Ops"]

@@ -1,0 +1,174 @@
+"""Pictures of runs and schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..annealing import Annealing
+from .compare import Comparison
+from .run import Run
+
+__all__ = ["SOURCE_LABELS", "schedule_figure", "task_figure"]
+
+COLOURS = {"recadam": "#0b6e99", "adamw": "#d1662a", "coupled": "#6b4c9a"}
+NAMES = {"recadam": "RecAdam", "adamw": "AdamW", "coupled": "coupled Adam"}
+DASHES = {"torch": "-", "jax": (0, (4, 3)), "numpy": (0, (1, 2))}
+MARKERS = {"torch": "o", "jax": "x", "numpy": "+"}
+SOURCE_LABELS = {
+    "source_accuracy": "ten-digit accuracy",
+    "source_loss": "ten-digit loss",
+    "snli_mnr": "SNLI pair loss (MNR)",
+    "snli_recall_at_1": "SNLI recall@1",
+    "snli_auc": "SNLI AUC",
+    "bbc_recall_at_1": "BBC title recall@1",
+}
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "font.size": 9,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+}
+
+
+def _figure(columns: int) -> tuple[Any, Any]:
+    """A row of panels, drawn without a display and without pyplot's global state."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.7 * columns, 3.5), layout="constrained")
+        axes = figure.subplots(1, columns, squeeze=False)[0]
+    return figure, axes
+
+
+def _smooth(y: Any, width: int) -> Any:
+    """Running mean over the last `width` values (fewer at the start)."""
+    sums = np.cumsum(np.concatenate([[0.0], y]))
+    ends = np.arange(1, len(y) + 1)
+    starts = np.maximum(0, ends - width)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def task_figure(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Any:
+    """Four panels on the runs of one task: learning, drift, what was kept, and the same path.
+
+    Args:
+        runs: complete runs of one task.
+        comparisons: comparisons among them.
+
+    Returns:
+        A matplotlib figure.
+    """
+    figure, (learn, drift, kept, path) = _figure(4)
+    width = max(1, runs[0].config.steps // 15)
+    for run in runs:
+        config, steps = run.config, run.steps
+        colour, dash = COLOURS[config.optimizer], DASHES.get(config.backend, "-")
+        style = {"color": colour, "linestyle": dash, "linewidth": 1.8}
+        label = f"{NAMES[config.optimizer]}, {config.backend}"
+        learn.plot(steps["step"], _smooth(steps["loss"], width), label=label, **style)
+        drift.plot(steps["step"], steps["distance"], **style)
+    learn.set(title="Learns: loss on the target task", xlabel=f"step (mean over {width})", ylim=(0, None))
+    learn.legend(fontsize=7.5)
+    drift.set(title="Drifts: distance to the anchor θ*", xlabel="step", ylim=(0, None))
+    annealed = [run for run in runs if run.config.optimizer != "adamw"]
+    if annealed:
+        weight = drift.twinx()
+        steps = annealed[0].steps
+        weight.fill_between(steps["step"], steps["task_weight"], color="#888888", alpha=0.13, linewidth=0)
+        weight.set(ylim=(0, 1.02), yticks=[0, 0.5, 1])
+        weight.grid(False)
+        weight.set_ylabel("λ(t), shaded", color="#777777")
+        weight.tick_params(colors="#777777")
+
+    metric, more = runs[0].provenance["headline"]
+    for run in runs:
+        before, after = run.evaluations[0], run.evaluations[-1]
+        colour = COLOURS[run.config.optimizer]
+        kept.annotate(
+            "",
+            (after["target_accuracy"], after[metric]),
+            (before["target_accuracy"], before[metric]),
+            arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.25, "linewidth": 1.2},
+        )
+        kept.plot(
+            after["target_accuracy"],
+            after[metric],
+            MARKERS.get(run.config.backend, "s"),
+            color=colour,
+            markersize=9,
+            markerfacecolor="none",
+            markeredgewidth=2,
+        )
+    start = runs[0].evaluations[0]
+    kept.plot(start["target_accuracy"], start[metric], "D", color="#333333", markersize=6)
+    kept.annotate("before", (start["target_accuracy"], start[metric]), (6, 6), textcoords="offset points")
+    kept.margins(0.18)
+    if not more:
+        kept.invert_yaxis()
+    kept.set(title="Keeps: up and to the right is better", xlabel="target accuracy")
+    kept.set_ylabel(SOURCE_LABELS.get(metric, metric) + ("" if more else ", axis turned"))
+
+    reference = {c.first for c in comparisons}
+    for run in runs:
+        base = next((r for r in runs if r.label in reference and r.config.optimizer == run.config.optimizer), None)
+        if base is None or base is run:
+            continue
+        gap = np.abs(run.steps["distance"] - base.steps["distance"]) / base.steps["travelled"]
+        floor = float(np.finfo(run.config.dtype).eps) / 8
+        style = {"color": COLOURS[run.config.optimizer], "linestyle": DASHES.get(run.config.backend, "-")}
+        path.semilogy(run.steps["step"], np.maximum(gap, floor), linewidth=1.2, **style)
+    if comparisons:
+        path.axhline(comparisons[0].tolerance, color="#b00020", linewidth=1)
+        path.annotate(
+            "bound",
+            (runs[0].config.steps, comparisons[0].tolerance),
+            (0, -10),
+            textcoords="offset points",
+            color="#b00020",
+            ha="right",
+        )
+        name = comparisons[0].first.split()[0]
+        path.set(title=f"Same path: gap to {name}, {runs[0].config.dtype}", xlabel="step")
+        path.set_ylabel("|Δ distance| / travelled")
+    else:
+        path.set_visible(False)
+    return figure
+
+
+def schedule_figure(annealing: Annealing, lr: float, gamma: float, steps: int) -> Any:
+    """Task weight, recall weight and pull of each step.
+
+    Args:
+        annealing: the annealing.
+        lr: learning rate.
+        gamma: strength of the pull.
+        steps: number of steps to show.
+
+    Returns:
+        A matplotlib figure.
+    """
+    figure, (weights, pull) = _figure(2)
+    t = np.arange(1.0, steps + 1)
+    task, recall = annealing.weights(t, np)
+    weights.plot(t, task, color=COLOURS["recadam"], label="task weight λ(t)")
+    weights.plot(t, recall, color=COLOURS["adamw"], label="recall weight")
+    weights.set(title="Annealing", xlabel="step", ylim=(-0.02, 1.05 * max(1.0, task.max(), recall.max())))
+    weights.legend()
+    pull.plot(t, lr * gamma * recall, color="#333333")
+    pull.axhline(1.0, color="#b00020", linewidth=1, linestyle="--")
+    pull.annotate("overshoots above", (steps, 1.0), (0, 4), textcoords="offset points", color="#b00020", ha="right")
+    pull.set(title="Pull: share of the way home in a step", xlabel="step")
+    pull.set_yscale("log")
+    pull.set_ylim(1e-6, 4)
+    return figure

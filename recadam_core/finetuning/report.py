@@ -1,0 +1,130 @@
+"""One page on any number of runs: tables, pictures and comparisons, readable without a server."""
+
+from __future__ import annotations
+
+import datetime
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecAdamError
+from .compare import Comparison, compare_runs
+from .files import replacing
+from .plots import SOURCE_LABELS, task_figure
+from .run import Run
+
+__all__ = ["compare_all", "summary_rows", "write_report"]
+
+
+def compare_all(runs: Sequence[Run]) -> list[Comparison]:
+    """Compare, for each task and optimizer, every backend's run with the first one's.
+
+    Args:
+        runs: complete runs.
+
+    Returns:
+        A comparison for each run that has a counterpart; numpy, where it ran, is the reference.
+    """
+    comparisons = []
+    first: dict[tuple[str, str], Run] = {}
+    order = ("numpy", "torch", "jax")
+    for run in sorted(runs, key=lambda run: (*order, run.config.backend).index(run.config.backend)):
+        key = (run.config.task, run.config.optimizer)
+        if key in first:
+            comparisons.append(compare_runs(first[key], run))
+        else:
+            first[key] = run
+    return comparisons
+
+
+def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """What each run learned and forgot, for a table.
+
+    Args:
+        runs: complete runs.
+
+    Returns:
+        A row a run: label, target accuracy before and after, the source figure's name, before and
+        after, distance to the anchor, median seconds a step.
+    """
+    rows = []
+    for run in runs:
+        before, after = run.evaluations[0], run.evaluations[-1]
+        metric, more = run.provenance["headline"]
+        seconds = sorted(run.steps["seconds"])
+        rows.append(
+            {
+                "task": run.config.task,
+                "backend": run.config.backend,
+                "optimizer": run.config.optimizer,
+                "target_before": before["target_accuracy"],
+                "target_after": after["target_accuracy"],
+                "metric": SOURCE_LABELS.get(metric, metric),
+                "better": "more" if more else "less",
+                "source_before": before[metric],
+                "source_after": after[metric],
+                "distance": float(run.steps["distance"][-1]),
+                "seconds": seconds[len(seconds) // 2],
+            }
+        )
+    return rows
+
+
+def write_report(runs: Sequence[Run], out: str | Path, title: str = "Fine-tuning runs") -> Path:
+    """Write report.html, and a PNG of each task's picture beside it.
+
+    Args:
+        runs: the runs; unfinished ones are listed and left out of tables and pictures.
+        out: the folder.
+        title: the page's title.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        RecAdamError: when no run is complete.
+    """
+    from jinja2 import Environment, PackageLoader
+
+    out = Path(out)
+    complete = [run for run in runs if run.status["state"] == "complete"]
+    if not complete:
+        raise RecAdamError(f"{out}: no complete run to report on; run one to the end")
+    sections = []
+    for task in dict.fromkeys(run.config.task for run in complete):
+        chosen = [run for run in complete if run.config.task == task]
+        comparisons = compare_all(chosen)
+        figure = task_figure(chosen, comparisons)
+        with replacing(out / f"{task}.png") as beside:
+            figure.savefig(beside, format="png", dpi=150)
+        picture = io.StringIO()
+        figure.savefig(picture, format="svg")
+        svg = picture.getvalue()
+        sections.append(
+            {
+                "task": task,
+                "runs": chosen,
+                "rows": summary_rows(chosen),
+                "figures": [_figures(run) for run in chosen],
+                "comparisons": comparisons,
+                "svg": svg[svg.index("<svg") :],
+            }
+        )
+    environment = Environment(loader=PackageLoader("recadam_core.finetuning"), autoescape=True)
+    page = environment.get_template("report.html.j2").render(
+        title=title,
+        sections=sections,
+        unfinished=[run for run in runs if run not in complete],
+        written=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
+        labels=SOURCE_LABELS,
+    )
+    with replacing(out / "report.html") as beside:
+        beside.write_text(page, encoding="utf-8")
+    return out / "report.html"
+
+
+def _figures(run: Run) -> dict[str, tuple[float, float]]:
+    """Each evaluated figure, before and after."""
+    before, after = run.evaluations[0], run.evaluations[-1]
+    return {name: (before[name], after[name]) for name in before if name != "step"}

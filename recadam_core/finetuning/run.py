@@ -1,0 +1,451 @@
+"""A run: one task, one backend, one optimizer, one directory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..annealing import Sigmoid
+from ..backends import get_backend
+from ..coefficients import coefficients
+from ..errors import RecAdamError, unknown
+from ..hyperparameters import Hyperparameters
+from .engine import OPTIMIZERS, Engine, make_engine
+from .files import replacing, write_json
+from .schedules import SCHEDULES, learning_rate
+from .tasks import get_task
+from .tasks.base import Problem, Rows, accuracy, in_batches
+
+__all__ = ["Run", "RunConfig", "batch_order", "finetune", "load_run"]
+
+Array = np.ndarray[Any, Any]
+VERSIONS = ("recadam-core", "numpy", "torch", "jax", "jaxlib", "optax", "tokenizers", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that determines a run.
+
+    Two runs whose configurations differ in nothing but the backend walk the same path.
+
+    Args:
+        task: name of the task.
+        backend: name of the backend.
+        optimizer: name of the optimizer, as "recadam" or "adamw".
+        hp: settings of the optimizer.
+        steps: number of steps.
+        batch_size: rows a step.
+        schedule: "constant" or "linear".
+        warmup: steps of linear warm-up.
+        seed: seed of the new head and of the order of the batches.
+        dtype: "float32" or "float64".
+        eval_every: evaluate every so many steps, besides start and end; 0 for never.
+        snapshot_every: keep the weights every so many steps, besides the end; 0 for never.
+        options: options of the task.
+
+    Raises:
+        RecAdamError: for a name or a number that cannot be used.
+
+    Example:
+        >>> RunConfig.for_task("digits", backend="numpy").steps
+        300
+    """
+
+    task: str
+    backend: str
+    optimizer: str = "recadam"
+    hp: Hyperparameters = field(default_factory=Hyperparameters)
+    steps: int = 100
+    batch_size: int = 16
+    schedule: str = "constant"
+    warmup: int = 0
+    seed: int = 0
+    dtype: str = "float32"
+    eval_every: int = 0
+    snapshot_every: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        task = get_task(self.task)
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
+        if self.schedule not in SCHEDULES:
+            raise unknown("schedule", self.schedule, SCHEDULES)
+        if self.dtype not in ("float32", "float64"):
+            raise unknown("dtype", self.dtype, ("float32", "float64"))
+        lowest = {"steps": 1, "batch_size": 1, "warmup": 0, "seed": 0, "eval_every": 0, "snapshot_every": 0}
+        for name, low in lowest.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise RecAdamError(f"{name} is {value!r}; give a whole number >= {low}")
+        if self.schedule == "linear" and self.warmup >= self.steps:
+            raise RecAdamError(f"warmup is {self.warmup} of {self.steps} steps; give fewer than there are")
+        for name, value in self.options.items():
+            if name not in task.options:
+                raise unknown(f"option of task {self.task!r}:", name, task.options)
+            if isinstance(task.options[name], int) and (not isinstance(value, int) or value < 0):
+                raise RecAdamError(f"{name} is {value!r}; give a whole number >= 0")
+
+    @classmethod
+    def for_task(cls, task: str, backend: str, optimizer: str = "recadam", **changes: Any) -> RunConfig:
+        """The task's own settings, with changes.
+
+        Args:
+            task: name of the task.
+            backend: name of the backend.
+            optimizer: name of the optimizer.
+            **changes: fields of `RunConfig`, fields of `Hyperparameters`, `k`, `t0` and `weight` of the
+                annealing, or options of the task.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            RecAdamError: for an unknown name or a value outside its range.
+        """
+        declared = get_task(task)
+        values = {**declared.defaults, **changes}
+        annealing = values.pop("annealing", None)
+        sigmoid = {name: values.pop(name) for name in ("k", "t0", "weight") if name in values}
+        known = {f.name for f in dataclasses.fields(cls)} - {"task", "backend", "optimizer", "hp", "options"}
+        policy = {f.name for f in dataclasses.fields(Hyperparameters)}
+        for name in values:
+            if name not in known | policy | set(declared.options):
+                raise unknown("setting", name, known | policy | set(declared.options) | {"k", "t0", "weight"})
+        hp = {name: values[name] for name in values if name in policy}
+        return cls(
+            task=task,
+            backend=backend,
+            optimizer=optimizer,
+            hp=Hyperparameters(annealing=annealing or Sigmoid(**sigmoid), **hp),
+            options={**declared.options, **{n: values[n] for n in values if n in declared.options}},
+            **{name: values[name] for name in values if name in known},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain values, ready for JSON."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**values, "hp": self.hp.to_dict(), "options": dict(self.options)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The configuration that `to_dict` described."""
+        return cls(**{**values, "hp": Hyperparameters.from_dict(values["hp"])})
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's directory, read.
+
+    Args:
+        path: the directory.
+        config: its configuration.
+        status: "complete", "running", "interrupted" or "failed", and how far it came.
+        steps: records by column: step, loss, grad_norm, distance, travelled, task_weight,
+            recall_weight, lr, pull, seconds.
+        evaluations: figures at the steps that were evaluated.
+        provenance: versions, machine, and hash of the starting weights.
+    """
+
+    path: Path
+    config: RunConfig
+    status: dict[str, Any]
+    steps: dict[str, Array]
+    evaluations: list[dict[str, Any]]
+    provenance: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """Backend and optimizer, as in tables."""
+        return f"{self.config.backend} {self.config.optimizer}"
+
+    def weights(self, step: int | None = None) -> dict[str, Array]:
+        """Weights after a step; None for the last ones."""
+        from safetensors.numpy import load_file
+
+        steps = self.snapshots()
+        if not steps or (step is not None and step not in steps):
+            raise RecAdamError(f"{self.path}: no weights of step {step or 'the end'}; run it to the end")
+        return load_file(_weights_path(self.path, steps[-1] if step is None else step))
+
+    def snapshots(self) -> list[int]:
+        """Steps whose weights are kept."""
+        return sorted(int(path.stem) for path in (self.path / "weights").glob("*.safetensors"))
+
+    def predictions(self) -> Array:
+        """Scores of the test rows after the last step, of shape (rows, classes)."""
+        try:
+            return np.asarray(np.load(self.path / "predictions.npy", allow_pickle=False))
+        except (OSError, ValueError) as error:
+            raise RecAdamError(f"{self.path / 'predictions.npy'}: {error}; run it to the end") from None
+
+
+def batch_order(rows: int, batch_size: int, steps: int, seed: int) -> Array:
+    """Row numbers of each batch: epoch after epoch of seeded permutations.
+
+    Args:
+        rows: number of training rows.
+        batch_size: rows a batch.
+        steps: number of batches.
+        seed: seed of the generator.
+
+    Returns:
+        Row numbers, of shape (steps, batch_size).
+
+    Example:
+        >>> sorted(batch_order(4, 2, 2, seed=0).ravel().tolist())
+        [0, 1, 2, 3]
+    """
+    rng = np.random.default_rng([seed, 1])
+    epochs = -(-steps * batch_size // rows)
+    order = np.concatenate([rng.permutation(rows) for _ in range(epochs)])
+    return order[: steps * batch_size].reshape(steps, batch_size)
+
+
+def finetune(
+    config: RunConfig,
+    out: str | Path,
+    overwrite: bool = False,
+    progress: Callable[[int, str], None] | None = None,
+) -> Run:
+    """Run a configuration and write its directory.
+
+    Args:
+        config: what to run.
+        out: the directory: new, empty, or with `overwrite` that of an earlier run.
+        overwrite: whether to replace an earlier run.
+        progress: called with the step and a line on what is being done.
+
+    Returns:
+        The run.
+
+    Raises:
+        RecAdamError: when the directory holds something else, or the run cannot be set up.
+        KeyboardInterrupt: when interrupted; the directory says so.
+    """
+    out = Path(out)
+    tell = progress or (lambda step, text: None)
+    _claim(out, overwrite)
+    tell(0, "reading data and model")
+    backend = get_backend(config.backend)
+    problem = get_task(config.task).prepare(config.seed, **config.options)
+    with backend.precision(config.dtype):
+        engine = make_engine(
+            backend, problem.model, problem.params, problem.anchored, config.optimizer, config.hp, config.dtype
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "config.json", config.to_dict())
+        write_json(out / "provenance.json", _provenance(problem, config))
+        with _status(out) as status:
+            _train(config, problem, engine, out, status, tell)
+    return load_run(out)
+
+
+def _train(
+    config: RunConfig,
+    problem: Problem,
+    engine: Engine,
+    out: Path,
+    status: dict[str, Any],
+    tell: Callable[[int, str], None],
+) -> None:
+    rows = len(problem.train["targets"])
+    order = batch_order(rows, config.batch_size, config.steps, config.seed)
+    evaluations: list[dict[str, Any]] = []
+
+    def evaluate(step: int) -> Array:
+        tell(step, "evaluating")
+        logits = in_batches(engine.call, "logits", problem.test, problem.eval_batch)
+        figures = {"target_accuracy": accuracy(logits, problem.test["targets"]), **problem.measure_source(engine.call)}
+        evaluations.append({"step": step, **figures})
+        write_json(out / "evaluations.json", evaluations)
+        return logits
+
+    evaluate(0)
+    with (out / "steps.jsonl").open("w", encoding="utf-8") as records:
+        for t in range(1, config.steps + 1):
+            batch: Rows = {name: column[order[t - 1]] for name, column in problem.train.items()}
+            lr = learning_rate(t, config.steps, config.hp.lr, config.schedule, config.warmup)
+            began = time.perf_counter()
+            record = engine.step(batch, lr)
+            seconds = time.perf_counter() - began
+            task, recall, pull = _policy(config, t, lr)
+            line = {
+                "step": t,
+                **record._asdict(),
+                "task_weight": task,
+                "recall_weight": recall,
+                "lr": lr,
+                "pull": pull,
+                "seconds": seconds,
+            }
+            records.write(json.dumps(line) + "\n")
+            records.flush()
+            status["step"] = t
+            if not np.isfinite(record.loss):
+                raise RecAdamError(f"{out}: the loss is {record.loss} at step {t}; lower lr or lr * gamma")
+            tell(t, f"loss {record.loss:.4f}")
+            last = t == config.steps
+            if last or (config.snapshot_every and t % config.snapshot_every == 0):
+                _save_weights(_weights_path(out, t), engine.weights())
+            if last or (config.eval_every and t % config.eval_every == 0):
+                logits = evaluate(t)
+    with replacing(out / "predictions.npy") as beside, beside.open("wb") as file:
+        np.save(file, logits)
+
+
+def _policy(config: RunConfig, t: int, lr: float) -> tuple[float, float, float]:
+    """Task weight, recall weight and pull of a step, for its record."""
+    if config.optimizer == "adamw":
+        return 1.0, 0.0, 0.0
+    task, recall = config.hp.annealing.weights(t)
+    pull = coefficients(t, config.hp, lr).recall if config.optimizer == "recadam" else 0.0
+    return task, recall, pull
+
+
+def _claim(out: Path, overwrite: bool) -> None:
+    """Make sure that the directory may be written."""
+    if out.exists() and not out.is_dir():
+        raise RecAdamError(f"{out}: is a file; give a directory")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / "config.json").exists():
+        raise RecAdamError(f"{out}: holds something that is no run; give another directory")
+    if not overwrite:
+        raise RecAdamError(f"{out}: holds a run already; give --overwrite or another directory")
+    for path in [*out.glob("weights/*.safetensors"), *(p for p in out.iterdir() if p.is_file())]:
+        path.unlink()
+
+
+@contextlib.contextmanager
+def _status(out: Path) -> Iterator[dict[str, Any]]:
+    """Keep status.json true: running, then complete, interrupted or failed."""
+    status: dict[str, Any] = {"state": "running", "step": 0, "pid": os.getpid()}
+    write_json(out / "status.json", status)
+
+    def interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        previous = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread
+        previous = None
+    try:
+        yield status
+        status["state"] = "complete"
+    except KeyboardInterrupt:
+        status["state"] = "interrupted"
+        raise
+    except BaseException as error:
+        status.update(state="failed", reason=str(error).splitlines()[0] if str(error) else type(error).__name__)
+        raise
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+        write_json(out / "status.json", status)
+
+
+def _weights_path(out: Path, step: int) -> Path:
+    return out / "weights" / f"{step:06d}.safetensors"
+
+
+def _save_weights(path: Path, weights: Mapping[str, Array]) -> None:
+    from safetensors.numpy import save_file
+
+    with replacing(path) as beside:
+        save_file({name: np.ascontiguousarray(x) for name, x in weights.items()}, beside)
+
+
+def _provenance(problem: Problem, config: RunConfig) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for name in sorted(problem.params):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(problem.params[name].astype(config.dtype)).tobytes())
+    versions = {}
+    for package in VERSIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "versions": versions,
+        "start_sha256": digest.hexdigest(),
+        "parameters": int(sum(x.size for x in problem.params.values())),
+        "anchored": int(sum(problem.params[n].size for n in problem.anchored)),
+        "train_rows": len(problem.train["targets"]),
+        "test_rows": len(problem.test["targets"]),
+        "headline": list(problem.headline),
+    }
+
+
+def load_run(path: str | Path) -> Run:
+    """Read a run's directory; an unfinished one too.
+
+    Args:
+        path: the directory.
+
+    Returns:
+        The run. A run whose process died without a word counts as interrupted.
+
+    Raises:
+        RecAdamError: when it is no run, or a file of it is damaged.
+    """
+    path = Path(path)
+    if not (path / "config.json").exists():
+        raise RecAdamError(f"{path}: no run here; give a directory that `recadam finetune` wrote")
+
+    def read(name: str, default: Any) -> Any:
+        file = path / name
+        if not file.exists():
+            return default
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RecAdamError(f"{file}: damaged ({error}); run it again") from None
+
+    try:
+        config = RunConfig.from_dict(read("config.json", {}))
+    except (KeyError, TypeError) as error:
+        raise RecAdamError(f"{path / 'config.json'}: damaged ({error!r}); run it again") from None
+    status = read("status.json", {"state": "interrupted", "step": 0})
+    lines = []
+    if (path / "steps.jsonl").exists():
+        for line in (path / "steps.jsonl").read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break  # the line that a kill cut short
+    if status["state"] == "running" and not _alive(status.get("pid")):
+        status = {**status, "state": "interrupted", "step": len(lines)}
+    columns = {name: np.array([line[name] for line in lines]) for name in (lines[0] if lines else ())}
+    evaluations = read("evaluations.json", [])
+    return Run(path, config, status, columns, evaluations, read("provenance.json", {}))
+
+
+def _alive(pid: int | None) -> bool:
+    if pid is None:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
