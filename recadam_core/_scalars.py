@@ -21,7 +21,7 @@ class Host:
 
     @staticmethod
     def log(x: float) -> float:
-        """Natural logarithm, with log(0) = -inf as arrays have it."""
+        """Natural logarithm; minus infinity at zero, as arrays have it."""
         return math.log(x) if x else -math.inf
 
     @staticmethod

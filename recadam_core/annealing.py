@@ -199,10 +199,10 @@ def annealing_to_dict(annealing: Any) -> dict[str, Any]:
         >>> annealing_to_dict(Linear(t0=100))
         {'name': 'linear', 't0': 100, 'weight': 1.0}
     """
-    name = getattr(annealing, "name", None)
-    if not isinstance(name, str) or not isinstance(annealing, ANNEALINGS.get(name, ())):
-        raise RecAdamError(f"annealing {annealing!r} has no name to save it by; add its class to ANNEALINGS")
-    return {"name": name, **dataclasses.asdict(annealing)}
+    for name, known in ANNEALINGS.items():
+        if type(annealing) is known:
+            return {"name": name, **dataclasses.asdict(annealing)}
+    raise RecAdamError(f"annealing {annealing!r} has no name to save it by; add its class to ANNEALINGS")
 
 
 def annealing_from_dict(fields: dict[str, Any]) -> Any:

@@ -160,7 +160,9 @@ class Specification:
             update(theta, grad, state, anchor, c)
             for theta, grad, state, anchor in zip(params, grads, moments, stars, strict=True)
         ]
-        return [apply(theta, delta) for theta, (delta, _) in zip(params, new, strict=True)], [s for _, s in new]
+        return [apply(theta, delta) for theta, (delta, _) in zip(params, new, strict=True)], [
+            s for _, s in new
+        ]
 
     def stepper(
         self, variant: str, params: dict[str, Any], anchors: dict[str, Any], hp: Hyperparameters
@@ -232,13 +234,10 @@ def _load(name: str) -> Backend:
     except ImportError as error:
         missing = error.name or name
         raise RecAdamError(
-            f"backend {name!r} needs {missing!r}, which is not installed; "
-            f"pip install 'recadam-core[{name}]'"
+            f"backend {name!r} needs {missing!r}, which is not installed; pip install 'recadam-core[{name}]'"
         ) from error
     if not isinstance(loaded, Backend):
-        raise RecAdamError(
-            f"backend {name!r}: {point.value} has not every member of recadam_core.Backend; add the missing ones"
-        )
+        raise RecAdamError(f"backend {name!r}: {point.value} lacks members of recadam_core.Backend; add them")
     return loaded
 
 
@@ -302,4 +301,3 @@ def backend_for(array: Any) -> Backend:
     raise RecAdamError(
         f"{type(array).__module__}.{type(array).__qualname__} is no array; give arrays of one library"
     )
-

@@ -25,5 +25,7 @@ def main() -> None:
         print(f"recadam: {error}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
-        print(f"recadam: {error.name!r} is not installed; pip install 'recadam-core[finetune]'", file=sys.stderr)
+        print(
+            f"recadam: {error.name!r} is not installed; pip install 'recadam-core[finetune]'", file=sys.stderr
+        )
         sys.exit(2)

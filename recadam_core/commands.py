@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from enum import Enum
+from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,7 +87,9 @@ def finetune_command(
     form: Annotated[str | None, typer.Option(help=f"Form of the update: {', '.join(FORMS)}.")] = None,
     annealing: Annotated[str | None, typer.Option(help=f"One of {', '.join(ANNEALINGS)}.")] = None,
     k: Annotated[float | None, typer.Option(help="Slope of the sigmoid, per step.")] = None,
-    t0: Annotated[float | None, typer.Option(help="Middle of the sigmoid, or end of the line, in steps.")] = None,
+    t0: Annotated[
+        float | None, typer.Option(help="Middle of the sigmoid, or end of the line, in steps.")
+    ] = None,
     gamma: Annotated[float | None, typer.Option(help="Strength of the pull.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Decay towards zero.")] = None,
@@ -104,19 +106,36 @@ def finetune_command(
     train_rows: Annotated[int | None, typer.Option(help="Training rows.")] = None,
     test_rows: Annotated[int | None, typer.Option(help="Test rows.")] = None,
     source_rows: Annotated[int | None, typer.Option(help="SNLI pairs of the source measure.")] = None,
-    bbc_rows: Annotated[int | None, typer.Option(help="BBC articles of the source measure; 0 for none.")] = None,
+    bbc_rows: Annotated[
+        int | None, typer.Option(help="BBC articles of the source measure; 0 for none.")
+    ] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens a sentence is cut to.")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Evaluate every so many steps; 0 for never.")] = None,
     snapshot_every: Annotated[int | None, typer.Option(help="Keep weights every so many steps.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the directory.")] = False,
 ) -> None:
     """Fine-tune on a task; settings that are not given are the task's own."""
-    given = dict(
-        form=form, gamma=gamma, lr=lr, weight_decay=weight_decay, eps=eps, schedule=schedule, warmup=warmup,
-        steps=steps, batch_size=batch_size, seed=seed, dtype=dtype, model=model, train_rows=train_rows,
-        test_rows=test_rows, source_rows=source_rows, bbc_rows=bbc_rows, max_length=max_length,
-        eval_every=eval_every, snapshot_every=snapshot_every,
-    )  # fmt: skip
+    given: dict[str, Any] = {
+        "form": form,
+        "gamma": gamma,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "eps": eps,
+        "schedule": schedule,
+        "warmup": warmup,
+        "steps": steps,
+        "batch_size": batch_size,
+        "seed": seed,
+        "dtype": dtype,
+        "model": model,
+        "train_rows": train_rows,
+        "test_rows": test_rows,
+        "source_rows": source_rows,
+        "bbc_rows": bbc_rows,
+        "max_length": max_length,
+        "eval_every": eval_every,
+        "snapshot_every": snapshot_every,
+    }
     curve: dict[str, Any] = {name: value for name, value in (("k", k), ("t0", t0)) if value is not None}
     if annealing not in (None, "sigmoid"):
         given["annealing"] = annealing_from_dict({"name": annealing, **curve})
@@ -160,9 +179,12 @@ def _summary(runs: list[Run]) -> Table:
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Directories of runs; the first is the reference.")],
     tolerance: Annotated[
-        float | None, typer.Option(help="Bound on weights and records [default: 1e-9 in float64, 0.05 in float32].")
+        float | None,
+        typer.Option(help="Bound on weights and records [default: 1e-9 in float64, 0.01 in float32]."),
     ] = None,
-    predictions: Annotated[float, typer.Option(help="Smallest share of equal test predictions.")] = PREDICTIONS,
+    predictions: Annotated[
+        float, typer.Option(help="Smallest share of equal test predictions.")
+    ] = PREDICTIONS,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Do these runs agree, step by step, and where do they first part? Exit 1 when they do not agree."""
@@ -174,7 +196,17 @@ def compare(
         print(json.dumps([asdict(result) for result in results], indent=2))
     else:
         table = Table(box=None, pad_edge=False)
-        for name in ("run", "against", "agree", "weights apart", "at", "bound", "same predictions", "parted", "first bit"):
+        for name in (
+            "run",
+            "against",
+            "agree",
+            "weights apart",
+            "at",
+            "bound",
+            "same predictions",
+            "parted",
+            "first bit",
+        ):
             table.add_column(name)
         for c in results:
             table.add_row(
@@ -186,7 +218,9 @@ def compare(
                 f"{c.tolerance:g}",
                 f"{_percent(c.predictions)} of {c.rows}",
                 "never" if c.parted is None else f"step {c.parted[0]}, {c.parted[1]}",
-                "never" if c.first_difference is None else f"step {c.first_difference[0]}, {c.first_difference[1]}",
+                "never"
+                if c.first_difference is None
+                else f"step {c.first_difference[0]}, {c.first_difference[1]}",
             )
         _show(table)
     if not all(result.agree for result in results):
@@ -222,7 +256,9 @@ def demo(
         table.add_column(name)
     for task, c in comparisons:
         same = f"{_percent(c.predictions)} of {c.rows}"
-        table.add_row(task, c.second, c.first, "yes" if c.agree else "NO", f"{c.weights:.2g} of the way", same)
+        table.add_row(
+            task, c.second, c.first, "yes" if c.agree else "NO", f"{c.weights:.2g} of the way", same
+        )
     _show(table)
     print(f"report: {page.resolve()}")
     if not all(c.agree for _, c in comparisons):
@@ -251,7 +287,14 @@ def conformance(
         for r in results:
             holds = "yes" if r.holds else "NO"
             table.add_row(
-                r.backend, r.variant, r.claim, str(r.cases), f"{r.worst:.2g}", f"{r.bound:g}", holds, r.worst_case
+                r.backend,
+                r.variant,
+                r.claim,
+                str(r.cases),
+                f"{r.worst:.2g}",
+                f"{r.bound:g}",
+                holds,
+                r.worst_case,
             )
         _show(table)
         print("worst: largest distance between the trajectories, as a share of the distance travelled")
@@ -261,14 +304,16 @@ def conformance(
 
 @app.command("fetch")
 def fetch_command(
-    names: Annotated[list[str] | None, typer.Argument(help=f"What to fetch [default: {' '.join(ARCHIVES)}].")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help=f"What to fetch [default: {' '.join(ARCHIVES)}].")
+    ] = None,
 ) -> None:
     """Fetch models and data into the cache folder, or check those that are there."""
     for name in names or list(ARCHIVES):
         print(f"{name}: {fetch(name)}")
 
 
-class Curve(str, Enum):
+class Curve(StrEnum):
     """Annealings of the command line."""
 
     sigmoid = "sigmoid"
@@ -281,7 +326,9 @@ def schedule(
     steps: Annotated[int, typer.Option(min=1, help="Steps of the training.")] = 1000,
     annealing: Annotated[Curve, typer.Option(help="The annealing.")] = Curve.sigmoid,
     k: Annotated[float | None, typer.Option(help="Slope of the sigmoid, per step.")] = None,
-    t0: Annotated[float | None, typer.Option(help="Middle of the sigmoid, or end of the line, in steps.")] = None,
+    t0: Annotated[
+        float | None, typer.Option(help="Middle of the sigmoid, or end of the line, in steps.")
+    ] = None,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-5,
     gamma: Annotated[float, typer.Option(help="Strength of the pull.")] = 5000.0,
     form: Annotated[str, typer.Option(help=f"One of {', '.join(FORMS)}.")] = "decoupled",
@@ -292,7 +339,9 @@ def schedule(
     from .hyperparameters import Hyperparameters
 
     given = {"k": k, "t0": t0}
-    curve = annealing_from_dict({"name": annealing.value, **{n: v for n, v in given.items() if v is not None}})
+    curve = annealing_from_dict(
+        {"name": annealing.value, **{n: v for n, v in given.items() if v is not None}}
+    )
     hp = Hyperparameters(lr=lr, gamma=gamma, form=form, annealing=curve)
     marks = sorted({1, *(int(x) for x in np.linspace(0, steps, 11)[1:])})
     if isinstance(curve, Sigmoid):
@@ -316,7 +365,9 @@ def schedule(
         from .finetuning.plots import schedule_figure
 
         with replacing(plot) as beside:
-            schedule_figure(curve, lr, gamma, steps).savefig(beside, format=plot.suffix.lstrip(".") or "png", dpi=150)
+            schedule_figure(curve, lr, gamma, steps).savefig(
+                beside, format=plot.suffix.lstrip(".") or "png", dpi=150
+            )
         print(plot)
 
 

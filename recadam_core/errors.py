@@ -89,4 +89,6 @@ def check_number(
     if not inside:
         bounds = [f"{'>' if open_low else '>='} {low:g}"] if low > -math.inf else []
         bounds += [f"{'<' if open_high else '<='} {high:g}"] if high < math.inf else []
-        raise RecAdamError(f"{where}: {name} is {value!r}; give a finite number {' and '.join(bounds)}".rstrip())
+        raise RecAdamError(
+            f"{where}: {name} is {value!r}; give a finite number {' and '.join(bounds)}".rstrip()
+        )

@@ -43,6 +43,7 @@ def check_anchors(shapes: Mapping[str, Any], anchors: Mapping[str, Any], where: 
         RecAdamError: naming the anchor and the remedy.
 
     Example:
+        >>> import numpy as np
         >>> check_anchors({"w": (2,)}, {"w": np.zeros(3)})
         Traceback (most recent call last):
         ...

@@ -113,13 +113,11 @@ def update(theta: Any, grad: Any, state: Moments, anchor: Any, c: Coefficients) 
         delta = -adam
     if not is_zero(decay):
         delta = delta - decay * theta
-    return delta, Moments(
-        xp.astype(m, state.m.dtype, copy=False), xp.astype(v, state.v.dtype, copy=False)
-    )
+    return delta, Moments(xp.astype(m, state.m.dtype, copy=False), xp.astype(v, state.v.dtype, copy=False))
 
 
 def apply(theta: Any, delta: Any) -> Any:
-    """theta + delta, summed in delta's dtype and rounded once to theta's.
+    """Theta + delta, summed in delta's dtype and rounded once to theta's.
 
     Args:
         theta: parameter, any shape.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
 from recadam_core import Capabilities, Coefficients, Hyperparameters, Moments, RecAdamError, apply, update
 from recadam_core.backends import Stepper, functional_stepper
 
@@ -22,12 +23,17 @@ __all__ = ["JaxBackend", "backend"]
 # The moments' decay rates are static: 1 - beta is then taken in float64, as on every other backend.
 @partial(jax.jit, static_argnames=("beta1", "beta2", "decays"))
 def _step(
-    params: Any, grads: Any, moments: Any, anchors: Any, scalars: Any, beta1: float, beta2: float, decays: bool
+    params: Any,
+    grads: Any,
+    moments: Any,
+    anchors: Any,
+    scalars: Any,
+    beta1: float,
+    beta2: float,
+    decays: bool,
 ) -> tuple[list[Any], list[Moments]]:
     step, eps, recall, decay = scalars
-    c = Coefficients(
-        beta1, beta2, step, eps, 0.0 if anchors is None else recall, decay if decays else 0.0
-    )
+    c = Coefficients(beta1, beta2, step, eps, 0.0 if anchors is None else recall, decay if decays else 0.0)
     stars = [None] * len(params) if anchors is None else anchors
     new = [update(*arrays, c) for arrays in zip(params, grads, moments, stars, strict=True)]
     return [apply(theta, delta) for theta, (delta, _) in zip(params, new, strict=True)], [s for _, s in new]
@@ -112,10 +118,10 @@ class JaxBackend:
     def from_numpy(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> jax.Array:
         """A copy on the default device; refuses float64 while JAX would silently make it float32."""
         dtype = dtype or array.dtype.name
-        result = jnp.array(array, dtype=dtype)
-        if result.dtype.name != dtype:
-            raise RecAdamError(f"JAX made {dtype} into {result.dtype.name}; set JAX_ENABLE_X64=1")
-        return result
+        held = jax.dtypes.canonicalize_dtype(dtype).name
+        if held != dtype:
+            raise RecAdamError(f"JAX would make {dtype} into {held}; set JAX_ENABLE_X64=1")
+        return jnp.array(array, dtype=dtype)
 
     def to_numpy(self, array: jax.Array) -> np.ndarray[Any, Any]:
         """A copy in NumPy; bfloat16, which NumPy lacks, as float32."""

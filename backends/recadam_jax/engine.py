@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
 from recadam_core import Hyperparameters
 from recadam_core.finetuning.engine import StepRecord, coupled_gradient, plain_adam
 from recadam_core.finetuning.models import Model, Ops
 
-from .backend import transformation
+from .backend import backend, transformation
 
 __all__ = ["JaxEngine"]
 
@@ -34,11 +35,9 @@ class JaxEngine:
         hp: Hyperparameters,
         dtype: str,
     ) -> None:
-        if dtype == "float64":
-            jax.config.update("jax_enable_x64", True)
         self.model, self.dtype = model, dtype
-        self.params = {n: jnp.array(x, dtype=dtype) for n, x in params.items()}
-        self.start = {n: jnp.array(x, dtype=dtype) for n, x in params.items()}
+        self.params = {n: backend.from_numpy(x, dtype) for n, x in params.items()}
+        self.start = {n: backend.copy(x) for n, x in self.params.items()}
         if optimizer == "adamw":
             b1, b2 = hp.betas
             make = partial(optax.adamw, b1=b1, b2=b2, eps=hp.eps, weight_decay=hp.weight_decay)

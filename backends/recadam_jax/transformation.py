@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+
 from recadam_core import (
     Annealing,
     Hyperparameters,
@@ -29,7 +30,7 @@ class RecAdamState(NamedTuple):
     """State of `recadam`.
 
     Example:
-        >>> recadam(1e-3).init(jnp.ones(2)).anchor.shape
+        >>> recadam(1e-4).init(jnp.ones(2)).anchor.shape
         (2,)
     """
 
@@ -114,7 +115,9 @@ def recadam(
         paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         for path, p in zip(paths, leaves, strict=True):
             if not jnp.issubdtype(jnp.result_type(p), jnp.floating):
-                raise RecAdamError(f"parameter {path!r} has dtype {jnp.result_type(p)}; give a floating array")
+                raise RecAdamError(
+                    f"parameter {path!r} has dtype {jnp.result_type(p)}; give a floating array"
+                )
         stars = leaves if anchor is None else _up_to(tree, anchor, "anchor")
         mask = anchor_mask(params) if callable(anchor_mask) else anchor_mask
         if mask is not None:
@@ -170,4 +173,6 @@ def _up_to(tree: Any, other: Any, what: str) -> list[Any]:
         return list(tree.flatten_up_to(other))
     except ValueError as error:
         reason = str(error).splitlines()[0]
-        raise RecAdamError(f"{what}: not the parameters' tree ({reason}); give one of that structure") from None
+        raise RecAdamError(
+            f"{what}: not the parameters' tree ({reason}); give one of that structure"
+        ) from None

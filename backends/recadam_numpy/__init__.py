@@ -1,8 +1,8 @@
 """RecAdam for NumPy arrays: the kernel with its intermediate results in reused memory.
 
-    import recadam_core as rc
+import recadam_core as rc
 
-    rc.get_backend("numpy")
+rc.get_backend("numpy")
 """
 
 from .backend import NumpyBackend, backend

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
 from recadam_core import Capabilities, Coefficients, Hyperparameters, Moments
 from recadam_core.backends import Stepper, functional_stepper
 
@@ -26,9 +27,7 @@ class NumpyBackend:
     """
 
     name = "numpy"
-    capabilities = Capabilities(
-        dtypes=("float16", "float32", "float64"), finetunes=("mlp",)
-    )
+    capabilities = Capabilities(dtypes=("float16", "float32", "float64"), finetunes=("mlp",))
 
     def owns(self, array: Any) -> bool:
         """Whether the object is an array or a scalar of NumPy."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
 from recadam_core import Hyperparameters, RecAdam
 from recadam_core.finetuning.engine import StepRecord, coupled_gradient, plain_adam
 from recadam_core.finetuning.models import Ops
@@ -45,7 +46,9 @@ class NumpyEngine:
         if self.coupled:
             t = self.state.step + 1
             grads = {
-                n: coupled_gradient(g, self.params[n], self.anchors.get(n), self.hp.annealing, self.hp.gamma, t)
+                n: coupled_gradient(
+                    g, self.params[n], self.anchors.get(n), self.hp.annealing, self.hp.gamma, t
+                )
                 for n, g in grads.items()
             }
         self.params, self.state = self.optimizer.step(self.params, grads, self.state, lr)

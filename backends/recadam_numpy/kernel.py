@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from recadam_core import Coefficients
 
 __all__ = ["kernel"]

@@ -1,8 +1,8 @@
 """RecAdam for PyTorch: a drop-in for `torch.optim.AdamW` that remembers.
 
-    from recadam_torch import RecAdam
+from recadam_torch import RecAdam
 
-    optimizer = RecAdam(model.named_parameters(), lr=2e-5)     # anchored where the model is now
+optimizer = RecAdam(model.named_parameters(), lr=2e-5)     # anchored where the model is now
 """
 
 from .backend import TorchBackend, backend

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from recadam_core import Capabilities, Coefficients, Hyperparameters, Moments
 from recadam_core.backends import Stepper, functional_stepper
-from torch import Tensor
 
 from .kernel import kernel_
 from .optimizer import RecAdam

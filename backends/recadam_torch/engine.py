@@ -8,10 +8,11 @@ from typing import Any
 import array_api_compat.torch as xp
 import numpy as np
 import torch
+from torch import Tensor
+
 from recadam_core import Hyperparameters
 from recadam_core.finetuning.engine import StepRecord, coupled_gradient, plain_adam
 from recadam_core.finetuning.models import Model, Ops
-from torch import Tensor
 
 from .optimizer import RecAdam
 
@@ -89,4 +90,6 @@ class TorchEngine:
 
 
 def _norm(tensors: Iterable[Any]) -> float:
-    return float(torch.stack([torch.linalg.vector_norm(x) for x in tensors] or [torch.zeros(1)]).double().norm())
+    return float(
+        torch.stack([torch.linalg.vector_norm(x) for x in tensors] or [torch.zeros(1)]).double().norm()
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from recadam_core import Coefficients
 from torch import Tensor
+
+from recadam_core import Coefficients
 
 __all__ = ["kernel_"]
 

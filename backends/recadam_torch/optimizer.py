@@ -8,6 +8,9 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
 from recadam_core import (
     Coefficients,
     Hyperparameters,
@@ -19,8 +22,6 @@ from recadam_core import (
     release_step,
 )
 from recadam_core.optimizer import check_anchors
-from torch import Tensor
-from torch.optim import Optimizer
 
 from .kernel import kernel_
 
@@ -79,7 +80,7 @@ class RecAdam(Optimizer):
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
-        >>> optimizer = RecAdam(model.named_parameters(), lr=1e-3, gamma=100.0, annealing=Sigmoid(k=0.1, t0=50))
+        >>> optimizer = RecAdam(model.named_parameters(), lr=1e-3, gamma=100.0)
         >>> model(torch.ones(1, 2)).sum().backward()
         >>> optimizer.step()
         >>> sorted(optimizer.state[model.weight])
@@ -206,7 +207,9 @@ class RecAdam(Optimizer):
             self._execute(*plan)
         return loss
 
-    def _plans(self, group: dict[str, Any]) -> Iterable[tuple[dict[str, Any], list[Tensor], Coefficients, bool]]:
+    def _plans(
+        self, group: dict[str, Any]
+    ) -> Iterable[tuple[dict[str, Any], list[Tensor], Coefficients, bool]]:
         """The group's parameters in lists that share their coefficients."""
         hp, release = _group_policy(group)
         lists: dict[Any, list[Tensor]] = {}

@@ -14,7 +14,13 @@ from .replay import Deviation, Recording, load_recording, record, replay, trajec
 
 __all__ = ["ANNEALINGS", "BOUNDS", "Result", "cases", "check_claims"]
 
-ANNEALINGS = (Sigmoid(k=0.3, t0=20), Sigmoid(k=2.0, t0=5, weight=0.5), Linear(t0=40), Constant(1.0, 0.5), Constant(1.0, 0.0))
+ANNEALINGS = (
+    Sigmoid(k=0.3, t0=20),
+    Sigmoid(k=2.0, t0=5, weight=0.5),
+    Linear(t0=40),
+    Constant(1.0, 0.5),
+    Constant(1.0, 0.0),
+)
 """Annealings of the replayed cases."""
 
 BOUNDS = {

@@ -81,7 +81,7 @@ class Deviation(NamedTuple):
         1
     """
 
-    share: float  # |difference| / |distance travelled|, both Euclidean, at the worst step
+    share: float  # Euclidean distance between the two / distance travelled so far, at the worst step
     step: int  # that step, from 1
     name: str  # that array
 
@@ -153,12 +153,15 @@ def load_recording(path: str | Path) -> Recording:
         raise RecAdamError(f"{path}: no such file; give a golden .npz file") from None
     except Exception as error:
         raise RecAdamError(f"{path}: damaged golden file ({error}); fetch it again") from error
-    makers = {
-        "sigmoid": lambda w: Sigmoid(meta["anneal_k"], meta["anneal_t0"], w),
-        "linear": lambda w: Linear(meta["anneal_t0"], w),
+
+    def annealing(weight: float) -> Annealing:
+        if meta["anneal_fun"] == "sigmoid":
+            return Sigmoid(meta["anneal_k"], meta["anneal_t0"], weight)
+        if meta["anneal_fun"] == "linear":
+            return Linear(meta["anneal_t0"], weight)
         # The released optimizer's pull is (weight - lambda): none at all when lambda is constant.
-        "constant": lambda w: Constant(task=w, recall=0.0),
-    }
+        return Constant(task=weight, recall=0.0)
+
     groups = []
     for i, group in enumerate(meta["groups"]):
         hp = Hyperparameters(
@@ -167,7 +170,7 @@ def load_recording(path: str | Path) -> Recording:
             eps=meta["eps"],
             weight_decay=group["weight_decay"],
             gamma=meta["pretrain_cof"],
-            annealing=makers[meta["anneal_fun"]](group["anneal_w"] or 1.0),
+            annealing=annealing(group["anneal_w"] or 1.0),
             bias_correction=meta["correct_bias"],
             form="released",
         )
@@ -178,7 +181,9 @@ def load_recording(path: str | Path) -> Recording:
     return Recording(meta["name"], meta["dtype"], data["lr"], tuple(groups))
 
 
-def replay(recording: Recording, backend: Backend | None = None, variant: str = "functional") -> list[dict[str, Array]]:
+def replay(
+    recording: Recording, backend: Backend | None = None, variant: str = "functional"
+) -> list[dict[str, Array]]:
     """The trajectory of one group after another under a backend.
 
     Args:
@@ -223,7 +228,7 @@ def trajectory_deviation(
     r"""How far a trajectory lies from another, as a share of the distance travelled.
 
     Math:
-        $\max_{t,\,\text{array}} \|\theta_t - \theta'_t\| \,/\, \|\theta'_t - \theta_0\|$
+        $\max_{t,\,\text{array}} \|\theta_t - \theta'_t\| \,/\, \max_{s \le t} \|\theta'_s - \theta_0\|$
 
     Args:
         recording: what was replayed.
@@ -250,7 +255,8 @@ def trajectory_deviation(
             axes = tuple(range(1, path.ndim))
             exact, start = path.astype(np.float64), group.theta0[name].astype(np.float64)
             gap = np.sqrt(np.square(ours[index][name] - exact).sum(axis=axes))
-            travelled = np.sqrt(np.square(exact - start).sum(axis=axes))
+            # The furthest so far: an array that comes back to its start has still travelled.
+            travelled = np.maximum.accumulate(np.sqrt(np.square(exact - start).sum(axis=axes)))
             with np.errstate(divide="ignore", invalid="ignore"):
                 share = np.where(gap == 0, 0.0, gap / travelled)
             t = int(np.argmax(share))

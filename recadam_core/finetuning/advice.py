@@ -37,7 +37,7 @@ def schedule_advice(hp: Hyperparameters, steps: int) -> list[str]:
         )
     elif hp.gamma and task[-1] < 0.9 * max(task.max(), 0.9999):
         warnings.append(
-            f"the task weight ends at {task[-1]:.2g}: training stops before the objective has shifted; lower t0"
+            f"the task weight ends at {task[-1]:.2g}: training stops before the objective shifted; lower t0"
         )
     elif task[-1] < 0.9 and task.max() == task.min():
         warnings.append(f"the task weight stays at {task[-1]:.2g}, so the learning rate is that share of lr")

@@ -12,11 +12,13 @@ from .run import Run
 
 __all__ = ["TOLERANCES", "Comparison", "compare_runs"]
 
-TOLERANCES = {"float64": 1e-9, "float32": 0.05}
+TOLERANCES = {"float64": 1e-9, "float32": 0.01}
 """Largest distance between two runs' weights, as a share of the distance travelled, by dtype."""
 
 PREDICTIONS = 0.99
 """Smallest share of equal test predictions."""
+
+TINY = float(np.finfo(np.float64).tiny)
 
 COLUMNS = ("loss", "grad_norm", "distance")
 """Records that are compared at every step, each relative to its largest value in the run."""
@@ -93,7 +95,7 @@ def compare_runs(
     records, parted, first = {}, None, None
     for name in COLUMNS:
         a, b = reference.steps[name], other.steps[name]
-        gap = np.abs(a - b) / max(float(np.abs(a).max()), np.finfo(dtype).tiny)
+        gap = np.abs(a - b) / max(float(np.abs(a).max()), TINY)
         records[name] = float(gap.max())
         parted = _earliest(parted, gap > tolerance, name)
         first = _earliest(first, gap > 0, name)
@@ -103,7 +105,7 @@ def compare_runs(
         a_weights, b_weights = reference.weights(step), other.weights(step)
         gaps = {n: _distance(a_weights[n], b_weights[n]) for n in a_weights}
         gap_total = float(np.sqrt(sum(g * g for g in gaps.values())))
-        share = gap_total / max(float(reference.steps["travelled"][step - 1]), np.finfo(dtype).tiny)
+        share = gap_total / max(float(reference.steps["travelled"][step - 1]), TINY)
         if not share <= weights:
             weights, weights_step, weights_name = share, step, max(gaps, key=lambda n: gaps[n])
     a_scores, b_scores = reference.predictions(), other.predictions()

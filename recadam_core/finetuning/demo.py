@@ -11,11 +11,11 @@ from pathlib import Path
 
 from ..backends import available_backends
 from ..errors import RecAdamError, unknown
-from .archives import ARCHIVES, MODELS, fetch
+from .archives import ARCHIVES, fetch
 from .compare import Comparison
 from .report import compare_all, write_report
 from .run import Run, load_run
-from .tasks import TASKS, get_task
+from .tasks import TASKS
 
 __all__ = ["run_demo"]
 
@@ -49,12 +49,15 @@ def run_demo(
     plan = [(t, b, o) for t in tasks for b in PLAN[t] if b in backends for o in OPTIMIZERS]
     if "movie-reviews" in tasks:
         tell(0, "fetching")
-        for name in (*ARCHIVES,):
-            if name != MODELS[1] or True:
-                fetch(name)
-        get_task("movie-reviews").prepare(0)
-    waiting, running, done = list(plan), [], []
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+        for name in ARCHIVES:
+            fetch(name)
+    waiting, done = list(plan), 0
+    running: list[Entry] = []
+    cores = (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1))
+    )
     jobs = min(jobs, len(cores))
     slots = [cores[i::jobs] for i in range(jobs)]
     try:
@@ -69,8 +72,8 @@ def run_demo(
                 if process.returncode:
                     lines = log.read_text(encoding="utf-8").strip().splitlines() or ["no output"]
                     raise RecAdamError(f"{path}: {lines[-1].removeprefix('recadam: ')}; see {log}")
-                done.append(path)
-            tell(len(done), f"{len(done)} of {len(plan)} runs")
+                done += 1
+            tell(done, f"{done} of {len(plan)} runs")
             time.sleep(0.1)
     finally:
         for process, *_ in running:
@@ -78,7 +81,9 @@ def run_demo(
         for process, *_ in running:
             process.wait()
     runs = [load_run(out / f"{t}-{b}-{o}") for t, b, o in plan]
-    page = write_report(runs, out, "RecAdam beside AdamW, in " + ", ".join(dict.fromkeys(b for _, b, _ in plan)))
+    page = write_report(
+        runs, out, "RecAdam beside AdamW, in " + ", ".join(dict.fromkeys(b for _, b, _ in plan))
+    )
     comparisons = [(t, c) for t in tasks for c in compare_all([r for r in runs if r.config.task == t])]
     return runs, comparisons, page
 
@@ -92,7 +97,9 @@ def _start(out: Path, task: str, backend: str, optimizer: str, slot: list[int]) 
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "recadam_core", "finetune", task, "--backend", backend]
     command += ["--optimizer", optimizer, "--out", str(path), "--overwrite"]
-    threads = {name: str(len(slot)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    threads = {
+        name: str(len(slot)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    }
 
     def pin() -> None:
         if hasattr(os, "sched_setaffinity"):
@@ -100,6 +107,11 @@ def _start(out: Path, task: str, backend: str, optimizer: str, slot: list[int]) 
 
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **threads}, preexec_fn=pin, text=True
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **threads},
+            preexec_fn=pin,
+            text=True,
         )
     return process, path, slot, log

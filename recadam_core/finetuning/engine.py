@@ -116,7 +116,9 @@ def plain_adam(hp: Hyperparameters) -> Hyperparameters:
     return hp.replace(gamma=0.0, form="decoupled")
 
 
-def coupled_gradient(grad: Any, theta: Any, anchor: Any, annealing: Annealing, gamma: float, t: Any, xp: Any = None) -> Any:
+def coupled_gradient(
+    grad: Any, theta: Any, anchor: Any, annealing: Annealing, gamma: float, t: Any, xp: Any = None
+) -> Any:
     r"""Gradient of the annealed objective, for an Adam that is fed the penalty too.
 
     Math:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from .run import Run
 
 __all__ = ["SOURCE_LABELS", "schedule_figure", "task_figure"]
 
+P = ParamSpec("P")
+T = TypeVar("T")
 COLOURS = {"recadam": "#0b6e99", "adamw": "#d1662a", "coupled": "#6b4c9a"}
 NAMES = {"recadam": "RecAdam", "adamw": "AdamW", "coupled": "coupled Adam"}
 DASHES = {"torch": "-", "jax": (0, (4, 3)), "numpy": (0, (1, 2))}
@@ -25,7 +28,7 @@ SOURCE_LABELS = {
     "snli_auc": "SNLI AUC",
     "bbc_recall_at_1": "BBC title recall@1",
 }
-STYLE = {
+STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -40,15 +43,25 @@ STYLE = {
 }
 
 
+def _styled(draw: Callable[P, T]) -> Callable[P, T]:
+    """Draw under this module's style, importing matplotlib only then."""
+
+    @functools.wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> T:
+        import matplotlib
+
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
 def _figure(columns: int) -> tuple[Any, Any]:
     """A row of panels, drawn without a display and without pyplot's global state."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.7 * columns, 3.5), layout="constrained")
-        axes = figure.subplots(1, columns, squeeze=False)[0]
-    return figure, axes
+    figure = Figure(figsize=(3.7 * columns, 3.5), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
 def _smooth(y: Any, width: int) -> Any:
@@ -59,6 +72,7 @@ def _smooth(y: Any, width: int) -> Any:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
+@_styled
 def task_figure(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Any:
     """Four panels on the runs of one task: learning, drift, what was kept, and the same path.
 
@@ -75,11 +89,14 @@ def task_figure(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Any:
         config, steps = run.config, run.steps
         colour, dash = COLOURS[config.optimizer], DASHES.get(config.backend, "-")
         style = {"color": colour, "linestyle": dash, "linewidth": 1.8}
-        label = f"{NAMES[config.optimizer]}, {config.backend}"
-        learn.plot(steps["step"], _smooth(steps["loss"], width), label=label, **style)
+        learn.plot(steps["step"], _smooth(steps["loss"], width), **style)
         drift.plot(steps["step"], steps["distance"], **style)
     learn.set(title="Learns: loss on the target task", xlabel=f"step (mean over {width})", ylim=(0, None))
-    learn.legend(fontsize=7.5)
+    for name in dict.fromkeys(run.config.optimizer for run in runs):
+        learn.plot([], [], color=COLOURS[name], linewidth=1.8, label=NAMES[name])
+    for name in dict.fromkeys(run.config.backend for run in runs):
+        learn.plot([], [], color="#555555", linestyle=DASHES.get(name, "-"), linewidth=1.2, label=name)
+    learn.legend(fontsize=8, ncols=2)
     drift.set(title="Drifts: distance to the anchor θ*", xlabel="step", ylim=(0, None))
     annealed = [run for run in runs if run.config.optimizer != "adamw"]
     if annealed:
@@ -121,7 +138,9 @@ def task_figure(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Any:
 
     reference = {c.first for c in comparisons}
     for run in runs:
-        base = next((r for r in runs if r.label in reference and r.config.optimizer == run.config.optimizer), None)
+        base = next(
+            (r for r in runs if r.label in reference and r.config.optimizer == run.config.optimizer), None
+        )
         if base is None or base is run:
             continue
         gap = np.abs(run.steps["distance"] - base.steps["distance"]) / base.steps["travelled"]
@@ -146,6 +165,7 @@ def task_figure(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Any:
     return figure
 
 
+@_styled
 def schedule_figure(annealing: Annealing, lr: float, gamma: float, steps: int) -> Any:
     """Task weight, recall weight and pull of each step.
 
@@ -167,7 +187,9 @@ def schedule_figure(annealing: Annealing, lr: float, gamma: float, steps: int) -
     weights.legend()
     pull.plot(t, lr * gamma * recall, color="#333333")
     pull.axhline(1.0, color="#b00020", linewidth=1, linestyle="--")
-    pull.annotate("overshoots above", (steps, 1.0), (0, 4), textcoords="offset points", color="#b00020", ha="right")
+    pull.annotate(
+        "overshoots above", (steps, 1.0), (0, 4), textcoords="offset points", color="#b00020", ha="right"
+    )
     pull.set(title="Pull: share of the way home in a step", xlabel="step")
     pull.set_yscale("log")
     pull.set_ylim(1e-6, 4)

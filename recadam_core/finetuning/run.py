@@ -246,7 +246,13 @@ def finetune(
     problem = get_task(config.task).prepare(config.seed, **config.options)
     with backend.precision(config.dtype):
         engine = make_engine(
-            backend, problem.model, problem.params, problem.anchored, config.optimizer, config.hp, config.dtype
+            backend,
+            problem.model,
+            problem.params,
+            problem.anchored,
+            config.optimizer,
+            config.hp,
+            config.dtype,
         )
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "config.json", config.to_dict())
@@ -271,7 +277,10 @@ def _train(
     def evaluate(step: int) -> Array:
         tell(step, "evaluating")
         logits = in_batches(engine.call, "logits", problem.test, problem.eval_batch)
-        figures = {"target_accuracy": accuracy(logits, problem.test["targets"]), **problem.measure_source(engine.call)}
+        figures = {
+            "target_accuracy": accuracy(logits, problem.test["targets"]),
+            **problem.measure_source(engine.call),
+        }
         evaluations.append({"step": step, **figures})
         write_json(out / "evaluations.json", evaluations)
         return logits
@@ -352,7 +361,9 @@ def _status(out: Path) -> Iterator[dict[str, Any]]:
         status["state"] = "interrupted"
         raise
     except BaseException as error:
-        status.update(state="failed", reason=str(error).splitlines()[0] if str(error) else type(error).__name__)
+        status.update(
+            state="failed", reason=str(error).splitlines()[0] if str(error) else type(error).__name__
+        )
         raise
     finally:
         if previous is not None:
@@ -381,7 +392,7 @@ def _provenance(problem: Problem, config: RunConfig) -> dict[str, Any]:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     return {
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",

@@ -120,7 +120,9 @@ class Bert:
         bias = (batch["mask"][:, None, None, :] - 1.0) * 1e9
         for n in range(config.num_hidden_layers):
             layer = f"encoder.layer.{n}"
-            query, key, value = (split(dense(x, f"{layer}.attention.self.{n_}")) for n_ in ("query", "key", "value"))
+            query, key, value = (
+                split(dense(x, f"{layer}.attention.self.{n_}")) for n_ in ("query", "key", "value")
+            )
             scores = (query @ xp.permute_dims(key, (0, 1, 3, 2))) * (1.0 / width**0.5) + bias
             mixed = xp.permute_dims(softmax(ops, scores) @ value, (0, 2, 1, 3))
             mixed = dense(xp.reshape(mixed, (rows, length, -1)), f"{layer}.attention.output.dense")
@@ -137,7 +139,9 @@ class Bert:
 
     def logits(self, ops: Ops, params: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
         """Scores, of shape (rows, classes)."""
-        return linear(self.features(ops, params, batch), params["classifier.weight"], params["classifier.bias"])
+        return linear(
+            self.features(ops, params, batch), params["classifier.weight"], params["classifier.bias"]
+        )
 
     def loss(self, ops: Ops, params: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
         """Cross-entropy against one-hot `batch["targets"]`."""

@@ -64,7 +64,9 @@ class MLP:
         """Cross-entropy against one-hot `batch["targets"]`."""
         return cross_entropy(ops, self.logits(ops, params, batch), batch["targets"])
 
-    def value_and_grad(self, ops: Ops, params: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def value_and_grad(
+        self, ops: Ops, params: Mapping[str, Any], batch: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
         """The loss and its gradient by the chain rule, layer by layer backwards.
 
         Args:
@@ -78,7 +80,8 @@ class MLP:
         Example:
             >>> model, ops = MLP((2, 3), 2), Ops(np, None)
             >>> params = model.init(np.random.default_rng(0))
-            >>> loss, grads = model.value_and_grad(ops, params, {"x": np.ones((1, 2)), "targets": np.eye(2)[:1]})
+            >>> batch = {"x": np.ones((1, 2)), "targets": np.eye(2)[:1]}
+            >>> loss, grads = model.value_and_grad(ops, params, batch)
             >>> grads["body.0.weight"].shape
             (3, 2)
         """

@@ -30,12 +30,15 @@ class Ops:
 class Model(Protocol):
     """A differentiable function of named parameters, the same for every framework.
 
-    `kind` names what an engine must be able to differentiate; `batch` is a dict of arrays whose rows
+    `batch` is a dict of arrays whose rows
     are examples. `loss` is a scalar, the mean over rows of the cross-entropy against
     `batch["targets"]` (one-hot, of shape (rows, classes)).
     """
 
-    kind: str
+    @property
+    def kind(self) -> str:
+        """Kind of model, as in `Capabilities.finetunes`."""
+        ...
 
     def features(self, ops: Ops, params: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
         """What the encoder makes of each row, of shape (rows, width)."""
@@ -51,7 +54,7 @@ class Model(Protocol):
 
 
 def linear(x: Any, weight: Any, bias: Any) -> Any:
-    """x @ weight.T + bias, with weights of shape (out, in) as in PyTorch's checkpoints.
+    """X @ weight.T + bias, with weights of shape (out, in) as in PyTorch's checkpoints.
 
     Example:
         >>> import numpy as np
@@ -102,7 +105,7 @@ def layer_norm(ops: Ops, x: Any, weight: Any, bias: Any, eps: float) -> Any:
 
 
 def gelu(ops: Ops, x: Any) -> Any:
-    """x times the normal distribution's cumulative function, by erf as BERT has it.
+    """X times the normal distribution's cumulative function, by erf as BERT has it.
 
     Example:
         >>> import numpy as np

