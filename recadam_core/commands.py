@@ -56,7 +56,13 @@ def _percent(share: float) -> str:
 def _bar(total: int, label: str) -> Iterator[Callable[[int, str], None]]:
     """A progress bar on standard error, where that is a terminal."""
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=err_console, transient=True) as bar:
+    with Progress(
+        *columns,
+        TextColumn("{task.fields[note]}"),
+        console=err_console,
+        transient=True,
+        disable=not err_console.is_terminal,
+    ) as bar:
         task = bar.add_task(label, total=total, note="")
         yield lambda step, note: bar.update(task, completed=step, note=note)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -50,7 +50,7 @@ class JaxEngine:
 
         def train(params: Any, state: Any, start: Any, batch: Any, t: Any, lr: Any) -> Any:
             loss, grads = jax.value_and_grad(lambda p: model.loss(OPS, p, batch))(params)
-            norm = optax.global_norm(grads)
+            norm = _norm(grads.values())
             if optimizer == "coupled":
                 grads = {
                     n: coupled_gradient(
@@ -61,8 +61,8 @@ class JaxEngine:
             updates, state = make(lr).update(grads, state, params)
             params = optax.apply_updates(params, updates)
             moved = {n: p - start[n] for n, p in params.items()}
-            distance = optax.global_norm([moved[n] for n in sorted(anchored)])
-            return params, state, (loss, norm, distance, optax.global_norm(moved))
+            distance = _norm(moved[n] for n in sorted(anchored))
+            return params, state, (loss, norm, distance, _norm(moved.values()))
 
         self.train = jax.jit(train, donate_argnums=(0, 1))
         self.methods: dict[str, Any] = {}
@@ -87,3 +87,7 @@ class JaxEngine:
 
     def _batch(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         return {n: x.astype(self.dtype if x.dtype.kind == "f" else np.int32) for n, x in batch.items()}
+
+
+def _norm(arrays: Iterable[jax.Array]) -> jax.Array:
+    return jnp.sqrt(sum((jnp.sum(jnp.square(x)) for x in arrays), start=jnp.zeros(())))

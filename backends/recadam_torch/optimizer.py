@@ -268,8 +268,10 @@ class RecAdam(Optimizer):
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for index, p in zip(saved, params, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and key != "step":
-                    self.state[p][key] = value.to(p.device, copy=True)
+                if isinstance(value, Tensor):
+                    # Step counts stay where they are; the base class would share them, too.
+                    device = value.device if key == "step" else p.device
+                    self.state[p][key] = value.to(device, copy=True)
 
 
 def _plain(annealing: Any) -> Any:

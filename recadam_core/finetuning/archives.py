@@ -186,7 +186,7 @@ def _from_hub(name: str) -> Path:
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise RecAdamError(
-            f"cannot fetch model {name!r} from the hub: {reason}; give a folder, or one of {', '.join(MODELS)}"
+            f"cannot fetch model {name!r} from the hub: {reason}; give a folder or {', '.join(MODELS)}"
         ) from error
 
 

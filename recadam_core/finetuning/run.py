@@ -241,6 +241,9 @@ def finetune(
     out = Path(out)
     tell = progress or (lambda step, text: None)
     _claim(out, overwrite)
+    if config.optimizer == "recadam":
+        for t in range(1, config.steps + 1):  # a pull that diverges is refused before anything is written
+            _policy(config, t, _learning_rate(config, t))
     tell(0, "reading data and model")
     backend = get_backend(config.backend)
     problem = get_task(config.task).prepare(config.seed, **config.options)
@@ -289,7 +292,7 @@ def _train(
     with (out / "steps.jsonl").open("w", encoding="utf-8") as records:
         for t in range(1, config.steps + 1):
             batch: Rows = {name: column[order[t - 1]] for name, column in problem.train.items()}
-            lr = learning_rate(t, config.steps, config.hp.lr, config.schedule, config.warmup)
+            lr = _learning_rate(config, t)
             began = time.perf_counter()
             record = engine.step(batch, lr)
             seconds = time.perf_counter() - began
@@ -316,6 +319,10 @@ def _train(
                 logits = evaluate(t)
     with replacing(out / "predictions.npy") as beside, beside.open("wb") as file:
         np.save(file, logits)
+
+
+def _learning_rate(config: RunConfig, t: int) -> float:
+    return learning_rate(t, config.steps, config.hp.lr, config.schedule, config.warmup)
 
 
 def _policy(config: RunConfig, t: int, lr: float) -> tuple[float, float, float]:

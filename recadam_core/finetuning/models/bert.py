@@ -170,9 +170,10 @@ def load_checkpoint(folder: Path) -> tuple[BertConfig, dict[str, Array]]:
         raise RecAdamError(f"{folder}: no config.json; give a Hugging Face checkpoint folder") from None
     except ValueError as error:
         raise RecAdamError(f"{folder / 'config.json'}: damaged ({error}); fetch it again") from None
-    if values.get("model_type") != "bert" or values.get("hidden_act", "gelu") != "gelu":
+    activation = values.get("hidden_act", "gelu")
+    if values.get("model_type") != "bert" or activation != "gelu":
         raise RecAdamError(
-            f"{folder}: model_type {values.get('model_type')!r} with {values.get('hidden_act')!r}; "
+            f"{folder}: model_type {values.get('model_type')!r} with {activation!r}; "
             "the harness trains BERT encoders with 'gelu'"
         )
     config = BertConfig(**{f.name: values[f.name] for f in fields(BertConfig) if f.name in values})

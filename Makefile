@@ -1,0 +1,75 @@
+# python3 and make are all that is needed. Everything is installed into $(VENV).
+#
+# Another build of PyTorch: make install TORCH=torch==2.11.0 PIP_FLAGS="--index-url <that build's index>"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c constraints.txt
+# One thread a test process: pytest and the demo use the cores themselves.
+THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-heavy conformance lint format docs bench clean
+
+help:
+	@echo "make demo         run the main job: RecAdam beside AdamW on three frameworks, with a report"
+	@echo "make test         run the tests (make test-heavy: those that take minutes)"
+	@echo "make conformance  replay recorded gradients and golden trajectories through every backend"
+	@echo "make lint         ruff and mypy;  make format: reformat"
+	@echo "make docs         build the documentation into docs/_build/html"
+	@echo "make bench        time one step beside its peers"
+	@echo "make install      install everything into $(VENV);  make clean: remove what was made"
+
+# Debian's python3 has venv without pip; then pip comes from Debian's package of its wheel.
+$(BIN)/python:
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
+	  $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	  wheels=$$(mktemp -d) && cd $$wheels && apt-get -q download python3-pip-whl && dpkg -x *.deb . && \
+	  cd "$(CURDIR)" && $(BIN)/python $$wheels/usr/share/python-wheels/pip-*.whl/pip install -q --no-index \
+	    $$wheels/usr/share/python-wheels/pip-*.whl && rm -rf $$wheels; \
+	} || { rm -rf $(VENV); echo "cannot make $(VENV): install Python's venv and pip (Debian: apt-get install python3-venv)"; exit 1; }
+
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing (PyTorch, JAX and the harness) into $(VENV)"
+	@$(PIP) "$(TORCH)" -e ".[torch,jax,finetune]"
+	@touch $@
+
+$(VENV)/.development: $(VENV)/.runtime
+	@echo "installing (tests, linters, documentation) into $(VENV)"
+	@$(PIP) "$(TORCH)" hatchling -e ".[all]"
+	@touch $@
+
+install: $(VENV)/.development
+
+demo: $(VENV)/.runtime
+	@$(BIN)/recadam demo --out runs/demo
+
+test: $(VENV)/.development
+	$(THREADS) $(BIN)/python -m pytest -n auto -m "not heavy" $(PYTEST_FLAGS)
+
+test-heavy: $(VENV)/.development
+	$(THREADS) $(BIN)/python -m pytest -n auto -m heavy $(PYTEST_FLAGS)
+
+conformance: $(VENV)/.runtime
+	@$(BIN)/recadam conformance --golden tests/golden
+
+lint: $(VENV)/.development
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.development
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.development
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
+clean:
+	rm -rf $(VENV) runs docs/_build dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,125 @@
+"""The command line: output, exit codes, one line for bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recadam_core import Hyperparameters, Linear, Sigmoid
+from recadam_core.finetuning.advice import schedule_advice
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def test_finetune_prints_its_figures_and_its_directory(recadam, tmp_path):
+    result = recadam(
+        "finetune", "digits", "--backend", "numpy", "--steps", "5", "--annealing", "linear", "--t0", "4",
+        "--form", "proximal", "--gamma", "1e6", "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == str(tmp_path / "run")
+    assert "ten-digit accuracy (more is better)" in result.stdout
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["hp"]["annealing"] == {"name": "linear", "t0": 4.0, "weight": 1.0}
+    assert config["hp"]["form"] == "proximal"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["finetune", "digit"], "recadam: unknown task 'digit': did you mean 'digits'? (digits, movie-reviews)"),
+        (["finetune", "digits", "--backend", "tensorflow"], "recadam: unknown backend 'tensorflow'"),
+        (["finetune", "digits", "--optimizer", "sgd"], "recadam: unknown optimizer 'sgd'"),
+        (["finetune", "digits", "--form", "coupled"], "recadam: unknown form 'coupled'"),
+        (["finetune", "digits", "--annealing", "cosine"], "recadam: unknown annealing 'cosine'"),
+        (["finetune", "digits", "--annealing", "linear", "--k", "1"], "recadam: unknown argument of"),
+        (["finetune", "digits", "--lr", "nan"], "recadam: Hyperparameters: lr is nan;"),
+        (["finetune", "digits", "--k", "-1"], "recadam: Sigmoid: k is -1.0; give a finite number > 0"),
+        (["finetune", "digits", "--steps", "0"], "recadam: steps is 0; give a whole number >= 1"),
+        (["finetune", "digits", "--model", "x"], "recadam: unknown setting 'model'"),
+        (["finetune", "digits", "--gamma", "5000"], "recadam: step 1: lr * gamma * recall = 9.99419"),
+        (["compare", "."], "recadam: compare: give two runs or more; the first is the reference"),
+        (["compare", ".", "."], "recadam: .: no run here; give a directory that `recadam finetune` wrote"),
+        (["report", "nowhere"], "recadam: nowhere: no run here"),
+        (["fetch", "imagenet"], "recadam: unknown archive 'imagenet'"),
+        (["demo", "--only", "cifar"], "recadam: unknown task 'cifar'"),
+        (["conformance", "--backend", "cupy"], "recadam: unknown backend 'cupy'"),
+        (["schedule", "--form", "x"], "recadam: unknown form 'x'"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(recadam, tmp_path, arguments, message):
+    if arguments[0] == "finetune":
+        arguments = [*arguments, "--backend", "numpy"] if "--backend" not in arguments else arguments
+    result = recadam(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.strip().startswith(message)
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in result.stderr
+    started = list(tmp_path.glob("runs/*/status.json"))
+    assert started == []  # nothing half written
+
+
+def test_backends_lists_what_is_installed(recadam):
+    result = recadam("backends")
+    assert result.returncode == 0
+    rows = {line.split()[0]: line for line in result.stdout.splitlines()[1:]}
+    assert set(rows) == {"jax", "numpy", "torch"}
+    assert "functional, single, foreach" in rows["torch"]
+    assert "mlp, bert" in rows["jax"]
+
+
+def test_conformance_table_and_json(recadam):
+    table = recadam("conformance", "--backend", "numpy", "--golden", GOLDEN)
+    assert table.returncode == 0
+    assert table.stdout.count("yes") == 4
+    results = json.loads(recadam("conformance", "--backend", "numpy", "--golden", GOLDEN, "--json").stdout)
+    assert {(r["claim"], r["cases"]) for r in results} == {
+        ("golden float32", 1),
+        ("golden float64", 7),
+        ("replay float32", 15),
+        ("replay float64", 15),
+    }
+    assert all(r["worst"] <= r["bound"] for r in results)
+
+
+def test_schedule_prints_the_curve_and_writes_a_picture(recadam, tmp_path):
+    result = recadam("schedule", "--steps", "1000", "--plot", tmp_path / "curve.png")
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert ["250", "0.5", "0.5", "0.05"] in rows
+    assert "the anchor can be freed from step 528 on" in result.stdout
+    assert "warning" not in result.stdout
+    assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert (
+        recadam("schedule", "--lr", "1e-3").stdout.count("warning: lr * gamma = 5 diverges from step 1 on")
+        == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("hp", "steps", "warning"),
+    [
+        (Hyperparameters(annealing=Sigmoid(k=0.5, t0=250)), 260, "training is frozen: the task weight is"),
+        (Hyperparameters(annealing=Linear(t0=1000)), 500, "the task weight ends at 0.5"),
+        (Hyperparameters(gamma=0.01), 1000, "the pull is inactive: it adds up to 5e-05"),
+        (Hyperparameters(lr=3e-4), 1000, "lr * gamma = 1.5 overshoots from step 1 on (pull of more than 1)"),
+    ],
+    ids=lambda x: "",
+)  # fmt: skip
+def test_schedule_advice(hp, steps, warning):
+    advice = schedule_advice(hp, steps)
+    assert len(advice) == 1
+    assert advice[0].startswith(warning)
+
+
+def test_demo_of_the_quick_task(recadam, tmp_path):
+    result = recadam("demo", "--only", "digits", "--out", tmp_path / "demo")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == f"report: {(tmp_path / 'demo' / 'report.html').resolve()}"
+    assert (tmp_path / "demo" / "digits.png").exists()
+    assert result.stdout.count(" yes ") == 4
+    again = recadam("demo", "--only", "digits", "--out", tmp_path / "demo")
+    assert again.returncode == 0, again.stderr

@@ -1,0 +1,182 @@
+"""The harness's models: one definition, the same numbers and gradients in every framework."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from recadam_jax.engine import OPS as JAX_OPS
+from recadam_torch.engine import OPS as TORCH_OPS
+from safetensors.numpy import save_file
+
+from recadam_core import Hyperparameters, RecAdamError, get_backend
+from recadam_core.finetuning.archives import model_folder
+from recadam_core.finetuning.engine import coupled_gradient, make_engine
+from recadam_core.finetuning.models import MLP, Bert, Ops
+from recadam_core.finetuning.models.bert import load_checkpoint
+
+RNG = np.random.default_rng(0)
+
+
+def test_the_mlps_own_backward_pass_is_the_frameworks_gradient():
+    model = MLP((5, 7, 6, 4), 3)
+    params = {n: x + 0.1 for n, x in model.init(RNG).items()}
+    batch = {"x": RNG.standard_normal((9, 5)), "targets": np.eye(3)[RNG.integers(0, 3, 9)]}
+    loss, grads = model.value_and_grad(Ops(np, None), params, batch)
+
+    leaves = {n: torch.tensor(x, requires_grad=True) for n, x in params.items()}
+    torch_loss = model.loss(TORCH_OPS, leaves, {n: torch.tensor(x) for n, x in batch.items()})
+    torch_loss.backward()
+    with jax.enable_x64(True):
+        jax_loss, jax_grads = jax.value_and_grad(lambda p: model.loss(JAX_OPS, p, batch))(params)
+        assert torch_loss.item() == pytest.approx(loss, rel=1e-14)
+        assert float(jax_loss) == pytest.approx(loss, rel=1e-14)
+        for name in params:
+            np.testing.assert_allclose(leaves[name].grad.numpy(), grads[name], rtol=0, atol=1e-15)
+            np.testing.assert_allclose(np.asarray(jax_grads[name]), grads[name], rtol=0, atol=1e-15)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A tiny random BERT of transformers, saved, and its outputs on a padded batch."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40
+    )
+    net = BertModel(config).eval()
+    for p in net.parameters():  # biases and norms away from their trivial start
+        p.data += 0.05 * torch.randn_like(p)
+    folder = tmp_path_factory.mktemp("tiny")
+    net.save_pretrained(folder)
+    ids = RNG.integers(0, 50, (4, 9))
+    mask = (np.arange(9) < np.array([9, 5, 1, 7])[:, None]).astype(float)
+    with torch.no_grad():
+        hidden = net(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).last_hidden_state
+    return folder, {"ids": ids, "mask": mask, "targets": np.eye(2)[[0, 1, 1, 0]]}, hidden.numpy()
+
+
+def engine(backend, folder, dtype="float32", optimizer="recadam"):
+    config, params = load_checkpoint(folder)
+    model = Bert(config)
+    full = {**params, **model.init_head(np.random.default_rng(0))}
+    hp = Hyperparameters(lr=1e-3, gamma=100.0)
+    return make_engine(get_backend(backend), model, full, frozenset(params), optimizer, hp, dtype)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_bert_is_transformers_bert(backend, tiny):
+    folder, batch, hidden = tiny
+    ours = engine(backend, folder).call("hidden", batch)
+    seen = batch["mask"] > 0
+    np.testing.assert_allclose(ours[seen], hidden[seen], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_padding_does_not_reach_the_embedding(backend, tiny):
+    folder, batch, _ = tiny
+    e = engine(backend, folder)
+    changed = {**batch, "ids": np.where(batch["mask"] > 0, batch["ids"], 7)}
+    np.testing.assert_array_equal(e.call("features", batch), e.call("features", changed))
+
+
+def test_both_frameworks_step_alike_through_bert(tiny):
+    folder, batch, _ = tiny
+    with get_backend("jax").precision("float64"):
+        engines = [engine(b, folder, "float64") for b in ("torch", "jax")]
+        for _ in range(5):
+            records = [e.step(batch, 1e-3) for e in engines]
+        np.testing.assert_allclose(records[0], records[1], rtol=1e-9)
+        weights = [e.weights() for e in engines]
+    for name in weights[0]:
+        np.testing.assert_allclose(weights[0][name], weights[1][name], rtol=0, atol=1e-13)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["minilm-l3", "minilm-l6"])
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_minilm_is_transformers_bert(backend, name):
+    from transformers import BertModel
+
+    folder = model_folder(name)
+    net = BertModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False).eval()
+    ids = RNG.integers(1000, 20000, (4, 32))
+    mask = (np.arange(32) < np.array([32, 20, 9, 2])[:, None]).astype(float)
+    with torch.no_grad():
+        hidden = net(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).last_hidden_state.numpy()
+    ours = engine(backend, folder).call("hidden", {"ids": ids, "mask": mask})
+    seen = mask > 0
+    assert np.abs(ours[seen] - hidden[seen]).max() < 1e-5
+
+
+def test_a_prefix_and_heads_in_the_checkpoint_are_left_out(tiny, tmp_path):
+    folder, _, _ = tiny
+    _, params = load_checkpoint(folder)
+    save_file(
+        {f"bert.{n}": x for n, x in params.items()} | {"cls.bias": np.zeros(3, np.float32)},
+        tmp_path / "model.safetensors",
+    )
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    _, again = load_checkpoint(tmp_path)
+    assert again.keys() == params.keys()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "config.json").unlink(), "no config.json; give a Hugging Face checkpoint folder"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json: damaged"),
+        (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"\x00" * 20), "model.safetensors: damaged"),
+        (
+            lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]),
+            "model.safetensors: damaged",
+        ),
+        (
+            lambda d: (d / "config.json").write_text(json.dumps({"model_type": "gpt2"})),
+            "model_type 'gpt2' with 'gelu'; the harness trains BERT encoders",
+        ),
+        (
+            lambda d: (d / "config.json").write_text(
+                json.dumps({"model_type": "bert", "num_hidden_layers": 3})
+            ),
+            "parameter 'embeddings.word_embeddings.weight' has shape (50, 24), config.json says (30522, 384)",
+        ),
+        (
+            lambda d: save_file({"x": np.zeros(1)}, d / "model.safetensors"),
+            "parameter 'embeddings.word_embeddings.weight' is missing",
+        ),
+    ],
+)
+def test_damaged_checkpoints(tiny, tmp_path, damage, message):
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_bytes((tiny[0] / file).read_bytes())
+    damage(tmp_path)
+    with pytest.raises(RecAdamError) as caught:
+        load_checkpoint(tmp_path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_coupled_gradient_is_that_of_the_annealed_objective():
+    from recadam_core import Sigmoid
+
+    annealing, gamma, t = Sigmoid(k=0.2, t0=10), 30.0, 7
+    theta = torch.tensor(RNG.standard_normal(6), requires_grad=True)
+    anchor = torch.tensor(RNG.standard_normal(6))
+    task, recall = annealing.weights(t)
+    objective = task * theta.sin().sum() + recall * 0.5 * gamma * (theta - anchor).square().sum()
+    (wanted,) = torch.autograd.grad(objective, theta)
+    got = coupled_gradient(theta.cos(), theta, anchor, annealing, gamma, t)
+    torch.testing.assert_close(got, wanted, rtol=1e-13, atol=1e-13)
+
+
+def test_numpy_says_that_it_cannot_train_bert(tiny):
+    with pytest.raises(
+        RecAdamError, match="backend 'numpy' has no gradient for a bert model; use torch or jax"
+    ):
+        engine("numpy", tiny[0])
