@@ -72,4 +72,9 @@ docs: $(VENV)/.development
 	@echo docs/_build/html/index.html
 
 clean:
-	rm -rf $(VENV) runs docs/_build dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .asv $(VENV) runs docs/_build dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+bench: $(VENV)/.development
+	@$(PIP) asv
+	@$(BIN)/asv machine --yes --config asv_benchmarks/asv.conf.json >/dev/null
+	$(BIN)/asv run --config asv_benchmarks/asv.conf.json --python=same --set-commit-hash=HEAD --show-stderr

@@ -14,7 +14,14 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from . import __version__
@@ -27,7 +34,7 @@ from .finetuning.compare import PREDICTIONS, compare_runs
 from .finetuning.engine import OPTIMIZERS
 from .finetuning.run import Run, RunConfig, finetune, load_run
 from .finetuning.schedules import SCHEDULES
-from .finetuning.tasks import TASKS
+from .finetuning.tasks import TASKS, get_task
 from .hyperparameters import FORMS
 
 __all__ = ["app"]
@@ -55,14 +62,15 @@ def _percent(share: float) -> str:
 @contextmanager
 def _bar(total: int, label: str) -> Iterator[Callable[[int, str], None]]:
     """A progress bar on standard error, where that is a terminal."""
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(
-        *columns,
-        TextColumn("{task.fields[note]}"),
-        console=err_console,
-        transient=True,
-        disable=not err_console.is_terminal,
-    ) as bar:
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    ]
+    columns += [TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
+    quiet = not err_console.is_terminal
+    with Progress(*columns, console=err_console, transient=True, disable=quiet) as bar:
         task = bar.add_task(label, total=total, note="")
         yield lambda step, note: bar.update(task, completed=step, note=note)
 
@@ -150,6 +158,9 @@ def finetune_command(
     changes = {name: value for name, value in given.items() if value is not None}
     config = RunConfig.for_task(task, backend, optimizer, **changes)
     directory = out or Path("runs") / f"{task}-{backend}-{optimizer}-{seed}"
+    # Before the bar, since pip shows one of its own.
+    for name in get_task(task).archives(**config.options):
+        fetch(name)
     try:
         with _bar(config.steps, f"{task}, {backend}, {optimizer}") as tell:
             run = finetune(config, directory, overwrite, tell)
@@ -252,10 +263,14 @@ def demo(
     only: Annotated[str | None, typer.Option(help=f"One task alone: {' or '.join(TASKS)}.")] = None,
 ) -> None:
     """Every task on every backend with RecAdam and AdamW, compared, with a report. Exit 1 on disagreement."""
-    from .finetuning.demo import run_demo
+    from .finetuning.demo import plan_demo, run_demo
 
-    with _bar(1, "demo") as tell:
-        runs, comparisons, page = run_demo(out, jobs, only, tell)
+    plan = plan_demo(only)
+    for task in dict.fromkeys(task for task, _, _ in plan):
+        for name in get_task(task).archives():
+            fetch(name)
+    with _bar(len(plan), "demo") as tell:
+        runs, comparisons, page = run_demo(plan, out, jobs, tell)
     _show(_summary(runs))
     table = Table(box=None, pad_edge=False)
     for name in ("task", "run", "against", "agree", "weights apart", "same predictions"):

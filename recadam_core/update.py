@@ -73,9 +73,8 @@ def update(theta: Any, grad: Any, state: Moments, anchor: Any, c: Coefficients) 
         c: coefficients of this step: Python floats, or 0-d arrays.
 
     Returns:
-        delta: in the accumulator's dtype (float32 for 16-bit parameters), to be added to theta and
-            rounded once; `apply` does that.
-        state: the new moments, in their old dtypes.
+        delta in the accumulator's dtype (float32 for 16-bit parameters), to be added to theta and
+        rounded once, as `apply` does; and the new moments, in their old dtypes.
 
     Raises:
         RecAdamError: when the pull has a weight and there is no anchor.

@@ -29,7 +29,7 @@ def test_finetune_prints_its_figures_and_its_directory(recadam, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["finetune", "digit"], "recadam: unknown task 'digit': did you mean 'digits'? (digits, movie-reviews)"),
+        (["finetune", "digit"], "recadam: unknown task 'digit': did you mean 'digits'? ("),
         (["finetune", "digits", "--backend", "tensorflow"], "recadam: unknown backend 'tensorflow'"),
         (["finetune", "digits", "--optimizer", "sgd"], "recadam: unknown optimizer 'sgd'"),
         (["finetune", "digits", "--form", "coupled"], "recadam: unknown form 'coupled'"),

@@ -37,8 +37,8 @@ class Group:
         hp: the settings.
         theta0: starting value by name.
         anchors: pretrained value by name; lacks new heads.
-        grads: gradients by name, of shape (steps, *shape).
-        expected: weights after each step by name, of shape (steps, *shape); None when not recorded.
+        grads: gradients by name, of shape (steps, ...).
+        expected: weights after each step by name, of shape (steps, ...); None when not recorded.
 
     Example:
         >>> sorted(record(steps=2).groups[0].theta0)[:2]
@@ -192,7 +192,7 @@ def replay(
         variant: one of the backend's variants.
 
     Returns:
-        For each group the weights after each step by name, of shape (steps, *shape), in NumPy.
+        For each group the weights after each step by name, of shape (steps, ...), in NumPy.
 
     Raises:
         RecAdamError: when the backend has no such variant.

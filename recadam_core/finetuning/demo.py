@@ -11,13 +11,12 @@ from pathlib import Path
 
 from ..backends import available_backends
 from ..errors import RecAdamError, unknown
-from .archives import ARCHIVES, fetch
 from .compare import Comparison
 from .report import compare_all, write_report
 from .run import Run, load_run
 from .tasks import TASKS
 
-__all__ = ["run_demo"]
+__all__ = ["plan_demo", "run_demo"]
 
 PLAN = {"movie-reviews": ("torch", "jax"), "digits": ("numpy", "torch", "jax")}
 """Tasks and their backends, the longest first."""
@@ -25,16 +24,44 @@ PLAN = {"movie-reviews": ("torch", "jax"), "digits": ("numpy", "torch", "jax")}
 OPTIMIZERS = ("recadam", "adamw")
 
 
-def run_demo(
-    out: Path, jobs: int, only: str | None, tell: Callable[[int, str], None]
-) -> tuple[list[Run], list[tuple[str, Comparison]], Path]:
-    """Run the plan in processes of their own, each on its share of the cores.
+def plan_demo(only: str | None = None) -> list[tuple[str, str, str]]:
+    """The runs of the demo: (task, backend, optimizer), for the backends that are installed.
 
     Args:
+        only: one task alone, or None.
+
+    Returns:
+        The runs, in the order in which they are started.
+
+    Raises:
+        RecAdamError: when there is no such task.
+
+    Example:
+        >>> plan_demo("digits")[0]
+        ('digits', 'numpy', 'recadam')
+    """
+    if only is not None and only not in PLAN:
+        raise unknown("task", only, TASKS)
+    installed = available_backends()
+    return [
+        (task, backend, optimizer)
+        for task in ([only] if only else PLAN)
+        for backend in PLAN[task]
+        if backend in installed
+        for optimizer in OPTIMIZERS
+    ]
+
+
+def run_demo(
+    plan: list[tuple[str, str, str]], out: Path, jobs: int, tell: Callable[[int, str], None]
+) -> tuple[list[Run], list[tuple[str, Comparison]], Path]:
+    """Run a plan in processes of their own, each on its share of the cores.
+
+    Args:
+        plan: what `plan_demo` returned.
         out: folder of the runs and the report; runs of an earlier demo in it are replaced.
         jobs: processes at once.
-        only: one task alone, or None.
-        tell: called with the share done (0 or 1) and a line on what is being done.
+        tell: called with the number of runs done and a line on what is being done.
 
     Returns:
         The runs, each task's comparisons, and the path of the report.
@@ -42,15 +69,6 @@ def run_demo(
     Raises:
         RecAdamError: when a run fails, with the last line it printed.
     """
-    if only is not None and only not in PLAN:
-        raise unknown("task", only, TASKS)
-    tasks = [only] if only else list(PLAN)
-    backends = available_backends()
-    plan = [(t, b, o) for t in tasks for b in PLAN[t] if b in backends for o in OPTIMIZERS]
-    if "movie-reviews" in tasks:
-        tell(0, "fetching")
-        for name in ARCHIVES:
-            fetch(name)
     waiting, done = list(plan), 0
     running: list[Entry] = []
     cores = (
@@ -73,7 +91,7 @@ def run_demo(
                     lines = log.read_text(encoding="utf-8").strip().splitlines() or ["no output"]
                     raise RecAdamError(f"{path}: {lines[-1].removeprefix('recadam: ')}; see {log}")
                 done += 1
-            tell(done, f"{done} of {len(plan)} runs")
+            tell(done, ", ".join(path.name for _, path, _, _ in running))
             time.sleep(0.1)
     finally:
         for process, *_ in running:
@@ -84,7 +102,11 @@ def run_demo(
     page = write_report(
         runs, out, "RecAdam beside AdamW, in " + ", ".join(dict.fromkeys(b for _, b, _ in plan))
     )
-    comparisons = [(t, c) for t in tasks for c in compare_all([r for r in runs if r.config.task == t])]
+    comparisons = [
+        (t, c)
+        for t in dict.fromkeys(t for t, _, _ in plan)
+        for c in compare_all([r for r in runs if r.config.task == t])
+    ]
     return runs, comparisons, page
 
 

@@ -51,8 +51,13 @@ class Task(Protocol):
     options: ClassVar[dict[str, Any]]  # what `prepare` takes, with defaults
 
     @property
+    def archives(self) -> Callable[..., tuple[str, ...]]:
+        """Names of the archives that `prepare` would fetch: a function of its options."""
+        ...
+
+    @property
     def prepare(self) -> Callable[..., Problem]:
-        """Load the data and the pretrained model: (seed, **options) -> the problem."""
+        """Load the data and the pretrained model: a function of seed and options."""
         ...
 
 

@@ -45,6 +45,10 @@ class Digits:
     }
     options: ClassVar[dict[str, Any]] = {"train_rows": 100}
 
+    def archives(self, train_rows: int = 100) -> tuple[str, ...]:
+        """None: scikit-learn brings the digits."""
+        return ()
+
     def prepare(self, seed: int, train_rows: int = 100) -> Problem:
         """Pretrain on ten digits, and set up the new task.
 

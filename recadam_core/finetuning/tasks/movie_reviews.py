@@ -45,6 +45,12 @@ class MovieReviews:
         "max_length": 48,
     }
 
+    def archives(self, model: str = "minilm-l3", bbc_rows: int = 100, **_: Any) -> tuple[str, ...]:
+        """The data, and the encoder if it is known by name."""
+        # The three-layer encoder comes without a tokenizer and uses the other's.
+        encoders = {"minilm-l3": ("minilm-l6", "minilm-l3"), "minilm-l6": ("minilm-l6",)}.get(model, ())
+        return (*encoders, "movie-reviews", "snli", *(["bbc"] if bbc_rows else []))
+
     def prepare(
         self,
         seed: int,

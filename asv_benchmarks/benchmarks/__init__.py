@@ -1,0 +1,1 @@
+"""Benchmarks: ratios to peers within one run."""
