@@ -32,6 +32,7 @@ __all__ = [
     "Constant",
     "Linear",
     "Sigmoid",
+    "annealed_weights",
     "annealing_from_dict",
     "annealing_to_dict",
     "release_step",
@@ -177,6 +178,25 @@ class Constant:
         """The two weights, whatever the step; arguments and returns as in `Sigmoid.weights`."""
         zero = 0.0 * t
         return zero + self.task, zero + self.recall
+
+
+def annealed_weights(annealing: Annealing, t: Any, xp: Any = None) -> tuple[Any, Any]:
+    """Task and recall weight as every step uses them: a recall weight below `RECALL_FLOOR` is 0.
+
+    Args:
+        annealing: the annealing.
+        t: the step, from 1: a number, or a floating array of namespace `xp`.
+        xp: array namespace of `t`; None for numbers.
+
+    Returns:
+        (task, recall).
+
+    Example:
+        >>> annealed_weights(Sigmoid(k=0.1, t0=250), 528)[1]
+        0.0
+    """
+    task, recall = annealing.weights(t, xp)
+    return task, (xp or host).where(recall < RECALL_FLOOR, 0.0 * recall, recall)
 
 
 ANNEALINGS: dict[str, type[Any]] = {cls.name: cls for cls in (Sigmoid, Linear, Constant)}

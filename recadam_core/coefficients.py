@@ -6,7 +6,7 @@ import warnings
 from typing import Any, NamedTuple
 
 from ._scalars import host
-from .annealing import RECALL_FLOOR
+from .annealing import annealed_weights
 from .errors import RecAdamError, check_number
 from .hyperparameters import Hyperparameters
 
@@ -134,9 +134,9 @@ def coefficients(
     # Zeros that the host knows stay Python's: the kernel leaves their terms out, traced or not.
     task, pull, decay = 1.0, 0.0, 0.0
     if anchored:
-        task, recall = hp.annealing.weights(t, xp)
+        task, recall = annealed_weights(hp.annealing, t, xp)
         if not is_zero(hp.gamma):
-            pull = lr * hp.gamma * xp.where(recall < RECALL_FLOOR, 0.0 * recall, recall)
+            pull = lr * hp.gamma * recall
     if not is_zero(hp.weight_decay):
         decay = lr * hp.weight_decay
     beta1, beta2 = hp.betas

@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 
 from . import __version__
-from .annealing import ANNEALINGS, Sigmoid, annealing_from_dict, release_step
+from .annealing import ANNEALINGS, Sigmoid, annealed_weights, annealing_from_dict, release_step
 from .backends import GROUP, available_backends, get_backend
 from .conformance.claims import check_claims
 from .errors import RecAdamError
@@ -371,7 +371,7 @@ def schedule(
     for name in ("step", "task weight", "recall weight", "pull"):
         table.add_column(name, justify="right")
     for t in marks:
-        task, recall = curve.weights(t)
+        task, recall = annealed_weights(curve, t)
         table.add_row(str(t), f"{task:.4g}", f"{recall:.4g}", f"{lr * gamma * recall:.4g}")
     _show(table)
     released = release_step(curve)

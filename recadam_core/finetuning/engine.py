@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..annealing import Annealing
+from ..annealing import Annealing, annealed_weights
 from ..backends import Backend
 from ..errors import RecAdamError, unknown
 from ..hyperparameters import Hyperparameters
@@ -145,5 +145,5 @@ def coupled_gradient(
     """
     if anchor is None:
         return grad
-    task, recall = annealing.weights(t, xp)
+    task, recall = annealed_weights(annealing, t, xp)
     return task * grad + (recall * gamma) * (theta - anchor)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..annealing import Sigmoid
+from ..annealing import Sigmoid, annealed_weights
 from ..backends import get_backend
 from ..coefficients import coefficients
 from ..errors import RecAdamError, unknown
@@ -329,7 +329,7 @@ def _policy(config: RunConfig, t: int, lr: float) -> tuple[float, float, float]:
     """Task weight, recall weight and pull of a step, for its record."""
     if config.optimizer == "adamw":
         return 1.0, 0.0, 0.0
-    task, recall = config.hp.annealing.weights(t)
+    task, recall = annealed_weights(config.hp.annealing, t)
     pull = coefficients(t, config.hp, lr).recall if config.optimizer == "recadam" else 0.0
     return task, recall, pull
 
