@@ -28,11 +28,17 @@ help:
 # Debian's python3 has venv without pip; then pip comes from Debian's package of its wheel.
 $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
+	  echo "no pip in this Python: taking it from Debian's package python3-pip-whl" && \
 	  $(PYTHON) -m venv --clear --without-pip $(VENV) && \
-	  wheels=$$(mktemp -d) && cd $$wheels && apt-get -q download python3-pip-whl && dpkg -x *.deb . && \
-	  cd "$(CURDIR)" && $(BIN)/python $$wheels/usr/share/python-wheels/pip-*.whl/pip install -q --no-index \
-	    $$wheels/usr/share/python-wheels/pip-*.whl && rm -rf $$wheels; \
-	} || { rm -rf $(VENV); echo "cannot make $(VENV): install Python's venv and pip (Debian: apt-get install python3-venv)"; exit 1; }
+	  folder=$$(mktemp -d) && chmod 755 $$folder && cd $$folder && \
+	  apt-get -qq download python3-pip-whl && dpkg -x *.deb . && cd "$(CURDIR)" && \
+	  wheel=$$(ls $$folder/usr/share/python-wheels/pip-*.whl) && \
+	  $(BIN)/python $$wheel/pip install -q --no-index $$wheel && rm -rf $$folder; \
+	} || { \
+	  rm -rf $(VENV); \
+	  echo "cannot make $(VENV): install Python's venv and pip (Debian: apt-get install python3-venv)"; \
+	  exit 1; \
+	}
 
 $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing (PyTorch, JAX and the harness) into $(VENV)"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
+import latex2mathml.converter
 import recadam_core
+from docutils import nodes
 
 project = "recadam-core"
 author = "The recadam-core authors"
@@ -15,13 +17,14 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"recadam-core {version}"
-html_static_path: list[str] = []
+html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["math.css"]
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -56,5 +59,17 @@ def docstring_to_rst(app, what, name, obj, options, lines):
     lines[:] = out
 
 
+def visit_inline_math(translator, node):
+    """Math as MathML, which browsers draw themselves: no script, no network."""
+    translator.body.append(latex2mathml.converter.convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def visit_math_block(translator, node):
+    translator.body.append(latex2mathml.converter.convert(node.astext(), display="block"))
+    raise nodes.SkipNode
+
+
 def setup(app):
+    app.add_html_math_renderer("mathml", (visit_inline_math, None), (visit_math_block, None))
     app.connect("autodoc-process-docstring", docstring_to_rst, priority=400)

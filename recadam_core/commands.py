@@ -298,7 +298,8 @@ def conformance(
     results = []
     names = backend or available_backends()
     for name in names:
-        results += check_claims(get_backend(name), golden)
+        with _bar(100, f"{name} (percent)") as tell:
+            results += check_claims(get_backend(name), golden, tell)
     if as_json:
         print(json.dumps([asdict(result) for result in results], indent=2))
     else:

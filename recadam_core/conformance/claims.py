@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,12 +73,17 @@ def cases(dtype: str) -> Iterable[Recording]:
             yield record(form, annealing, dtype)
 
 
-def check_claims(backend: Backend, golden: Path | None = None) -> list[Result]:
+def check_claims(
+    backend: Backend,
+    golden: Path | None = None,
+    progress: Callable[[int, str], None] | None = None,
+) -> list[Result]:
     """Replay every case through every variant of a backend.
 
     Args:
         backend: the backend.
         golden: a folder of golden trajectories to replay too; None for none.
+        progress: called with the share of the cases that is done, in percent, and the case's name.
 
     Returns:
         A result for each variant and claim.
@@ -93,7 +98,9 @@ def check_claims(backend: Backend, golden: Path | None = None) -> list[Result]:
             raise RecAdamError(f"{golden}: no .npz file there; give the folder of golden trajectories")
         recordings += [load_recording(path) for path in paths]
     claims: dict[tuple[str, str], list[tuple[Deviation, Recording]]] = {}
-    for recording in recordings:
+    for index, recording in enumerate(recordings):
+        if progress:
+            progress(100 * index // len(recordings), recording.name)
         recorded = recording.groups[0].expected is not None
         claim = f"{'golden' if recorded else 'replay'} {recording.dtype}"
         reference = None if recorded else replay(recording)
