@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 import latex2mathml.converter
-import recadam_core
 from docutils import nodes
+
+import recadam_core
 
 project = "recadam-core"
 author = "The recadam-core authors"

@@ -178,7 +178,7 @@ class Specification:
         """A copy in NumPy, through DLPack or the buffer protocol."""
         try:
             return np.array(np.from_dlpack(array))
-        except (AttributeError, TypeError, RuntimeError, BufferError):
+        except (AttributeError, TypeError, ValueError, RuntimeError, BufferError):
             return np.array(array)
 
     def copy(self, array: Any) -> Any:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from recadam_jax import recadam
 
 from recadam_core import Constant, Linear, RecAdamError, Sigmoid
+from recadam_jax import recadam
 
 SETTINGS = {"gamma": 10.0, "annealing": Sigmoid(k=0.3, t0=15)}
 

@@ -8,8 +8,6 @@ import jax
 import numpy as np
 import pytest
 import torch
-from recadam_jax.engine import OPS as JAX_OPS
-from recadam_torch.engine import OPS as TORCH_OPS
 from safetensors.numpy import save_file
 
 from recadam_core import Hyperparameters, RecAdamError, get_backend
@@ -17,6 +15,8 @@ from recadam_core.finetuning.archives import model_folder
 from recadam_core.finetuning.engine import coupled_gradient, make_engine
 from recadam_core.finetuning.models import MLP, Bert, Ops
 from recadam_core.finetuning.models.bert import load_checkpoint
+from recadam_jax.engine import OPS as JAX_OPS
+from recadam_torch.engine import OPS as TORCH_OPS
 
 RNG = np.random.default_rng(0)
 

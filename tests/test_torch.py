@@ -8,9 +8,9 @@ import pickle
 
 import pytest
 import torch
-from recadam_torch import RecAdam
 
 from recadam_core import Constant, Linear, RecAdamError, Sigmoid
+from recadam_torch import RecAdam
 
 SETTINGS = {"lr": 1e-2, "gamma": 10.0, "annealing": Sigmoid(k=0.3, t0=15)}
 

@@ -100,7 +100,12 @@ def test_half_precision_is_summed_in_float32_and_rounded_once():
     assert apply(theta, delta).dtype == np.float16
 
 
-STRICTEST = {"boolean_indexing": False, "data_dependent_shapes": False, "enabled_extensions": ()}
+STRICTEST = {
+    "api_version": "2022.12",
+    "boolean_indexing": False,
+    "data_dependent_shapes": False,
+    "enabled_extensions": (),
+}
 
 
 @pytest.mark.parametrize("flags", [{}, STRICTEST], ids=["default", "strictest"])

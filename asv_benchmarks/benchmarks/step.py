@@ -18,6 +18,7 @@ class Torch:
 
     def track_step(self, ours, peer):
         import torch
+
         from recadam_torch import RecAdam as TorchRecAdam
 
         def step(make):
@@ -40,6 +41,7 @@ class Jax:
         import jax
         import jax.numpy as jnp
         import optax
+
         from recadam_jax import recadam
 
         grads = [jnp.array(x) for x in arrays(1)]
