@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from recadam_core import Capabilities, Coefficients, Hyperparameters, Moments
-from recadam_core.backends import Stepper, functional_stepper
+from recadam_core import Capabilities, Coefficients, Moments
+from recadam_core.backends import Specification
 
 from .kernel import kernel
 
@@ -18,7 +17,7 @@ __all__ = ["NumpyBackend", "backend"]
 Array = np.ndarray[Any, Any]
 
 
-class NumpyBackend:
+class NumpyBackend(Specification):
     """The backend of NumPy arrays.
 
     Example:
@@ -26,8 +25,10 @@ class NumpyBackend:
         True
     """
 
-    name = "numpy"
     capabilities = Capabilities(dtypes=("float16", "float32", "float64"), finetunes=("mlp",))
+
+    def __init__(self) -> None:
+        super().__init__(np)
 
     def owns(self, array: Any) -> bool:
         """Whether the object is an array or a scalar of NumPy."""
@@ -54,28 +55,6 @@ class NumpyBackend:
             new_params.append(theta.astype(old.dtype, copy=False))
             new_moments.append(Moments(m_new.astype(m.dtype, copy=False), v_new.astype(v.dtype, copy=False)))
         return new_params, new_moments
-
-    def stepper(
-        self, variant: str, params: dict[str, Any], anchors: dict[str, Any], hp: Hyperparameters
-    ) -> Stepper:
-        """The only variant there is."""
-        return functional_stepper(self, params, anchors, hp)
-
-    def from_numpy(self, array: Array, dtype: str | None = None) -> Array:
-        """A copy."""
-        return np.array(array, dtype=dtype)
-
-    def to_numpy(self, array: Array) -> Array:
-        """A copy."""
-        return np.array(array)
-
-    def copy(self, array: Array) -> Array:
-        """A copy."""
-        return np.array(array)
-
-    def precision(self, dtype: str) -> contextlib.AbstractContextManager[Any]:
-        """Nothing to switch."""
-        return contextlib.nullcontext()
 
     @property
     def engine(self) -> Any:
