@@ -35,7 +35,9 @@ def _step(
     step, eps, recall, decay = scalars
     c = Coefficients(beta1, beta2, step, eps, 0.0 if anchors is None else recall, decay if decays else 0.0)
     stars = [None] * len(params) if anchors is None else anchors
-    new = [update(*arrays, c) for arrays in zip(params, grads, moments, stars, strict=True)]
+    new: list[tuple[Any, Moments]] = [
+        update(*arrays, c) for arrays in zip(params, grads, moments, stars, strict=True)
+    ]
     return [apply(theta, delta) for theta, (delta, _) in zip(params, new, strict=True)], [s for _, s in new]
 
 
@@ -83,7 +85,7 @@ class JaxBackend:
         c: Coefficients,
     ) -> tuple[list[jax.Array], list[Moments]]:
         """One compiled step."""
-        return _step(
+        stepped: tuple[list[jax.Array], list[Moments]] = _step(
             list(params),
             list(grads),
             list(moments),
@@ -93,6 +95,7 @@ class JaxBackend:
             c.beta2,
             c.decay != 0,
         )
+        return stepped
 
     def stepper(
         self, variant: str, params: dict[str, Any], anchors: dict[str, Any], hp: Hyperparameters

@@ -6,7 +6,7 @@ The kernel is `recadam_core.update` itself, traced: XLA makes one loop of it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class RecAdamState(NamedTuple):
         (2,)
     """
 
-    count: jax.Array  # shape (), int32: steps taken
+    count: jax.Array  # type: ignore[assignment]  # shape (), int32: steps taken
     mu: optax.Updates  # first moments, the parameters' shapes, mu_dtype or at least float32
     nu: optax.Updates  # second moments, the parameters' shapes, at least float32
     anchor: optax.Params  # pretrained values, the parameters' shapes; None for new heads
@@ -95,7 +95,7 @@ def recadam(
     Source: arXiv 2004.12651, Algorithm 1.
     """
     hp = Hyperparameters(
-        lr=0.0 if callable(learning_rate) else learning_rate,
+        lr=0.0 if callable(learning_rate) else cast(float, learning_rate),
         betas=(b1, b2),
         eps=eps,
         weight_decay=weight_decay,
@@ -111,7 +111,7 @@ def recadam(
             check_pull(learning_rate * gamma * recall, form, "recadam, step 1")
 
     def init(params: Any) -> RecAdamState:
-        leaves, tree = jax.tree.flatten(params)
+        leaves, tree = _flatten(params)
         paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         for path, p in zip(paths, leaves, strict=True):
             if not jnp.issubdtype(jnp.result_type(p), jnp.floating):
@@ -140,7 +140,7 @@ def recadam(
     def update_fn(updates: Any, state: RecAdamState, params: Any = None) -> tuple[Any, RecAdamState]:
         if params is None:
             raise RecAdamError("recadam: update needs the parameters; call update(grads, state, params)")
-        thetas, tree = jax.tree.flatten(params)
+        thetas, tree = _flatten(params)
         grads = _up_to(tree, updates, "gradients")
         mus, nus, stars = (tree.flatten_up_to(x) for x in (state.mu, state.nu, state.anchor))
         count = optax.safe_increment(state.count)
@@ -160,6 +160,11 @@ def recadam(
         )
 
     return optax.GradientTransformation(init, update_fn)
+
+
+def _flatten(params: Any) -> tuple[list[Any], Any]:
+    """Leaves and tree; the tree untyped, since JAX's stubs leave its methods out."""
+    return jax.tree.flatten(params)
 
 
 def _path(path: Any) -> str:

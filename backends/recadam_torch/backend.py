@@ -53,7 +53,7 @@ class TorchBackend:
         thetas, ms, vs = (
             [self.copy(x) for x in xs] for xs in (params, (s.m for s in moments), (s.v for s in moments))
         )
-        kernel_(thetas, grads, ms, vs, anchors, c)
+        kernel_(thetas, list(grads), ms, vs, None if anchors is None else list(anchors), c)
         return thetas, [Moments(m, v) for m, v in zip(ms, vs, strict=True)]
 
     def stepper(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -13,11 +11,11 @@ __all__ = ["kernel_"]
 
 
 def kernel_(
-    thetas: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    ms: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    anchors: Sequence[Tensor] | None,
+    thetas: list[Tensor],
+    grads: list[Tensor],
+    ms: list[Tensor],
+    vs: list[Tensor],
+    anchors: list[Tensor] | None,
     c: Coefficients,
 ) -> None:
     r"""One step for tensors that share their coefficients, in place on `thetas`, `ms` and `vs`.
@@ -47,31 +45,31 @@ def kernel_(
     old = _like(thetas, ms)
     grads = _like(grads, ms)
     torch._foreach_mul_(ms, c.beta1)
-    torch._foreach_add_(ms, torch._foreach_mul(grads, 1 - c.beta1))
+    torch._foreach_add_(ms, list(torch._foreach_mul(grads, 1 - c.beta1)))
     torch._foreach_mul_(vs, c.beta2)
-    work = torch._foreach_mul(grads, grads)
+    work = list(torch._foreach_mul(grads, grads))
     torch._foreach_mul_(work, 1 - c.beta2)
     torch._foreach_add_(vs, work)
-    work = torch._foreach_sqrt(vs)
+    work = list(torch._foreach_sqrt(vs))
     torch._foreach_add_(work, c.eps)
-    delta = torch._foreach_div(ms, work)
+    delta = list(torch._foreach_div(ms, work))
     torch._foreach_mul_(delta, c.step)
     if anchors is None:
         torch._foreach_neg_(delta)
     else:
-        pull = torch._foreach_sub(_like(anchors, ms), old)
+        pull = list(torch._foreach_sub(_like(anchors, ms), old))
         torch._foreach_mul_(pull, c.recall)
         torch._foreach_sub_(pull, delta)
         delta = pull
     if c.decay:
-        torch._foreach_sub_(delta, torch._foreach_mul(old, c.decay))
+        torch._foreach_sub_(delta, list(torch._foreach_mul(old, c.decay)))
     if old is thetas:
         torch._foreach_add_(thetas, delta)
     else:
-        torch._foreach_copy_(thetas, torch._foreach_add(old, delta))
+        torch._foreach_copy_(thetas, list(torch._foreach_add(old, delta)))
 
 
-def _like(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Sequence[Tensor]:
+def _like(tensors: list[Tensor], others: list[Tensor]) -> list[Tensor]:
     """The tensors in the others' dtypes and devices; the very list when nothing is to be done."""
     if all(x.dtype == y.dtype and x.device == y.device for x, y in zip(tensors, others, strict=True)):
         return tensors

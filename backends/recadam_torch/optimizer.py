@@ -238,7 +238,7 @@ class RecAdam(Optimizer):
             foreach = params[0].is_cuda
         for part in [params] if foreach else [[p] for p in params]:
             states = [self.state[p] for p in part]
-            grads = [p.grad for p in part]
+            grads = [p.grad for p in part if p.grad is not None]
             if group["maximize"]:
                 grads = list(torch._foreach_neg(grads))
             kernel_(
