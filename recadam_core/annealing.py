@@ -256,17 +256,21 @@ def release_step(annealing: Annealing, horizon: int = 2**48) -> int | None:
     """The first step from which the anchor is never read again, so that it can be freed.
 
     Args:
-        annealing: one whose recall weight never rises.
+        annealing: one of `ANNEALINGS`, whose recall weights never rise; or any other that has a method
+            `release_step()` of its own.
         horizon: how far to look, in steps.
 
     Returns:
         The first step t whose recall weight is below `RECALL_FLOOR`; None when there is none
-        before the horizon.
+        before the horizon, or when nothing says that the weight will not rise again.
 
     Example:
         >>> release_step(Sigmoid(k=0.1, t0=250)), release_step(Linear(t0=100)), release_step(Constant())
         (528, 100, None)
     """
+    if type(annealing) not in ANNEALINGS.values():
+        own = getattr(annealing, "release_step", None)
+        return None if own is None else own()
 
     def released(t: int) -> bool:
         return bool(annealing.weights(t)[1] < RECALL_FLOOR)

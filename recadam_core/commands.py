@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,18 +61,32 @@ def _percent(share: float) -> str:
 
 @contextmanager
 def _bar(total: int, label: str) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar on standard error, where that is a terminal."""
+    """A progress bar on standard error; where that is no terminal, a line for each of a few stages."""
     columns: list[ProgressColumn] = [
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     ]
-    columns += [TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
-    quiet = not err_console.is_terminal
-    with Progress(*columns, console=err_console, transient=True, disable=quiet) as bar:
+    if not err_console.is_terminal:
+        yield _plain(total, label)
+        return
+    with Progress(*columns, console=err_console, transient=True) as bar:
         task = bar.add_task(label, total=total, note="")
         yield lambda step, note: bar.update(task, completed=step, note=note)
+
+
+def _plain(total: int, label: str) -> Callable[[int, str], None]:
+    told = 0
+
+    def tell(step: int, note: str) -> None:
+        nonlocal told
+        if step > told and total < 20:
+            print(f"{label}: {step} of {total} done", file=sys.stderr, flush=True)
+        told = step
+
+    return tell
 
 
 def _version(value: bool) -> None:
@@ -92,7 +106,7 @@ def _main(
 
 @app.command("finetune")
 def finetune_command(
-    task: Annotated[str, typer.Argument(help=f"What to learn: {', '.join(TASKS)}.")],
+    task: Annotated[str, typer.Argument(help="; ".join(f"{t.name}: {t.about}" for t in TASKS.values()))],
     backend: Annotated[str, typer.Option(help="numpy, torch or jax.")] = "torch",
     optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = "recadam",
     out: Annotated[
@@ -165,7 +179,8 @@ def finetune_command(
         with _bar(config.steps, f"{task}, {backend}, {optimizer}") as tell:
             run = finetune(config, directory, overwrite, tell)
     except KeyboardInterrupt:
-        err_console.print(f"recadam: interrupted; {directory} says so")
+        says = f"; {directory} says so" if (directory / "status.json").exists() else ""
+        print(f"recadam: interrupted{says}", file=sys.stderr)
         raise typer.Exit(130) from None
     _show(_summary([run]))
     print(run.path)
@@ -335,18 +350,10 @@ def fetch_command(
         print(f"{name}: {fetch(name)}")
 
 
-class Curve(StrEnum):
-    """Annealings of the command line."""
-
-    sigmoid = "sigmoid"
-    linear = "linear"
-    constant = "constant"
-
-
 @app.command()
 def schedule(
     steps: Annotated[int, typer.Option(min=1, help="Steps of the training.")] = 1000,
-    annealing: Annotated[Curve, typer.Option(help="The annealing.")] = Curve.sigmoid,
+    annealing: Annotated[str, typer.Option(help=f"One of {', '.join(ANNEALINGS)}.")] = "sigmoid",
     k: Annotated[float | None, typer.Option(help="Slope of the sigmoid, per step.")] = None,
     t0: Annotated[
         float | None, typer.Option(help="Middle of the sigmoid, or end of the line, in steps.")
@@ -361,9 +368,7 @@ def schedule(
     from .hyperparameters import Hyperparameters
 
     given = {"k": k, "t0": t0}
-    curve = annealing_from_dict(
-        {"name": annealing.value, **{n: v for n, v in given.items() if v is not None}}
-    )
+    curve = annealing_from_dict({"name": annealing, **{n: v for n, v in given.items() if v is not None}})
     hp = Hyperparameters(lr=lr, gamma=gamma, form=form, annealing=curve)
     marks = sorted({1, *(int(x) for x in np.linspace(0, steps, 11)[1:])})
     if isinstance(curve, Sigmoid):
@@ -386,10 +391,10 @@ def schedule(
         from .finetuning.files import replacing
         from .finetuning.plots import schedule_figure
 
+        if plot.suffix not in (".png", ".svg", ".pdf"):
+            raise RecAdamError(f"{plot}: unknown kind of picture; end the name in .png, .svg or .pdf")
         with replacing(plot) as beside:
-            schedule_figure(curve, lr, gamma, steps).savefig(
-                beside, format=plot.suffix.lstrip(".") or "png", dpi=150
-            )
+            schedule_figure(curve, lr, gamma, steps).savefig(beside, format=plot.suffix[1:], dpi=150)
         print(plot)
 
 

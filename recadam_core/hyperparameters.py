@@ -65,7 +65,7 @@ class Hyperparameters:
         check_number(where, "eps", self.eps, low=0.0)
         check_number(where, "weight_decay", self.weight_decay, low=0.0)
         check_number(where, "gamma", self.gamma, low=0.0)
-        if not isinstance(self.annealing, Annealing):
+        if isinstance(self.annealing, type) or not isinstance(self.annealing, Annealing):
             raise RecAdamError(
                 f"{where}: annealing is {self.annealing!r}; give one, as Sigmoid(k=0.1, t0=250)"
             )

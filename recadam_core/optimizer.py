@@ -50,7 +50,13 @@ def check_anchors(shapes: Mapping[str, Any], anchors: Mapping[str, Any], where: 
         recadam_core.errors.RecAdamError: anchors: 'w' has shape (3,), its parameter (2,); give the pretrained
         array of that parameter, or leave the name out for a new head
     """
+    if not isinstance(anchors, Mapping):
+        raise RecAdamError(f"{where}: {type(anchors).__name__}; give a dict of arrays by parameter name")
     for name, anchor in anchors.items():
+        if not is_array_api_obj(anchor):
+            raise RecAdamError(
+                f"{where}: {name!r} is {type(anchor).__name__}; leave the name out for a new head"
+            )
         if name not in shapes:
             near = difflib.get_close_matches(name, shapes, n=1)
             hint = f"the nearest is {near[0]!r}; rename it" if near else "rename it"
@@ -66,7 +72,8 @@ class RecAdam:
     """RecAdam for named arrays of one library, found from the arrays themselves.
 
     Both methods are pure: they change none of their arguments and keep nothing, so a step can be
-    replayed, and the optimizer object itself can be shared.
+    replayed, and the optimizer object itself can be shared. The coefficients are computed on the host,
+    so `step` is not for tracing: inside `jax.jit` use `recadam_jax.recadam`.
 
     Args:
         hp: the settings.
@@ -87,6 +94,10 @@ class RecAdam:
     """
 
     def __init__(self, hp: Hyperparameters | None = None, backend: Backend | None = None) -> None:
+        if not isinstance(hp, Hyperparameters | None):
+            raise RecAdamError(
+                f"RecAdam: hp is {type(hp).__name__}; give Hyperparameters, and arrays to init"
+            )
         self.hp = Hyperparameters() if hp is None else hp
         self._backend = backend
         self._release = release_step(self.hp.annealing)
@@ -106,13 +117,17 @@ class RecAdam:
             RecAdamError: when an anchor matches no parameter or has another shape, or a parameter is
                 no floating array.
         """
-        for name, theta in params.items():
-            if not is_array_api_obj(theta):
-                raise RecAdamError(f"parameter {name!r} is {type(theta).__name__}; give an array")
-            xp = array_namespace(theta)
-            if not xp.isdtype(theta.dtype, "real floating"):
-                raise RecAdamError(f"parameter {name!r} has dtype {theta.dtype}; give a real floating array")
+        _check_arrays("parameter", params)
         check_anchors({name: theta.shape for name, theta in params.items()}, anchors)
+        _check_arrays("anchor", anchors)
+        for name, anchor in anchors.items():
+            xp = array_namespace(anchor)
+            if not bool(xp.all(xp.isfinite(anchor))):
+                raise RecAdamError(f"anchor {name!r} holds NaN or infinity; give the pretrained values")
+            if xp is not array_namespace(params[name]):
+                raise RecAdamError(
+                    f"anchor {name!r} is of another library than its parameter; give both of one"
+                )
         moments = {name: Moments.zeros_like(theta) for name, theta in params.items()}
         copies = {
             name: (self._backend or backend_for(anchor)).copy(anchor) for name, anchor in anchors.items()
@@ -144,7 +159,7 @@ class RecAdam:
         for name, theta in params.items():
             if name not in state.moments:
                 raise RecAdamError(f"parameter {name!r} has no state; call init with it")
-            if name not in grads:
+            if grads.get(name) is None:
                 raise RecAdamError(f"parameter {name!r} has no gradient; give one, or leave it out of params")
             if tuple(grads[name].shape) != tuple(theta.shape):
                 raise RecAdamError(
@@ -164,6 +179,10 @@ class RecAdam:
             c = coefficients(t, self.hp, lr, anchored)
             backend = self._backend or backend_for(params[names[0]])
             stars = [state.anchors[name] for name in names] if anchored and c.recall else None
+            if stars and any(star is None for star in stars):
+                raise RecAdamError(
+                    f"step {t}: the anchor was freed, but the annealing pulls again; keep it at 0"
+                )
             thetas, moments = backend.step(
                 [params[name] for name in names],
                 [grads[name] for name in names],
@@ -177,3 +196,13 @@ class RecAdam:
         if self._release is not None and t >= self._release:
             anchors = dict.fromkeys(anchors)
         return new_params, State(t, new_moments, anchors)
+
+
+def _check_arrays(what: str, arrays: Mapping[str, Any]) -> None:
+    if not isinstance(arrays, Mapping):
+        raise RecAdamError(f"{what}s: {type(arrays).__name__}; give a dict of arrays by parameter name")
+    for name, array in arrays.items():
+        if not is_array_api_obj(array):
+            raise RecAdamError(f"{what} {name!r} is {type(array).__name__}; give an array")
+        if not array_namespace(array).isdtype(array.dtype, "real floating"):
+            raise RecAdamError(f"{what} {name!r} has dtype {array.dtype}; give a real floating array")

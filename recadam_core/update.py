@@ -77,7 +77,7 @@ def update(theta: Any, grad: Any, state: Moments, anchor: Any, c: Coefficients) 
         rounded once, as `apply` does; and the new moments, in their old dtypes.
 
     Raises:
-        RecAdamError: when the pull has a weight and there is no anchor.
+        RecAdamError: when shapes differ, or the pull has a weight and there is no anchor.
 
     Example:
         >>> import numpy as np
@@ -90,6 +90,11 @@ def update(theta: Any, grad: Any, state: Moments, anchor: Any, c: Coefficients) 
 
     Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12.
     """
+    for what, array in (("grad", grad), ("m", state.m), ("v", state.v), ("anchor", anchor)):
+        if array is not None and array.shape != theta.shape:
+            raise RecAdamError(
+                f"update: {what} has shape {array.shape}, theta {theta.shape}; give equal shapes"
+            )
     xp = array_namespace(theta, grad, state.m, state.v, *([] if anchor is None else [anchor]))
     dtype = accumulator_dtype(xp, theta.dtype, state.m.dtype, state.v.dtype)
 

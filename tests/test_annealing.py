@@ -70,6 +70,19 @@ def test_release_step_is_the_first_whose_pull_is_exactly_zero(annealing):
     assert annealing.weights(step)[1] < RECALL_FLOOR
 
 
+def test_only_a_stranger_knows_when_its_own_pull_is_over():
+    class Table:
+        def weights(self, t, xp=None):
+            return 1.0, [0.0, 0.0, 1.0][t]
+
+    class Known(Table):
+        def release_step(self):
+            return 7
+
+    assert release_step(Table()) is None
+    assert release_step(Known()) == 7
+
+
 def test_release_step_of_a_pull_that_stays():
     assert release_step(Constant(1.0, 1.0)) is None
     assert release_step(Constant(1.0, 0.0)) == 1

@@ -37,12 +37,19 @@ def test_finetune_prints_its_figures_and_its_directory(recadam, tmp_path):
         (["finetune", "digits", "--annealing", "linear", "--k", "1"], "recadam: unknown argument of"),
         (["finetune", "digits", "--lr", "nan"], "recadam: Hyperparameters: lr is nan;"),
         (["finetune", "digits", "--k", "-1"], "recadam: Sigmoid: k is -1.0; give a finite number > 0"),
-        (["finetune", "digits", "--steps", "0"], "recadam: steps is 0; give a whole number >= 1"),
+        (["finetune", "digits", "--steps", "0"], "recadam: steps is 0; give a whole number from 1"),
         (["finetune", "digits", "--model", "x"], "recadam: unknown setting 'model'"),
-        (["finetune", "digits", "--gamma", "5000"], "recadam: step 1: lr * gamma * recall = 9.99419"),
+        (["finetune", "digits", "--gamma", "5000"], "recadam: step 1: lr * gamma * recall = 8.78"),
         (["compare", "."], "recadam: compare: give two runs or more; the first is the reference"),
         (["compare", ".", "."], "recadam: .: no run here; give a directory that `recadam finetune` wrote"),
         (["report", "nowhere"], "recadam: nowhere: no run here"),
+        (["finetune", "digits", "--train-rows", "0"], "recadam: train_rows is 0; give a whole number from 1"),
+        (["finetune", "digits", "--steps", "abc"], "recadam: Invalid value for '--steps'"),
+        (["finetune", "digits", "--out", "/proc/nope"], "recadam: /proc/nope"),
+        (["finetune"], "recadam: Missing argument"),
+        (["compare", "a", "b", "--tolerance", "nan"], "recadam: a: no run here"),
+        (["schedule", "--plot", "x.foo"], "recadam: x.foo: unknown kind of picture"),
+        (["nonsense"], "recadam: No such command 'nonsense'."),
         (["fetch", "imagenet"], "recadam: unknown archive 'imagenet'"),
         (["demo", "--only", "cifar"], "recadam: unknown task 'cifar'"),
         (["conformance", "--backend", "cupy"], "recadam: unknown backend 'cupy'"),
@@ -121,5 +128,6 @@ def test_demo_of_the_quick_task(recadam, tmp_path):
     assert result.stdout.splitlines()[-1] == f"report: {(tmp_path / 'demo' / 'report.html').resolve()}"
     assert (tmp_path / "demo" / "digits.png").exists()
     assert result.stdout.count(" yes ") == 4
+    assert "annealed" in result.stdout
     again = recadam("demo", "--only", "digits", "--out", tmp_path / "demo")
     assert again.returncode == 0, again.stderr

@@ -119,6 +119,7 @@ def test_schedules_get_the_count_from_zero_and_annealing_the_step_from_one():
     params = tree()
     tx = recadam(schedule, annealing=Recorder())
     state = tx.init(params)
+    seen.clear()  # init samples both for a pull that diverges
     for _ in range(2):
         _, state = tx.update(params, state, params)
     assert seen == [0, 1.0, 1, 2.0]
@@ -130,6 +131,7 @@ def test_schedules_get_the_count_from_zero_and_annealing_the_step_from_one():
         {"anchor_mask": {"encoder": {"kernel": True, "bias": True}, "head": False}},
         {"anchor_mask": lambda p: {"encoder": {"kernel": True, "bias": True}, "head": False}},
         {"anchor": {**tree(), "head": None}},
+        {"anchor_mask": {"encoder": True, "head": False}},
     ],
 )
 def test_new_heads_by_mask_or_by_a_missing_leaf(given):
@@ -173,13 +175,48 @@ def test_proximal_takes_any_strength():
     assert float(new["w"][0]) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_none_stands_for_a_whole_new_branch():
+    params = {"encoder": {"kernel": jnp.ones(2)}, "head": {"kernel": jnp.ones(3), "bias": jnp.zeros(1)}}
+    tx = recadam(1e-5, anchor={"encoder": params["encoder"], "head": None})
+    state = tx.init(params)
+    assert state.anchor["head"] == {"kernel": None, "bias": None}
+    updates, _ = tx.update(params, state, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+def test_gamma_can_be_injected_and_changed():
+    params = {"w": jnp.array([3.0])}
+    make = optax.inject_hyperparams(recadam, static_args=("annealing", "anchor_mask"))
+    tx = make(0.01, gamma=10.0, annealing=Constant(0.0, 1.0))
+    state = tx.init(params)
+    moved = {"w": jnp.array([5.0])}
+    for gamma in (10.0, 50.0):
+        state.hyperparams["gamma"] = jnp.asarray(gamma)
+        updates, _ = jax.jit(tx.update)(params, state, moved)
+        assert float(updates["w"][0]) == pytest.approx(0.01 * gamma * (3.0 - 5.0), rel=1e-5)
+
+
+def test_an_unanchored_tree_has_no_pull_to_refuse():
+    state = recadam(1e-3, gamma=5000.0, anchor_mask=False).init(PARAMS)
+    assert jax.tree.leaves(state.anchor) == []
+
+
 PARAMS = {"a": {"w": jnp.ones(2)}}
 
 
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: recadam(1e-3), "recadam, step 1: lr * gamma * recall = 5 diverges"),
+        (lambda: recadam(1e-3).init(PARAMS), "recadam, step 1: lr * gamma * recall = 5 diverges"),
+        (
+            lambda: recadam(lambda c: 1e-5 * (c + 1), annealing=Constant(1.0, 1.0)).init(PARAMS),
+            "recadam, step 10000: lr * gamma * recall = 500 diverges",
+        ),
+        (lambda: recadam(1e-5, mu_dtype=jnp.int32), "recadam: mu_dtype is"),
+        (
+            lambda: recadam(1e-5, anchor={"a": {"w": jnp.array([1.0, jnp.nan])}}).init(PARAMS),
+            "anchor 'a/w' holds NaN",
+        ),
         (lambda: recadam(-1.0), "Hyperparameters: lr is -1.0; give a finite number >= 0"),
         (lambda: recadam(1e-4).init({"a": {"w": jnp.arange(2)}}), "parameter 'a/w' has dtype int32;"),
         (

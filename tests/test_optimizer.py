@@ -60,6 +60,26 @@ def test_the_anchor_is_freed_at_its_release_and_no_bit_changes():
         np.testing.assert_array_equal(params["w"], kept_params["w"])
 
 
+def test_a_pull_that_comes_back_finds_its_anchor():
+    class Returning:
+        def weights(self, t, xp=None):
+            return 0.0, 0.0 if t < 3 else 1.0
+
+    optimizer = RecAdam(Hyperparameters(lr=0.1, gamma=1.0, annealing=Returning()))
+    params = {"w": np.ones(1)}
+    state = optimizer.init(params, {"w": np.zeros(1)})
+    for expected in (1.0, 1.0, 0.9, 0.81):
+        params, state = optimizer.step(params, {"w": np.ones(1)}, state)
+        assert params["w"][0] == pytest.approx(expected, rel=1e-14)
+
+
+def test_a_pull_after_the_anchor_was_freed_is_refused():
+    params = {"w": np.ones(1)}
+    freed = RecAdam(HP).init(params, params)._replace(anchors={"w": None})
+    with pytest.raises(RecAdamError, match="step 1: the anchor was freed, but the annealing pulls again"):
+        RecAdam(HP).step(params, params, freed)
+
+
 def test_sixteen_bit_parameters_have_float32_moments():
     for name in BACKENDS:
         backend = get_backend(name)
@@ -102,6 +122,20 @@ W = np.ones((2, 2))
             "parameter 'w' has dtype int64; give a real floating array",
         ),
         (lambda o: o.init({"w": [1.0]}, {}), "parameter 'w' is list; give an array"),
+        (lambda o: o.init([W], {}), "parameters: list; give a dict of arrays by parameter name"),
+        (lambda o: o.init({"w": W}, [W]), "anchors: list; give a dict of arrays by parameter name"),
+        (
+            lambda o: o.init({"w": W}, {"w": None}),
+            "anchors: 'w' is NoneType; leave the name out for a new head",
+        ),
+        (
+            lambda o: o.init({"w": W}, {"w": W * np.nan}),
+            "anchor 'w' holds NaN or infinity; give the pretrained values",
+        ),
+        (
+            lambda o: RecAdam({"w": W}),
+            "RecAdam: hp is dict; give Hyperparameters, and arrays to init",
+        ),
         (
             lambda o: o.step({"w": W}, {}, o.init({"w": W}, {})),
             "parameter 'w' has no gradient; give one, or leave it out of params",

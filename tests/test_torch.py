@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -206,6 +208,49 @@ def test_maximize_climbs_but_the_pull_stays_a_pull():
     assert p.item() == pytest.approx(0.1 + 0.1, rel=1e-6)
 
 
+def test_anchors_of_a_group_are_checked_too():
+    optimizer = RecAdam([("v", torch.nn.Parameter(torch.ones(2)))])
+    new = [("w", torch.nn.Parameter(torch.ones(2)))]
+    with pytest.raises(RecAdamError, match="anchors: 'W' matches no parameter"):
+        optimizer.add_param_group({"params": new, "anchors": {"W": torch.ones(2)}})
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(RecAdamError, match="anchors: 'w' matches no parameter"):
+        RecAdam([{"params": new, "anchored": False}], anchors={"w": torch.ones(2)})
+    twice = [{"params": new}, {"params": [("w", torch.nn.Parameter(torch.ones(2)))]}]
+    with pytest.raises(RecAdamError, match="two parameters are named 'w'"):
+        RecAdam(twice, anchors={"w": torch.ones(2)})
+
+
+def test_foreign_and_mismatched_states_are_refused_and_nothing_is_loaded():
+    net = model()
+    optimizer = RecAdam(net.named_parameters(), **SETTINGS)
+    train(net, optimizer, range(2))
+    other = torch.optim.AdamW(net.named_parameters())
+    other.step()
+    wide = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    wider = RecAdam(wide.named_parameters())
+    renamed = RecAdam([(f"x.{n}", p) for n, p in net.named_parameters()])
+    empty = {**optimizer.state_dict(), "state": {}}
+    for state, message in (
+        (other.state_dict(), "the state is another optimizer's"),
+        (wider.state_dict(), r"no state for parameter 0 of shape \(8, 4\)"),
+        (renamed.state_dict(), r"parameter '0\.weight' was saved as 'x\.0\.weight'"),
+        (empty, "no state for parameter 0"),
+    ):
+        with pytest.raises(RecAdamError, match=message):
+            optimizer.load_state_dict(state)
+    assert optimizer.state[net[0].weight]["step"] == 2
+
+
+def test_numpy_scalars_in_settings_load_weights_only():
+    net = model()
+    optimizer = RecAdam(net.named_parameters(), lr=np.float64(1e-3), gamma=np.float32(10))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    optimizer.load_state_dict(torch.load(file, weights_only=True))
+
+
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_deepcopy_and_pickle_continue_bit_for_bit(clone):
     net = model()
@@ -216,7 +261,13 @@ def test_deepcopy_and_pickle_continue_bit_for_bit(clone):
 
 
 def test_a_strangers_annealing():
+    @dataclasses.dataclass  # with equality and without a hash
     class Halving:
+        steps: int = 41
+
+        def release_step(self):
+            return self.steps
+
         def weights(self, t, xp=None):
             return 1.0, 0.5**t
 
@@ -269,6 +320,19 @@ P = torch.nn.Parameter
         (
             lambda: RecAdam([("w", P(torch.ones(2, dtype=torch.complex64)))]),
             "parameter 'w' has dtype torch.complex64; give a real floating tensor",
+        ),
+        (lambda: RecAdam([P(torch.ones(2))], lr="a"), "RecAdam: lr is 'a'; give a number or a 0-d tensor"),
+        (
+            lambda: RecAdam([P(torch.ones(2))], bias_correction="no"),
+            "RecAdam: bias_correction is 'no'; give True or False",
+        ),
+        (
+            lambda: RecAdam([("w", P(torch.ones(2)))], anchors={"w": torch.full((2,), torch.nan)}),
+            "anchors: 'w' holds NaN or infinity; give the pretrained values",
+        ),
+        (
+            lambda: RecAdam([("w", P(torch.ones(2)))], anchors={"w": np.ones(2)}),
+            "anchors: 'w' is float64; give a floating tensor",
         ),
         (
             lambda: RecAdam([P(torch.ones(2))], lr=-1),

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from recadam_core import Hyperparameters
-from recadam_core.finetuning.engine import StepRecord, coupled_gradient, plain_adam
+from recadam_core.finetuning.engine import StepRecord, coupled_gradient, policy
 from recadam_core.finetuning.models import Model, Ops
 
 from .backend import backend, transformation
@@ -42,9 +42,8 @@ class JaxEngine:
             b1, b2 = hp.betas
             make = partial(optax.adamw, b1=b1, b2=b2, eps=hp.eps, weight_decay=hp.weight_decay)
         else:
-            policy = hp if optimizer == "recadam" else plain_adam(hp)
-            stars = anchored if optimizer == "recadam" else frozenset()
-            make = partial(transformation(policy), anchor_mask={n: n in stars for n in self.params})
+            settings, pulled = policy(optimizer, hp, anchored)
+            make = partial(transformation(settings), anchor_mask={n: n in pulled for n in self.params})
         self.state = make(0.0).init(self.params)
         self.t = 0
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from recadam_core import (
@@ -19,6 +20,7 @@ from recadam_core import (
     RecAdamError,
     Sigmoid,
     coefficients,
+    release_step,
     update,
 )
 from recadam_core.coefficients import check_pull
@@ -68,21 +70,25 @@ def recadam(
         weight_decay: decoupled decay towards zero. It works against the anchor.
         gamma: strength of the pull; learning_rate * gamma is the share of the way home in one step.
         annealing: `Sigmoid`, `Linear`, `Constant`, or any object with their method `weights`.
-        anchor: pretrained values, a tree like the parameters with None for new heads. It becomes part
-            of the state as a copy. None takes the parameters given to init.
-        anchor_mask: tree of bools like the parameters, or a function that makes one of them: True
-            where a parameter is anchored. None anchors all.
-        mu_dtype: dtype of the first moments; None for the parameter's, at least float32.
+        anchor: pretrained values, a tree like the parameters with None for new heads; None may stand for
+            a whole branch. It becomes part of the state as a copy. None alone takes the parameters given
+            to init.
+        anchor_mask: tree of bools like the parameters or a prefix of it, or a function that makes one of
+            them: True where a parameter is anchored. None anchors all.
+        mu_dtype: floating dtype of the first moments; None for the parameter's, at least float32.
         bias_correction: whether the moments are corrected for their start at zero.
         form: "decoupled", "released" or "proximal".
 
     Returns:
         A transformation whose update needs the parameters. The updates are the whole step, to be
-        added by `optax.apply_updates`; put clipping and the like before it in a chain, nothing after.
+        added by `optax.apply_updates`; put clipping and the like before it in a chain, nothing after. They
+        have the parameters' dtype, as optax's have: with 16-bit parameters that is one rounding more than
+        the specification has.
 
     Raises:
-        RecAdamError: for a value outside its range, at once; for a tree that does not fit, at init or
-            while tracing, naming the path in the tree.
+        RecAdamError: for a value outside its range, at once; for a tree that does not fit, naming the path,
+            at init or while tracing; for an anchor that is not finite or a pull that diverges, at init (a
+            schedule is sampled; settings that are traced cannot be checked).
 
     Example:
         >>> params = {"w": jnp.ones(2), "head": jnp.zeros(1)}
@@ -94,6 +100,8 @@ def recadam(
 
     Source: arXiv 2004.12651, Algorithm 1.
     """
+    if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
+        raise RecAdamError(f"recadam: mu_dtype is {mu_dtype}; give a floating dtype")
     hp = Hyperparameters(
         lr=0.0 if callable(learning_rate) else cast(float, learning_rate),
         betas=(b1, b2),
@@ -104,11 +112,6 @@ def recadam(
         bias_correction=bias_correction,
         form=form,
     )
-    if isinstance(learning_rate, (int, float)) and isinstance(gamma, (int, float)):
-        # Traced steps cannot raise, so the first one, where the pull is strongest, is checked here.
-        recall = hp.annealing.weights(1)[1]
-        if isinstance(recall, float):
-            check_pull(learning_rate * gamma * recall, form, "recadam, step 1")
 
     def init(params: Any) -> RecAdamState:
         leaves, tree = _flatten(params)
@@ -118,10 +121,10 @@ def recadam(
                 raise RecAdamError(
                     f"parameter {path!r} has dtype {jnp.result_type(p)}; give a floating array"
                 )
-        stars = leaves if anchor is None else _up_to(tree, anchor, "anchor")
+        stars = leaves if anchor is None else _leaves(tree, anchor, "anchor")
         mask = anchor_mask(params) if callable(anchor_mask) else anchor_mask
         if mask is not None:
-            keep = _up_to(tree, mask, "anchor_mask")
+            keep = _leaves(tree, mask, "anchor_mask")
             stars = [star if kept else None for star, kept in zip(stars, keep, strict=True)]
         for path, p, star in zip(paths, leaves, stars, strict=True):
             if star is not None and jnp.shape(star) != jnp.shape(p):
@@ -129,6 +132,10 @@ def recadam(
                     f"anchor {path!r} has shape {jnp.shape(star)}, its parameter {jnp.shape(p)}; "
                     "give the pretrained array of that parameter, or None for a new head"
                 )
+            if star is not None and not isinstance(star, jax.core.Tracer) and not np.isfinite(star).all():
+                raise RecAdamError(f"anchor {path!r} holds NaN or infinity; give the pretrained values")
+        if any(star is not None for star in stars):
+            _check_strength(hp, learning_rate)
         moments = [Moments.zeros_like(jnp.asarray(p)) for p in leaves]
         return RecAdamState(
             count=jnp.zeros([], jnp.int32),
@@ -141,7 +148,7 @@ def recadam(
         if params is None:
             raise RecAdamError("recadam: update needs the parameters; call update(grads, state, params)")
         thetas, tree = _flatten(params)
-        grads = _up_to(tree, updates, "gradients")
+        grads = _leaves(tree, updates, "gradients")
         mus, nus, stars = (tree.flatten_up_to(x) for x in (state.mu, state.nu, state.anchor))
         count = optax.safe_increment(state.count)
         t = count.astype(jax.dtypes.canonicalize_dtype(jnp.float64))
@@ -172,12 +179,36 @@ def _path(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _up_to(tree: Any, other: Any, what: str) -> list[Any]:
-    """The other tree's parts at the leaves of `tree`, or a one-line error."""
+def _leaves(tree: Any, other: Any, what: str) -> list[Any]:
+    """The other tree's parts at the leaves of `tree`; a part of it that stops early stands for all below."""
+    whole = tree.unflatten(range(tree.num_leaves))
     try:
-        return list(tree.flatten_up_to(other))
+        full = jax.tree.broadcast(other, whole, is_leaf=lambda x: x is None)
+        return list(tree.flatten_up_to(full))
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise RecAdamError(
             f"{what}: not the parameters' tree ({reason}); give one of that structure"
         ) from None
+
+
+def _check_strength(hp: Hyperparameters, learning_rate: Any) -> None:
+    """Refuse a pull that diverges, as far as the host can tell: compiled steps cannot raise.
+
+    A schedule is asked at up to 200 steps, evenly over the annealing and thinner after it.
+    """
+    last = release_step(hp.annealing) or 10_000
+    steps = sorted({*map(int, np.linspace(1, last, 100)), *map(int, np.geomspace(1, last, 100))})
+    rates: list[Any] = [learning_rate]
+    try:
+        with jax.ensure_compile_time_eval():
+            if callable(learning_rate):
+                rates = [learning_rate(jnp.asarray(t - 1)) for t in steps]
+            pulls = [
+                float(rate) * float(hp.gamma) * float(hp.annealing.weights(t)[1])
+                for t, rate in zip(steps, rates * (1 if callable(learning_rate) else len(steps)), strict=True)
+            ]
+    except (jax.errors.ConcretizationTypeError, TypeError):
+        return  # traced settings
+    worst = max(range(len(steps)), key=lambda i: pulls[i])
+    check_pull(pulls[worst], hp.form, f"recadam, step {steps[worst]}")

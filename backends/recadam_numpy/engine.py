@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from recadam_core import Hyperparameters, RecAdam
-from recadam_core.finetuning.engine import StepRecord, coupled_gradient, plain_adam
+from recadam_core.finetuning.engine import StepRecord, coupled_gradient, policy
 from recadam_core.finetuning.models import Ops
 
 from .backend import backend
@@ -36,8 +36,9 @@ class NumpyEngine:
         self.start = dict(self.params)
         self.anchors = {name: self.start[name] for name in self.start if name in anchored}
         self.coupled = optimizer == "coupled"
-        self.optimizer = RecAdam(hp if optimizer == "recadam" else plain_adam(hp), backend)
-        self.state = self.optimizer.init(self.params, self.anchors if optimizer == "recadam" else {})
+        settings, pulled = policy(optimizer, hp, anchored)
+        self.optimizer = RecAdam(settings, backend)
+        self.state = self.optimizer.init(self.params, {name: self.anchors[name] for name in pulled})
 
     def step(self, batch: Mapping[str, Array], lr: float) -> StepRecord:
         """One step."""

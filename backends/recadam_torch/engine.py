@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from recadam_core import Hyperparameters
-from recadam_core.finetuning.engine import StepRecord, coupled_gradient, plain_adam
+from recadam_core.finetuning.engine import StepRecord, coupled_gradient, policy
 from recadam_core.finetuning.models import Model, Ops
 
 from .optimizer import RecAdam
@@ -46,11 +46,11 @@ class TorchEngine:
                 self.params.items(), lr=hp.lr, betas=hp.betas, eps=hp.eps, weight_decay=hp.weight_decay
             )
         else:
-            policy = hp if optimizer == "recadam" else plain_adam(hp)
+            settings, pulled = policy(optimizer, hp, anchored)
             self.optimizer = RecAdam(
                 self.params.items(),
-                anchors=self.anchors if optimizer == "recadam" else {},
-                **{name: getattr(policy, name) for name in policy.__dataclass_fields__},
+                anchors={name: self.anchors[name] for name in pulled},
+                **{name: getattr(settings, name) for name in settings.__dataclass_fields__},
             )
 
     def step(self, batch: Mapping[str, Array], lr: float) -> StepRecord:

@@ -7,6 +7,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -21,6 +22,7 @@ from recadam_core import (
     coefficients,
     release_step,
 )
+from recadam_core.annealing import ANNEALINGS
 from recadam_core.optimizer import check_anchors
 
 from .kernel import kernel_
@@ -30,7 +32,6 @@ __all__ = ["RecAdam"]
 _POLICY = ("betas", "eps", "weight_decay", "gamma", "bias_correction", "form")
 
 
-@lru_cache(maxsize=256)
 def _policy(annealing: Any, values: tuple[Any, ...]) -> tuple[Hyperparameters, int | None]:
     if isinstance(annealing, tuple):
         annealing = annealing_from_dict(dict(annealing))
@@ -38,11 +39,16 @@ def _policy(annealing: Any, values: tuple[Any, ...]) -> tuple[Hyperparameters, i
     return hp, release_step(annealing)
 
 
+_cached_policy = lru_cache(maxsize=256)(_policy)
+
+
 def _group_policy(group: Mapping[str, Any]) -> tuple[Hyperparameters, int | None]:
     """The settings of a parameter group, and the step that releases its anchors."""
     annealing = group["annealing"]
-    key = tuple(annealing.items()) if isinstance(annealing, dict) else annealing
-    return _policy(key, tuple(tuple(v) if isinstance(v, list) else v for v in map(group.get, _POLICY)))
+    values = tuple(tuple(v) if isinstance(v, list) else v for v in map(group.get, _POLICY))
+    if isinstance(annealing, dict):
+        return _cached_policy(tuple(annealing.items()), values)
+    return _policy(annealing, values)  # a stranger's object, which may change
 
 
 class RecAdam(Optimizer):
@@ -111,21 +117,26 @@ class RecAdam(Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "gamma": gamma,
-            "annealing": _plain(Sigmoid() if annealing is None else annealing),
+            "annealing": Sigmoid() if annealing is None else annealing,
             "bias_correction": bias_correction,
             "form": form,
             "anchored": True,
             "foreach": foreach,
             "maximize": maximize,
         }
+        defaults = {name: _plain(value) for name, value in defaults.items()}
         # Read by add_param_group, which the base class calls for each group.
         self._anchors = anchors
         super().__init__(params, defaults)
         self._anchors = None
         if anchors is not None:
-            names = chain.from_iterable(group["param_names"] for group in self.param_groups)
-            parameters = chain.from_iterable(group["params"] for group in self.param_groups)
-            check_anchors({n: p.shape for n, p in zip(names, parameters, strict=True)}, anchors)
+            anchored = [group for group in self.param_groups if group["anchored"]]
+            names = list(chain.from_iterable(group["param_names"] for group in anchored))
+            shapes = [p.shape for group in anchored for p in group["params"]]
+            if len(set(names)) < len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise RecAdamError(f"anchors: two parameters are named {twice!r}; give the groups full names")
+            check_anchors(dict(zip(names, shapes, strict=True)), anchors)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle."""
@@ -143,17 +154,23 @@ class RecAdam(Optimizer):
         Raises:
             RecAdamError: as the constructor; then nothing is added.
         """
-        group = dict(param_group)
-        anchors = group.pop("anchors", self._anchors)
-        if "annealing" in group:
-            group["annealing"] = _plain(group["annealing"])
+        group = {key: _plain(value) for key, value in param_group.items()}
+        own = group.pop("anchors", None)
         settings = {**self.defaults, **group}
         hp, _ = _group_policy(settings)
-        hp.replace(lr=float(settings["lr"]))
+        _rate(settings["lr"], hp)
+        for name in ("bias_correction", "anchored", "maximize"):
+            if not isinstance(settings[name], bool):
+                raise RecAdamError(f"RecAdam: {name} is {settings[name]!r}; give True or False")
+        if settings["foreach"] not in (True, False, None):
+            raise RecAdamError(f"RecAdam: foreach is {settings['foreach']!r}; give True, False or None")
         super().add_param_group(group)
         group = self.param_groups[-1]
         try:
-            states = self._initial_states(group, anchors)
+            states = self._initial_states(group, self._anchors if own is None else own)
+            if own is not None:
+                shapes = [p.shape for p in group["params"]]
+                check_anchors(dict(zip(group["param_names"], shapes, strict=True)), own)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -182,6 +199,7 @@ class RecAdam(Optimizer):
                     state["anchor"] = p.detach().clone()
                 elif name in anchors:
                     check_anchors({name: p.shape}, {name: anchors[name]})
+                    _check_anchor(name, anchors[name])
                     state["anchor"] = anchors[name].detach().to(p.device, copy=True)
             states.append(state)
         return states
@@ -222,7 +240,7 @@ class RecAdam(Optimizer):
             state = self.state[p]
             key = (int(state["step"]) + 1, "anchor" in state, p.dtype, p.device)
             lists.setdefault(key, []).append(p)
-        lr = float(group["lr"])
+        lr = _rate(group["lr"], hp)
         for (t, anchored, _, _), params in lists.items():
             c = coefficients(t, hp, lr, anchored)
             if anchored and c.recall and any(self.state[p]["anchor"] is None for p in params):
@@ -262,7 +280,11 @@ class RecAdam(Optimizer):
 
         Args:
             state_dict: what `state_dict()` returned.
+
+        Raises:
+            RecAdamError: when it is another optimizer's, or of other parameters; nothing is loaded then.
         """
+        self._check_saved(state_dict)
         super().load_state_dict(state_dict)
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -273,10 +295,49 @@ class RecAdam(Optimizer):
                     device = value.device if key == "step" else p.device
                     self.state[p][key] = value.to(device, copy=True)
 
+    def _check_saved(self, state_dict: dict[str, Any]) -> None:
+        saved_groups = state_dict["param_groups"]
+        if any(name not in group for group in saved_groups for name in ("gamma", "annealing", "form")):
+            raise RecAdamError(
+                "load_state_dict: the state is another optimizer's; give one that RecAdam saved"
+            )
+        for saved_group, group in zip(saved_groups, self.param_groups, strict=False):
+            theirs, ours = saved_group.get("param_names"), group.get("param_names")
+            if theirs is not None and ours is not None and theirs != ours:
+                name, other = next(
+                    ((a, b) for a, b in zip(ours, theirs, strict=False) if a != b), (ours, theirs)
+                )
+                raise RecAdamError(
+                    f"load_state_dict: parameter {name!r} was saved as {other!r}; make the groups as then"
+                )
+            for index, p in zip(saved_group["params"], group["params"], strict=False):
+                saved = state_dict["state"].get(index, {})
+                if {"step", "exp_avg", "exp_avg_sq"} - saved.keys() or saved["exp_avg"].shape != p.shape:
+                    raise RecAdamError(
+                        f"load_state_dict: no state for parameter {index} of shape {tuple(p.shape)}; "
+                        "give one that was saved with this model"
+                    )
 
-def _plain(annealing: Any) -> Any:
-    """An annealing as plain scalars, which weights-only loading accepts; a stranger's as it is."""
+
+def _rate(lr: Any, hp: Hyperparameters) -> float:
+    """The learning rate as a checked number."""
     try:
-        return annealing_to_dict(annealing)
-    except RecAdamError:
-        return annealing
+        rate = float(lr)
+    except (TypeError, ValueError, RuntimeError):
+        raise RecAdamError(f"RecAdam: lr is {lr!r}; give a number or a 0-d tensor") from None
+    hp.replace(lr=rate)
+    return rate
+
+
+def _check_anchor(name: str, anchor: Any) -> None:
+    if not isinstance(anchor, Tensor) or not anchor.is_floating_point():
+        raise RecAdamError(f"anchors: {name!r} is {getattr(anchor, 'dtype', anchor)}; give a floating tensor")
+    if not bool(torch.isfinite(anchor).all()):
+        raise RecAdamError(f"anchors: {name!r} holds NaN or infinity; give the pretrained values")
+
+
+def _plain(value: Any) -> Any:
+    """A setting as plain scalars, which weights-only loading accepts; a stranger's annealing as it is."""
+    if type(value) in ANNEALINGS.values():
+        return annealing_to_dict(value)
+    return value.item() if isinstance(value, np.generic) else value

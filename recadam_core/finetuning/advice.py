@@ -48,7 +48,7 @@ def schedule_advice(hp: Hyperparameters, steps: int) -> list[str]:
         )
     if hp.form != "proximal" and pull.max() > 1.0:
         worst = pull.max()
-        first = int(np.argmax(pull > (2.0 if worst >= 2.0 else 1.0))) + 1
+        first = int(np.argmax(pull >= 2.0 if worst >= 2.0 else pull > 1.0)) + 1
         what = "diverges" if worst >= 2.0 else "overshoots"
         limit = "2 or more" if worst >= 2.0 else "more than 1"
         warnings.append(

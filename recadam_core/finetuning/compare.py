@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import RecAdamError
+from ..errors import RecAdamError, check_number
 from .run import Run
 
-__all__ = ["TOLERANCES", "Comparison", "compare_runs"]
+__all__ = ["TOLERANCES", "Comparison", "compare_runs", "setup_of"]
 
 TOLERANCES = {"float64": 1e-9, "float32": 0.01}
 """Largest distance between two runs' weights, as a share of the distance travelled, by dtype."""
@@ -34,7 +34,8 @@ class Comparison:
         agree: whether weights and predictions are within their bounds and every step is.
         weights: largest distance of the weights over the kept steps, as a share of the distance
             travelled by then.
-        weights_step: the step of that.
+        snapshots: each kept step, and that share.
+        weights_step: the step of the largest.
         weights_name: the parameter that lies furthest apart there.
         predictions: share of equal test predictions.
         rows: number of test rows.
@@ -50,6 +51,7 @@ class Comparison:
     second: str
     agree: bool
     weights: float
+    snapshots: tuple[tuple[int, float], ...]
     weights_step: int
     weights_name: str
     predictions: float
@@ -88,6 +90,8 @@ def compare_runs(
                 f"{run.path}: {run.status['state']} at step {run.status['step']} of {run.config.steps}; "
                 "run it to the end before comparing"
             )
+    check_number("compare", "tolerance", 0.0 if tolerance is None else tolerance, low=0.0)
+    check_number("compare", "predictions", predictions, low=0.0, high=1.0)
     _same_setup(reference, other)
     dtype = reference.config.dtype
     tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
@@ -101,11 +105,13 @@ def compare_runs(
         first = _earliest(first, gap > 0, name)
 
     weights, weights_step, weights_name = 0.0, reference.config.steps, ""
-    for step in sorted(set(reference.snapshots()) & set(other.snapshots())):
+    snapshots = []
+    for step in sorted({*reference.snapshots()} & {*other.snapshots()} | {reference.config.steps}):
         a_weights, b_weights = reference.weights(step), other.weights(step)
         gaps = {n: _distance(a_weights[n], b_weights[n]) for n in a_weights}
         gap_total = float(np.sqrt(sum(g * g for g in gaps.values())))
         share = gap_total / max(float(reference.steps["travelled"][step - 1]), TINY)
+        snapshots.append((step, share))
         if not share <= weights:
             weights, weights_step, weights_name = share, step, max(gaps, key=lambda n: gaps[n])
     a_scores, b_scores = reference.predictions(), other.predictions()
@@ -115,6 +121,7 @@ def compare_runs(
         second=other.label,
         agree=weights <= tolerance and same >= predictions and parted is None,
         weights=weights,
+        snapshots=tuple(snapshots),
         weights_step=weights_step,
         weights_name=weights_name,
         predictions=same,
@@ -127,10 +134,23 @@ def compare_runs(
     )
 
 
-def _same_setup(reference: Run, other: Run) -> None:
-    a, b = (_flat(run.config.to_dict()) for run in (reference, other))
+def setup_of(run: Run) -> dict[str, Any]:
+    """What must be equal for two runs to be comparable: the configuration without the backend.
+
+    Args:
+        run: the run.
+
+    Returns:
+        Settings by dotted name.
+    """
+    setup = _flat(run.config.to_dict())
     for ignored in ("backend", "eval_every", "snapshot_every"):
-        a.pop(ignored), b.pop(ignored)
+        setup.pop(ignored)
+    return setup
+
+
+def _same_setup(reference: Run, other: Run) -> None:
+    a, b = setup_of(reference), setup_of(other)
     differing = [name for name in a if a[name] != b.get(name)]
     if differing:
         name = differing[0]

@@ -9,14 +9,15 @@ import numpy as np
 
 from ..annealing import Annealing, annealed_weights
 from ..backends import Backend
-from ..errors import RecAdamError, unknown
+from ..errors import RecAdamError
 from ..hyperparameters import Hyperparameters
 from .models import Model
 
-__all__ = ["OPTIMIZERS", "Engine", "StepRecord", "coupled_gradient", "make_engine", "plain_adam"]
+__all__ = ["OPTIMIZERS", "Engine", "StepRecord", "coupled_gradient", "make_engine", "plain_adam", "policy"]
 
 OPTIMIZERS = {
     "recadam": "RecAdam: Adam with the annealed pull outside of its moments",
+    "annealed": "RecAdam without its pull: the annealing's task weight alone",
     "adamw": "the framework's own AdamW (in NumPy, the kernel without an anchor)",
     "coupled": "Adam fed with the gradient of the annealed objective, penalty and all",
 }
@@ -92,12 +93,8 @@ def make_engine(
         The engine, ready for its first step.
 
     Raises:
-        RecAdamError: when the backend cannot train that kind of model, or the optimizer is unknown.
+        RecAdamError: when the backend cannot train that kind of model.
     """
-    if optimizer not in OPTIMIZERS:
-        raise unknown("optimizer", optimizer, OPTIMIZERS)
-    if dtype not in ("float32", "float64"):
-        raise unknown("dtype", dtype, ("float32", "float64"))
     if model.kind not in backend.capabilities.finetunes:
         raise RecAdamError(
             f"backend {backend.name!r} has no gradient for a {model.kind} model; use torch or jax"
@@ -114,6 +111,30 @@ def plain_adam(hp: Hyperparameters) -> Hyperparameters:
         0.0
     """
     return hp.replace(gamma=0.0, form="decoupled")
+
+
+def policy(
+    optimizer: str, hp: Hyperparameters, anchored: frozenset[str]
+) -> tuple[Hyperparameters, frozenset[str]]:
+    """Settings and anchored names for the RecAdam that plays one of `OPTIMIZERS`.
+
+    Args:
+        optimizer: a name in `OPTIMIZERS`.
+        hp: the settings of the run.
+        anchored: names of the pretrained parameters.
+
+    Returns:
+        The settings and names to make it with; "adamw" and "coupled" are plain Adam without anchors.
+
+    Example:
+        >>> policy("annealed", Hyperparameters(), frozenset("w"))[0].gamma
+        0.0
+    """
+    if optimizer == "recadam":
+        return hp, anchored
+    if optimizer == "annealed":
+        return hp.replace(gamma=0.0), anchored
+    return plain_adam(hp), frozenset()
 
 
 def coupled_gradient(

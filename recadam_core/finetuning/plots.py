@@ -16,9 +16,9 @@ __all__ = ["SOURCE_LABELS", "schedule_figure", "task_figure"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
-COLOURS = {"recadam": "#0b6e99", "adamw": "#d1662a", "coupled": "#6b4c9a"}
-NAMES = {"recadam": "RecAdam", "adamw": "AdamW", "coupled": "coupled Adam"}
-DASHES = {"torch": "-", "jax": (0, (4, 3)), "numpy": (0, (1, 2))}
+COLOURS = {"recadam": "#0b6e99", "adamw": "#d1662a", "coupled": "#6b4c9a", "annealed": "#7a9a01"}
+NAMES = {"recadam": "RecAdam", "adamw": "AdamW", "coupled": "coupled Adam", "annealed": "λ(t) alone"}
+DASHES = {"numpy": "-", "torch": (0, (6, 4)), "jax": (0, (2, 3))}
 MARKERS = {"torch": "o", "jax": "x", "numpy": "+"}
 SOURCE_LABELS = {
     "source_accuracy": "ten-digit accuracy",
@@ -60,7 +60,7 @@ def _figure(columns: int) -> tuple[Any, Any]:
     """A row of panels, drawn without a display and without pyplot's global state."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.7 * columns, 3.5), layout="constrained")
+    figure = Figure(figsize=(4.1 * columns, 3.5), layout="constrained")
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
@@ -95,7 +95,8 @@ def task_figure(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Any:
     for name in dict.fromkeys(run.config.optimizer for run in runs):
         learn.plot([], [], color=COLOURS[name], linewidth=1.8, label=NAMES[name])
     for name in dict.fromkeys(run.config.backend for run in runs):
-        learn.plot([], [], color="#555555", linestyle=DASHES.get(name, "-"), linewidth=1.2, label=name)
+        style = {"linestyle": DASHES.get(name, "-"), "marker": MARKERS.get(name, "s")}
+        learn.plot([], [], color="#555555", linewidth=1.2, markerfacecolor="none", label=name, **style)
     learn.legend(fontsize=8, ncols=2)
     drift.set(title="Drifts: distance to the anchor θ*", xlabel="step", ylim=(0, None))
     annealed = [run for run in runs if run.config.optimizer != "adamw"]
@@ -105,7 +106,7 @@ def task_figure(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Any:
         weight.fill_between(steps["step"], steps["task_weight"], color="#888888", alpha=0.13, linewidth=0)
         weight.set(ylim=(0, 1.02), yticks=[0, 0.5, 1])
         weight.grid(False)
-        weight.set_ylabel("λ(t), shaded", color="#777777")
+        weight.annotate("λ(t)", (0.97, 0.9), xycoords="axes fraction", color="#777777", ha="right")
         weight.tick_params(colors="#777777")
 
     metric, more = runs[0].provenance["headline"]
@@ -133,33 +134,30 @@ def task_figure(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Any:
     kept.margins(0.18)
     if not more:
         kept.invert_yaxis()
-    kept.set(title="Keeps: up and to the right is better", xlabel="target accuracy")
+    kept.set(title="Keeps: best is top right", xlabel="target accuracy")
     kept.set_ylabel(SOURCE_LABELS.get(metric, metric) + ("" if more else ", axis turned"))
 
-    reference = {c.first for c in comparisons}
-    for run in runs:
-        base = next(
-            (r for r in runs if r.label in reference and r.config.optimizer == run.config.optimizer), None
+    for c in comparisons:
+        optimizer, backend = c.second.split()[1], c.second.split()[0]
+        steps_, shares = zip(*c.snapshots, strict=True)
+        path.semilogy(
+            steps_,
+            np.maximum(shares, np.finfo(np.float64).eps / 4),
+            marker=MARKERS.get(backend, "s"),
+            linestyle=DASHES.get(backend, "-"),
+            markersize=7,
+            markerfacecolor="none",
+            color=COLOURS[optimizer],
         )
-        if base is None or base is run:
-            continue
-        gap = np.abs(run.steps["distance"] - base.steps["distance"]) / base.steps["travelled"]
-        floor = float(np.finfo(run.config.dtype).eps) / 8
-        style = {"color": COLOURS[run.config.optimizer], "linestyle": DASHES.get(run.config.backend, "-")}
-        path.semilogy(run.steps["step"], np.maximum(gap, floor), linewidth=1.2, **style)
     if comparisons:
-        path.axhline(comparisons[0].tolerance, color="#b00020", linewidth=1)
-        path.annotate(
-            "bound",
-            (runs[0].config.steps, comparisons[0].tolerance),
-            (0, -10),
-            textcoords="offset points",
-            color="#b00020",
-            ha="right",
-        )
+        bound = comparisons[0].tolerance
+        path.axhline(bound, color="#b00020", linewidth=1)
+        path.set_xlim(0, 1.05 * runs[0].config.steps)
+        path.annotate("bound", (0, bound), (4, -11), textcoords="offset points", color="#b00020")
+        path.set_ylim(min(1e-7, 1e-4 * bound), 10 * bound)
         name = comparisons[0].first.split()[0]
-        path.set(title=f"Same path: gap to {name}, {runs[0].config.dtype}", xlabel="step")
-        path.set_ylabel("|Δ distance| / travelled")
+        path.set(title=f"Same path: weights apart from {name}'s", xlabel=f"step ({runs[0].config.dtype})")
+        path.set_ylabel("share of the distance travelled")
     else:
         path.set_visible(False)
     return figure

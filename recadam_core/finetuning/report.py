@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecAdamError
-from .compare import Comparison, compare_runs
+from .compare import Comparison, compare_runs, setup_of
 from .files import replacing
 from .plots import SOURCE_LABELS, task_figure
 from .run import Run
@@ -18,7 +18,7 @@ __all__ = ["compare_all", "summary_rows", "write_report"]
 
 
 def compare_all(runs: Sequence[Run]) -> list[Comparison]:
-    """Compare, for each task and optimizer, every backend's run with the first one's.
+    """Compare runs that differ in nothing but the backend, each with the first of its kind.
 
     Args:
         runs: complete runs.
@@ -27,10 +27,10 @@ def compare_all(runs: Sequence[Run]) -> list[Comparison]:
         A comparison for each run that has a counterpart; numpy, where it ran, is the reference.
     """
     comparisons = []
-    first: dict[tuple[str, str], Run] = {}
+    first: dict[str, Run] = {}
     order = ("numpy", "torch", "jax")
     for run in sorted(runs, key=lambda run: (*order, run.config.backend).index(run.config.backend)):
-        key = (run.config.task, run.config.optimizer)
+        key = repr(setup_of(run))
         if key in first:
             comparisons.append(compare_runs(first[key], run))
         else:
@@ -45,7 +45,8 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         runs: complete runs.
 
     Returns:
-        A row a run: label, target accuracy before and after, the source figure's name, before and
+        A row a run: directory, task, backend, optimizer, target accuracy before and after, the source
+        figure by name, before and
         after, distance to the anchor, median seconds a step.
     """
     rows = []
@@ -55,6 +56,7 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         seconds = sorted(run.steps["seconds"])
         rows.append(
             {
+                "name": run.path.name,
                 "task": run.config.task,
                 "backend": run.config.backend,
                 "optimizer": run.config.optimizer,
@@ -115,7 +117,7 @@ def write_report(runs: Sequence[Run], out: str | Path, title: str = "Fine-tuning
     page = environment.get_template("report.html.j2").render(
         title=title,
         sections=sections,
-        unfinished=[run for run in runs if run not in complete],
+        unfinished=[run for run in runs if run.status["state"] != "complete"],
         written=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
         labels=SOURCE_LABELS,
     )

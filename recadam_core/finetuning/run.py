@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import platform
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,7 @@ from ..backends import get_backend
 from ..coefficients import coefficients
 from ..errors import RecAdamError, unknown
 from ..hyperparameters import Hyperparameters
-from .engine import OPTIMIZERS, Engine, make_engine
+from .engine import OPTIMIZERS, Engine, StepRecord, make_engine
 from .files import replacing, write_json
 from .schedules import SCHEDULES, learning_rate
 from .tasks import get_task
@@ -34,6 +33,23 @@ from .tasks.base import Problem, Rows, accuracy, in_batches
 __all__ = ["Run", "RunConfig", "batch_order", "finetune", "load_run"]
 
 Array = np.ndarray[Any, Any]
+COLUMNS = (
+    "step",
+    *StepRecord._fields,
+    "task_weight",
+    "recall_weight",
+    "lr",
+    "pull",
+    "seconds",
+)
+FILES = (
+    "config.json",
+    "provenance.json",
+    "status.json",
+    "steps.jsonl",
+    "evaluations.json",
+    "predictions.npy",
+)
 VERSIONS = ("recadam-core", "numpy", "torch", "jax", "jaxlib", "optax", "tokenizers", "scikit-learn")
 
 
@@ -88,18 +104,17 @@ class RunConfig:
             raise unknown("schedule", self.schedule, SCHEDULES)
         if self.dtype not in ("float32", "float64"):
             raise unknown("dtype", self.dtype, ("float32", "float64"))
-        lowest = {"steps": 1, "batch_size": 1, "warmup": 0, "seed": 0, "eval_every": 0, "snapshot_every": 0}
-        for name, low in lowest.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
-                raise RecAdamError(f"{name} is {value!r}; give a whole number >= {low}")
+        for name, low in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("seed", 0)):
+            _check_whole(name, getattr(self, name), low)
+        for name in ("eval_every", "snapshot_every"):
+            _check_whole(name, getattr(self, name), 0)
         if self.schedule == "linear" and self.warmup >= self.steps:
             raise RecAdamError(f"warmup is {self.warmup} of {self.steps} steps; give fewer than there are")
         for name, value in self.options.items():
             if name not in task.options:
                 raise unknown(f"option of task {self.task!r}:", name, task.options)
-            if isinstance(task.options[name], int) and (not isinstance(value, int) or value < 0):
-                raise RecAdamError(f"{name} is {value!r}; give a whole number >= 0")
+            if name in task.lowest:
+                _check_whole(name, value, task.lowest[name])
 
     @classmethod
     def for_task(cls, task: str, backend: str, optimizer: str = "recadam", **changes: Any) -> RunConfig:
@@ -148,6 +163,11 @@ class RunConfig:
         return cls(**{**values, "hp": Hyperparameters.from_dict(values["hp"])})
 
 
+def _check_whole(name: str, value: Any, low: int) -> None:
+    if not isinstance(value, int) or not low <= value <= 10**8:
+        raise RecAdamError(f"{name} is {value!r}; give a whole number from {low} to 100,000,000")
+
+
 @dataclass(frozen=True)
 class Run:
     """A run's directory, read.
@@ -176,16 +196,21 @@ class Run:
 
     def weights(self, step: int | None = None) -> dict[str, Array]:
         """Weights after a step; None for the last ones."""
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         steps = self.snapshots()
         if not steps or (step is not None and step not in steps):
-            raise RecAdamError(f"{self.path}: no weights of step {step or 'the end'}; run it to the end")
-        return load_file(_weights_path(self.path, steps[-1] if step is None else step))
+            raise RecAdamError(f"{self.path}: no weights of step {step or 'the end'}; run it again")
+        path = _weights_path(self.path, steps[-1] if step is None else step)
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise RecAdamError(f"{path}: damaged ({error}); run it again") from None
 
     def snapshots(self) -> list[int]:
         """Steps whose weights are kept."""
-        return sorted(int(path.stem) for path in (self.path / "weights").glob("*.safetensors"))
+        return sorted(int(path.stem) for path in (self.path / "weights").glob("[0-9]*.safetensors"))
 
     def predictions(self) -> Array:
         """Scores of the test rows after the last step, of shape (rows, classes)."""
@@ -241,9 +266,9 @@ def finetune(
     out = Path(out)
     tell = progress or (lambda step, text: None)
     _claim(out, overwrite)
-    if config.optimizer == "recadam":
-        for t in range(1, config.steps + 1):  # a pull that diverges is refused before anything is written
-            _policy(config, t, _learning_rate(config, t))
+    for t in np.unique(np.linspace(1, config.steps, 1000, dtype=int)):
+        # A pull that diverges is refused before anything is written.
+        _policy(config, int(t), _learning_rate(config, int(t)))
     tell(0, "reading data and model")
     backend = get_backend(config.backend)
     problem = get_task(config.task).prepare(config.seed, **config.options)
@@ -257,7 +282,7 @@ def finetune(
             config.hp,
             config.dtype,
         )
-        out.mkdir(parents=True, exist_ok=True)
+        _clear(out)
         write_json(out / "config.json", config.to_dict())
         write_json(out / "provenance.json", _provenance(problem, config))
         with _status(out) as status:
@@ -297,20 +322,12 @@ def _train(
             record = engine.step(batch, lr)
             seconds = time.perf_counter() - began
             task, recall, pull = _policy(config, t, lr)
-            line = {
-                "step": t,
-                **record._asdict(),
-                "task_weight": task,
-                "recall_weight": recall,
-                "lr": lr,
-                "pull": pull,
-                "seconds": seconds,
-            }
-            records.write(json.dumps(line) + "\n")
+            line = (t, *record, task, recall, lr, pull, seconds)
+            records.write(json.dumps(dict(zip(COLUMNS, line, strict=True))) + "\n")
             records.flush()
             status["step"] = t
             if not np.isfinite(record.loss):
-                raise RecAdamError(f"{out}: the loss is {record.loss} at step {t}; lower lr or lr * gamma")
+                raise RecAdamError(f"{out}: the loss is {record.loss} at step {t}; lower lr, or raise eps")
             tell(t, f"loss {record.loss:.4f}")
             last = t == config.steps
             if last or (config.snapshot_every and t % config.snapshot_every == 0):
@@ -330,8 +347,7 @@ def _policy(config: RunConfig, t: int, lr: float) -> tuple[float, float, float]:
     if config.optimizer == "adamw":
         return 1.0, 0.0, 0.0
     task, recall = annealed_weights(config.hp.annealing, t)
-    pull = coefficients(t, config.hp, lr).recall if config.optimizer == "recadam" else 0.0
-    return task, recall, pull
+    return task, recall, coefficients(t, config.hp, lr).recall if config.optimizer == "recadam" else 0.0
 
 
 def _claim(out: Path, overwrite: bool) -> None:
@@ -340,12 +356,21 @@ def _claim(out: Path, overwrite: bool) -> None:
         raise RecAdamError(f"{out}: is a file; give a directory")
     if not out.exists() or not any(out.iterdir()):
         return
-    if not (out / "config.json").exists():
-        raise RecAdamError(f"{out}: holds something that is no run; give another directory")
+    try:
+        status = load_run(out, strict=False).status
+    except RecAdamError:
+        raise RecAdamError(f"{out}: holds something that is no run; give another directory") from None
     if not overwrite:
         raise RecAdamError(f"{out}: holds a run already; give --overwrite or another directory")
-    for path in [*out.glob("weights/*.safetensors"), *(p for p in out.iterdir() if p.is_file())]:
-        path.unlink()
+    if status["state"] == "running":
+        raise RecAdamError(f"{out}: process {status['pid']} is still writing this run; stop it first")
+
+
+def _clear(out: Path) -> None:
+    """Make the directory, and remove what an earlier run left in it: its own files and no others."""
+    out.mkdir(parents=True, exist_ok=True)
+    for path in [*out.glob("weights/[0-9]*.safetensors"), *(out / name for name in FILES)]:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -354,13 +379,6 @@ def _status(out: Path) -> Iterator[dict[str, Any]]:
     status: dict[str, Any] = {"state": "running", "step": 0, "pid": os.getpid()}
     write_json(out / "status.json", status)
 
-    def interrupt(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        previous = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not the main thread
-        previous = None
     try:
         yield status
         status["state"] = "complete"
@@ -373,8 +391,6 @@ def _status(out: Path) -> Iterator[dict[str, Any]]:
         )
         raise
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
         write_json(out / "status.json", status)
 
 
@@ -413,48 +429,68 @@ def _provenance(problem: Problem, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def load_run(path: str | Path) -> Run:
+def load_run(path: str | Path, strict: bool = True) -> Run:
     """Read a run's directory; an unfinished one too.
 
     Args:
         path: the directory.
+        strict: whether a complete run must have all of its records.
 
     Returns:
         The run. A run whose process died without a word counts as interrupted.
 
     Raises:
-        RecAdamError: when it is no run, or a file of it is damaged.
+        RecAdamError: when it is no run, or a file of it is missing or damaged.
     """
     path = Path(path)
     if not (path / "config.json").exists():
         raise RecAdamError(f"{path}: no run here; give a directory that `recadam finetune` wrote")
 
-    def read(name: str, default: Any) -> Any:
+    def read(name: str, kind: type) -> Any:
         file = path / name
-        if not file.exists():
-            return default
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            value = json.loads(file.read_text(encoding="utf-8")) if file.exists() else kind()
         except ValueError as error:
             raise RecAdamError(f"{file}: damaged ({error}); run it again") from None
+        if not isinstance(value, kind):
+            raise RecAdamError(f"{file}: damaged (not a {kind.__name__}); run it again")
+        return value
 
     try:
-        config = RunConfig.from_dict(read("config.json", {}))
+        config = RunConfig.from_dict(read("config.json", dict))
     except (KeyError, TypeError) as error:
         raise RecAdamError(f"{path / 'config.json'}: damaged ({error!r}); run it again") from None
-    status = read("status.json", {"state": "interrupted", "step": 0})
-    lines = []
-    if (path / "steps.jsonl").exists():
-        for line in (path / "steps.jsonl").read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break  # the line that a kill cut short
+    status = {"state": "interrupted", "step": 0, **read("status.json", dict)}
+    columns = _read_records(path / "steps.jsonl")
     if status["state"] == "running" and not _alive(status.get("pid")):
-        status = {**status, "state": "interrupted", "step": len(lines)}
-    columns = {name: np.array([line[name] for line in lines]) for name in (lines[0] if lines else ())}
-    evaluations = read("evaluations.json", [])
-    return Run(path, config, status, columns, evaluations, read("provenance.json", {}))
+        status = {**status, "state": "interrupted", "step": len(columns["step"])}
+    evaluations, provenance = read("evaluations.json", list), read("provenance.json", dict)
+    if strict and status["state"] == "complete":
+        complete = {
+            "steps.jsonl": len(columns["step"]) == config.steps,
+            "evaluations.json": bool(evaluations) and evaluations[-1].get("step") == config.steps,
+            "provenance.json": {"start_sha256", "headline"} <= provenance.keys(),
+        }
+        for name, there in complete.items():
+            if not there:
+                raise RecAdamError(
+                    f"{path / name}: damaged (the run is complete, this file is not); run it again"
+                )
+    return Run(path, config, status, columns, evaluations, provenance)
+
+
+def _read_records(path: Path) -> dict[str, Array]:
+    """The records by column; a last line that a kill cut short is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows.append([float(row[name]) for name in COLUMNS])
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):
+                raise RecAdamError(f"{path}: damaged in line {number} ({error!r}); run it again") from None
+    return dict(zip(COLUMNS, np.array(rows).reshape(-1, len(COLUMNS)).T, strict=True))
 
 
 def _alive(pid: int | None) -> bool:

@@ -50,6 +50,8 @@ class Task(Protocol):
     defaults: ClassVar[dict[str, Any]]  # settings of a run that fit this task
     options: ClassVar[dict[str, Any]]  # what `prepare` takes, with defaults
 
+    lowest: ClassVar[dict[str, int]]  # smallest values of the options that are whole numbers
+
     @property
     def archives(self) -> Callable[..., tuple[str, ...]]:
         """Names of the archives that `prepare` would fetch: a function of its options."""

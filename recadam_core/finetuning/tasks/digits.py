@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...backends import get_backend
+from ...errors import RecAdamError
 from ...hyperparameters import Hyperparameters
 from ...optimizer import RecAdam
 from ..engine import plain_adam
@@ -36,14 +37,15 @@ class Digits:
         "steps": 300,
         "batch_size": 20,
         "lr": 2e-3,
-        "gamma": 100.0,
-        "k": 0.05,
-        "t0": 150.0,
+        "gamma": 50.0,
+        "k": 0.02,
+        "t0": 100.0,
         "dtype": "float64",
         "snapshot_every": 25,
         "eval_every": 25,
     }
     options: ClassVar[dict[str, Any]] = {"train_rows": 100}
+    lowest: ClassVar[dict[str, int]] = {"train_rows": 1}
 
     def archives(self, train_rows: int = 100) -> tuple[str, ...]:
         """None: scikit-learn brings the digits."""
@@ -58,7 +60,12 @@ class Digits:
 
         Returns:
             The problem.
+
+        Raises:
+            RecAdamError: when there are not that many rows.
         """
+        if train_rows > 400:
+            raise RecAdamError(f"digits: train_rows is {train_rows}; there are 400")
         x, y = _data()
         body, head = _pretrained()
         rng = np.random.default_rng(seed)
@@ -78,7 +85,7 @@ class Digits:
             model=TARGET,
             params=params,
             anchored=frozenset(body),
-            train=_rows(x, targets, slice(900, 900 + min(train_rows, 400))),
+            train=_rows(x, targets, slice(900, 900 + train_rows)),
             test=_rows(x, targets, test),
             measure_source=measure_source,
             headline=("source_accuracy", True),
