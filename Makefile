@@ -81,6 +81,6 @@ clean:
 	rm -rf .asv $(VENV) runs docs/_build dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 bench: $(VENV)/.development
-	@$(PIP) asv
+	@$(PIP) -e ".[bench]"
 	@$(BIN)/asv machine --yes --config asv_benchmarks/asv.conf.json >/dev/null
 	$(BIN)/asv run --config asv_benchmarks/asv.conf.json --python=same --set-commit-hash=HEAD --show-stderr

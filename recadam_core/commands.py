@@ -284,8 +284,12 @@ def demo(
     for task in dict.fromkeys(task for task, _, _ in plan):
         for name in get_task(task).archives():
             fetch(name)
-    with _bar(len(plan), "demo") as tell:
-        runs, comparisons, page = run_demo(plan, out, jobs, tell)
+    try:
+        with _bar(len(plan), "demo") as tell:
+            runs, comparisons, page = run_demo(plan, out, jobs, tell)
+    except KeyboardInterrupt:
+        print(f"recadam: interrupted; the runs in {out} say so", file=sys.stderr)
+        raise typer.Exit(130) from None
     _show(_summary(runs))
     table = Table(box=None, pad_edge=False)
     for name in ("task", "run", "against", "agree", "weights apart", "same predictions"):

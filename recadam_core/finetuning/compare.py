@@ -31,6 +31,7 @@ class Comparison:
     Args:
         first: label of the reference.
         second: label of the other.
+        paths: directories of the two.
         agree: whether weights and predictions are within their bounds and every step is.
         weights: largest distance of the weights over the kept steps, as a share of the distance
             travelled by then.
@@ -49,6 +50,7 @@ class Comparison:
 
     first: str
     second: str
+    paths: tuple[str, str]
     agree: bool
     weights: float
     snapshots: tuple[tuple[int, float], ...]
@@ -119,6 +121,7 @@ def compare_runs(
     return Comparison(
         first=reference.label,
         second=other.label,
+        paths=(str(reference.path), str(other.path)),
         agree=weights <= tolerance and same >= predictions and parted is None,
         weights=weights,
         snapshots=tuple(snapshots),

@@ -18,7 +18,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 COLOURS = {"recadam": "#0b6e99", "adamw": "#d1662a", "coupled": "#6b4c9a", "annealed": "#7a9a01"}
 NAMES = {"recadam": "RecAdam", "adamw": "AdamW", "coupled": "coupled Adam", "annealed": "λ(t) alone"}
-DASHES = {"numpy": "-", "torch": (0, (6, 4)), "jax": (0, (2, 3))}
+DASHES = ("-", (0, (6, 4)), (0, (2, 3)))
 MARKERS = {"torch": "o", "jax": "x", "numpy": "+"}
 SOURCE_LABELS = {
     "source_accuracy": "ten-digit accuracy",
@@ -85,17 +85,19 @@ def task_figure(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Any:
     """
     figure, (learn, drift, kept, path) = _figure(4)
     width = max(1, runs[0].config.steps // 15)
+    backends = dict.fromkeys(run.config.backend for run in runs)
+    dashes = {name: DASHES[min(i, len(DASHES) - 1)] for i, name in enumerate(backends)}
     for run in runs:
         config, steps = run.config, run.steps
-        colour, dash = COLOURS[config.optimizer], DASHES.get(config.backend, "-")
+        colour, dash = COLOURS[config.optimizer], dashes[config.backend]
         style = {"color": colour, "linestyle": dash, "linewidth": 1.8}
         learn.plot(steps["step"], _smooth(steps["loss"], width), **style)
         drift.plot(steps["step"], steps["distance"], **style)
     learn.set(title="Learns: loss on the target task", xlabel=f"step (mean over {width})", ylim=(0, None))
     for name in dict.fromkeys(run.config.optimizer for run in runs):
         learn.plot([], [], color=COLOURS[name], linewidth=1.8, label=NAMES[name])
-    for name in dict.fromkeys(run.config.backend for run in runs):
-        style = {"linestyle": DASHES.get(name, "-"), "marker": MARKERS.get(name, "s")}
+    for name in backends:
+        style = {"linestyle": dashes[name], "marker": MARKERS.get(name, "s")}
         learn.plot([], [], color="#555555", linewidth=1.2, markerfacecolor="none", label=name, **style)
     learn.legend(fontsize=8, ncols=2)
     drift.set(title="Drifts: distance to the anchor θ*", xlabel="step", ylim=(0, None))
@@ -106,7 +108,7 @@ def task_figure(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Any:
         weight.fill_between(steps["step"], steps["task_weight"], color="#888888", alpha=0.13, linewidth=0)
         weight.set(ylim=(0, 1.02), yticks=[0, 0.5, 1])
         weight.grid(False)
-        weight.annotate("λ(t)", (0.97, 0.9), xycoords="axes fraction", color="#777777", ha="right")
+        weight.annotate("λ(t)", (0.97, 0.06), xycoords="axes fraction", color="#777777", ha="right")
         weight.tick_params(colors="#777777")
 
     metric, more = runs[0].provenance["headline"]
@@ -137,26 +139,29 @@ def task_figure(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Any:
     kept.set(title="Keeps: best is top right", xlabel="target accuracy")
     kept.set_ylabel(SOURCE_LABELS.get(metric, metric) + ("" if more else ", axis turned"))
 
+    lowest = 1.0
     for c in comparisons:
-        optimizer, backend = c.second.split()[1], c.second.split()[0]
-        steps_, shares = zip(*c.snapshots, strict=True)
-        path.semilogy(
-            steps_,
-            np.maximum(shares, np.finfo(np.float64).eps / 4),
-            marker=MARKERS.get(backend, "s"),
-            linestyle=DASHES.get(backend, "-"),
-            markersize=7,
-            markerfacecolor="none",
-            color=COLOURS[optimizer],
-        )
+        first, second = (next(run for run in runs if str(run.path) == where) for where in c.paths)
+        backend, optimizer = second.config.backend, second.config.optimizer
+        kept_steps, shares = zip(*c.snapshots, strict=True)
+        records = np.abs(second.steps["distance"] - first.steps["distance"]) / first.steps["travelled"]
+        floor = float(np.finfo(np.float64).eps) / 8
+        style = {"color": COLOURS[optimizer], "linestyle": dashes[backend]}
+        path.semilogy(first.steps["step"], np.maximum(records, floor), linewidth=0.8, alpha=0.5, **style)
+        marks = {"linestyle": "none", "marker": MARKERS.get(backend, "s"), "markerfacecolor": "none"}
+        path.semilogy(kept_steps, np.maximum(shares, floor), color=COLOURS[optimizer], markersize=7, **marks)
+        lowest = min(lowest, *shares, *records)
     if comparisons:
         bound = comparisons[0].tolerance
         path.axhline(bound, color="#b00020", linewidth=1)
-        path.set_xlim(0, 1.05 * runs[0].config.steps)
-        path.annotate("bound", (0, bound), (4, -11), textcoords="offset points", color="#b00020")
-        path.set_ylim(min(1e-7, 1e-4 * bound), 10 * bound)
+        style = {"textcoords": "offset points", "color": "#b00020"}
+        path.annotate("bound on the weights", (0, bound), (4, -11), **style)
+        path.set_ylim(max(lowest / 3, 1e-17), 10 * bound)
+        path.plot([], [], color="#555555", linestyle="none", marker="x", label="weights")
+        path.plot([], [], color="#555555", linewidth=0.8, alpha=0.5, label="record of the distance to θ*")
+        path.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.82))
         name = comparisons[0].first.split()[0]
-        path.set(title=f"Same path: weights apart from {name}'s", xlabel=f"step ({runs[0].config.dtype})")
+        path.set(title=f"Same path: apart from {name}'s", xlabel=f"step ({runs[0].config.dtype})")
         path.set_ylabel("share of the distance travelled")
     else:
         path.set_visible(False)

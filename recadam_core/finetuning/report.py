@@ -28,14 +28,19 @@ def compare_all(runs: Sequence[Run]) -> list[Comparison]:
     """
     comparisons = []
     first: dict[str, Run] = {}
-    order = ("numpy", "torch", "jax")
-    for run in sorted(runs, key=lambda run: (*order, run.config.backend).index(run.config.backend)):
+    for run in _ordered(runs):
         key = repr(setup_of(run))
         if key in first:
             comparisons.append(compare_runs(first[key], run))
         else:
             first[key] = run
     return comparisons
+
+
+def _ordered(runs: Sequence[Run]) -> list[Run]:
+    """By backend, the reference first; within a backend as given."""
+    order = ("numpy", "torch", "jax")
+    return sorted(runs, key=lambda run: (*order, run.config.backend).index(run.config.backend))
 
 
 def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -95,7 +100,7 @@ def write_report(runs: Sequence[Run], out: str | Path, title: str = "Fine-tuning
         raise RecAdamError(f"{out}: no complete run to report on; run one to the end")
     sections = []
     for task in dict.fromkeys(run.config.task for run in complete):
-        chosen = [run for run in complete if run.config.task == task]
+        chosen = _ordered([run for run in complete if run.config.task == task])
         comparisons = compare_all(chosen)
         figure = task_figure(chosen, comparisons)
         with replacing(out / f"{task}.png") as beside:
