@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from recadam_core import Hyperparameters, Linear, Sigmoid
+from recadam_core.finetuning import load_run
 from recadam_core.finetuning.advice import schedule_advice
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -131,3 +136,21 @@ def test_demo_of_the_quick_task(recadam, tmp_path):
     assert "annealed" in result.stdout
     again = recadam("demo", "--only", "digits", "--out", tmp_path / "demo")
     assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_demo_that_ends_early_takes_its_runs_along(tmp_path, number):
+    command = [sys.executable, "-m", "recadam_core", "demo", "--only", "digits", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (started := list(tmp_path.glob("*/status.json"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    if number == signal.SIGTERM:
+        assert process.returncode == 130
+        assert stderr.strip().splitlines()[-1] == f"recadam: interrupted; the runs in {tmp_path} say so"
+    while any(load_run(path.parent).status["state"] == "running" for path in started):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

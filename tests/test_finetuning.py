@@ -413,7 +413,7 @@ def test_a_damaged_model_in_the_cache_is_refused(tmp_path, monkeypatch):
     for name in ("minilm-l6", "minilm-l3"):
         source = archives.fetch(name)
         (tmp_path / "archives").mkdir(exist_ok=True)
-        os.link(source, tmp_path / "archives" / source.name)
+        shutil.copy(source, tmp_path / "archives")
     monkeypatch.setenv("RECADAM_CACHE", str(tmp_path))
     folder = archives.model_folder("minilm-l3")
     with (folder / "model.safetensors").open("r+b") as file:
