@@ -122,7 +122,11 @@ class RecAdam:
         _check_arrays("anchor", anchors)
         for name, anchor in anchors.items():
             xp = array_namespace(anchor)
-            if not bool(xp.all(xp.isfinite(anchor))):
+            try:
+                finite = bool(xp.all(xp.isfinite(anchor)))
+            except (TypeError, RuntimeError):
+                finite = True  # traced, or without data: there is no value to look at
+            if not finite:
                 raise RecAdamError(f"anchor {name!r} holds NaN or infinity; give the pretrained values")
             if xp is not array_namespace(params[name]):
                 raise RecAdamError(

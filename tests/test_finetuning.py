@@ -235,7 +235,7 @@ def test_a_checkpoint_folder_is_no_run(tiny_checkpoint, tmp_path):
 
 def test_a_live_run_is_not_overwritten(tmp_path):
     process, out = start_and_wait(tmp_path, "run")
-    with pytest.raises(RecAdamError, match=f"process {process.pid} is still writing this run; stop it first"):
+    with pytest.raises(RecAdamError, match=f"process {process.pid} is still writing this run; stop it"):
         finetune(RunConfig.for_task("digits", "numpy", steps=2), out, overwrite=True)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
@@ -256,6 +256,12 @@ def test_a_live_run_is_not_overwritten(tmp_path):
         (lambda d: (d / "evaluations.json").write_text("[]"), r"evaluations\.json: damaged"),
         (lambda d: (d / "provenance.json").unlink(), r"provenance\.json: damaged"),
         (lambda d: (d / "status.json").write_text("[]"), r"status\.json: damaged \(not a dict\)"),
+        (lambda d: (d / "evaluations.json").write_text("[1]"), r"evaluations\.json: damaged"),
+        (lambda d: (d / "steps.jsonl").write_bytes(b"\xff\xfe\n" * 300), r"steps\.jsonl: damaged in line 1"),
+        (
+            lambda d: (d / "status.json").write_text('{"state": "running", "pid": "x"}'),
+            "interrupted at step 300",
+        ),
         (lambda d: (d / "status.json").write_text("{}"), "interrupted at step 0 of 300"),
         (lambda d: (d / "predictions.npy").write_bytes(b"x"), r"predictions\.npy"),
     ],
@@ -301,6 +307,15 @@ def test_directories_are_not_overwritten_unasked(tmp_path):
         finetune(config, tmp_path / "b" / "thesis.txt")
 
 
+def test_a_later_process_of_the_same_number_does_not_block_the_directory(tmp_path):
+    config = RunConfig.for_task("digits", "numpy", steps=2)
+    finetune(config, tmp_path / "a")
+    status = {"state": "running", "step": 1, "pid": os.getpid(), "born": 1}  # before a reboot, say
+    (tmp_path / "a" / "status.json").write_text(json.dumps(status))
+    assert load_run(tmp_path / "a").status["state"] == "interrupted"
+    assert finetune(config, tmp_path / "a", overwrite=True).status["state"] == "complete"
+
+
 def test_a_run_that_fails_says_so(tmp_path):
     config = RunConfig.for_task("digits", "numpy", steps=10, lr=1e300, gamma=0.0, eps=0.0)
     with (
@@ -338,6 +353,10 @@ def test_bad_configurations(changes, message):
     with pytest.raises(RecAdamError) as caught:
         RunConfig.for_task("digits", "numpy", **changes)
     assert str(caught.value).startswith(message)
+
+
+def test_large_seeds_are_fine():
+    assert RunConfig.for_task("digits", "numpy", seed=2**32 - 1).seed == 2**32 - 1
 
 
 def test_configuration_survives_a_dict():

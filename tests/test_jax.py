@@ -196,6 +196,21 @@ def test_gamma_can_be_injected_and_changed():
         assert float(updates["w"][0]) == pytest.approx(0.01 * gamma * (3.0 - 5.0), rel=1e-5)
 
 
+def test_annealing_parameters_may_be_traced():
+    params = {"w": jnp.ones(3)}
+
+    def drift(k):
+        tx = recadam(1e-2, gamma=1.0, annealing=Sigmoid(k=k, t0=25.0))
+        return tx.update(params, tx.init(params), params)[0]["w"][0]
+
+    swept = jax.vmap(drift)(jnp.array([0.1, 0.2]))
+    np.testing.assert_allclose(swept, [drift(0.1), drift(0.2)], rtol=1e-5)
+
+
+def test_a_very_slow_annealing_is_sampled_within_the_count():
+    recadam(lambda count: 1e-4, gamma=1.0, annealing=Sigmoid(k=1e-8, t0=250)).init({"w": jnp.ones(2)})
+
+
 def test_an_unanchored_tree_has_no_pull_to_refuse():
     state = recadam(1e-3, gamma=5000.0, anchor_mask=False).init(PARAMS)
     assert jax.tree.leaves(state.anchor) == []
@@ -211,6 +226,14 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
         (
             lambda: recadam(lambda c: 1e-5 * (c + 1), annealing=Constant(1.0, 1.0)).init(PARAMS),
             "recadam, step 10000: lr * gamma * recall = 500 diverges",
+        ),
+        (
+            lambda: recadam(lambda c: -1e-5 * c).init(PARAMS),
+            "recadam, step 2: learning rate is -9.99",
+        ),
+        (
+            lambda: recadam(1e-5).update({"a": {"w": None}}, recadam(1e-5).init(PARAMS), PARAMS),
+            "gradient 'a/w' is None; give one",
         ),
         (lambda: recadam(1e-5, mu_dtype=jnp.int32), "recadam: mu_dtype is"),
         (

@@ -242,9 +242,39 @@ def test_foreign_and_mismatched_states_are_refused_and_nothing_is_loaded():
     assert optimizer.state[net[0].weight]["step"] == 2
 
 
+def test_names_that_a_wrapper_changed_are_the_same_names():
+    net = model()
+    wrapped = RecAdam([(f"module._orig_mod.{n}", p) for n, p in net.named_parameters()], **SETTINGS)
+    train(net, wrapped, range(3))
+    bare = RecAdam(net.named_parameters(), **SETTINGS)
+    bare.load_state_dict(wrapped.state_dict())
+    assert bare.state[net[0].weight]["step"] == 3
+
+
+def test_hooks_around_loading_count():
+    net = model(torch.bfloat16)
+    optimizer = RecAdam(net.named_parameters(), **SETTINGS)
+
+    def add_seven(_, saved):
+        states = {i: {**s, "exp_avg": s["exp_avg"] + 7} for i, s in saved["state"].items()}
+        return {**saved, "state": states}
+
+    optimizer.register_load_state_dict_pre_hook(add_seven)
+    optimizer.load_state_dict(optimizer.state_dict())
+    state = optimizer.state[net[0].weight]["exp_avg"]
+    assert state.dtype == torch.float32
+    assert torch.equal(state, torch.full_like(state, 7))
+
+
 def test_numpy_scalars_in_settings_load_weights_only():
     net = model()
-    optimizer = RecAdam(net.named_parameters(), lr=np.float64(1e-3), gamma=np.float32(10))
+    optimizer = RecAdam(
+        net.named_parameters(),
+        lr=np.float64(1e-3),
+        gamma=np.float32(10),
+        betas=(np.float64(0.9), np.float64(0.99)),
+        annealing=Sigmoid(k=np.float64(0.1), t0=np.int64(10)),
+    )
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)

@@ -24,6 +24,7 @@ from recadam_core import (
     update,
 )
 from recadam_core.coefficients import check_pull
+from recadam_core.errors import check_number
 
 __all__ = ["RecAdamState", "recadam"]
 
@@ -148,7 +149,10 @@ def recadam(
         if params is None:
             raise RecAdamError("recadam: update needs the parameters; call update(grads, state, params)")
         thetas, tree = _flatten(params)
-        grads = _leaves(tree, updates, "gradients")
+        grads = _leaves(tree, updates, "gradients", prefix=False)
+        for (path, _), grad in zip(jax.tree_util.tree_leaves_with_path(params), grads, strict=True):
+            if grad is None:
+                raise RecAdamError(f"gradient {_path(path)!r} is None; give one, or use optax.masked")
         mus, nus, stars = (tree.flatten_up_to(x) for x in (state.mu, state.nu, state.anchor))
         count = optax.safe_increment(state.count)
         t = count.astype(jax.dtypes.canonicalize_dtype(jnp.float64))
@@ -179,12 +183,13 @@ def _path(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _leaves(tree: Any, other: Any, what: str) -> list[Any]:
-    """The other tree's parts at the leaves of `tree`; a part of it that stops early stands for all below."""
-    whole = tree.unflatten(range(tree.num_leaves))
+def _leaves(tree: Any, other: Any, what: str, prefix: bool = True) -> list[Any]:
+    """The other tree's parts at the leaves of `tree`; as a prefix, what stops early stands for all below."""
     try:
-        full = jax.tree.broadcast(other, whole, is_leaf=lambda x: x is None)
-        return list(tree.flatten_up_to(full))
+        if prefix:
+            whole = tree.unflatten(range(tree.num_leaves))
+            other = jax.tree.broadcast(other, whole, is_leaf=lambda x: x is None)
+        return list(tree.flatten_up_to(other))
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise RecAdamError(
@@ -197,17 +202,15 @@ def _check_strength(hp: Hyperparameters, learning_rate: Any) -> None:
 
     A schedule is asked at up to 200 steps, evenly over the annealing and thinner after it.
     """
-    last = release_step(hp.annealing) or 10_000
-    steps = sorted({*map(int, np.linspace(1, last, 100)), *map(int, np.geomspace(1, last, 100))})
-    rates: list[Any] = [learning_rate]
     try:
+        last = min(release_step(hp.annealing) or 10_000, 2**31 - 2)
+        steps = sorted({*map(int, np.linspace(1, last, 100)), *map(int, np.geomspace(1, last, 100))})
         with jax.ensure_compile_time_eval():
-            if callable(learning_rate):
-                rates = [learning_rate(jnp.asarray(t - 1)) for t in steps]
-            pulls = [
-                float(rate) * float(hp.gamma) * float(hp.annealing.weights(t)[1])
-                for t, rate in zip(steps, rates * (1 if callable(learning_rate) else len(steps)), strict=True)
-            ]
+            pulls = []
+            for t in steps:
+                rate = learning_rate(jnp.asarray(t - 1)) if callable(learning_rate) else learning_rate
+                check_number(f"recadam, step {t}", "learning rate", float(rate), low=0.0)
+                pulls.append(float(rate) * float(hp.gamma) * float(hp.annealing.weights(t)[1]))
     except (jax.errors.ConcretizationTypeError, TypeError):
         return  # traced settings
     worst = max(range(len(steps)), key=lambda i: pulls[i])

@@ -164,6 +164,8 @@ class RecAdam(Optimizer):
                 raise RecAdamError(f"RecAdam: {name} is {settings[name]!r}; give True or False")
         if settings["foreach"] not in (True, False, None):
             raise RecAdamError(f"RecAdam: foreach is {settings['foreach']!r}; give True, False or None")
+        if own is not None and not settings["anchored"]:
+            raise RecAdamError("RecAdam: a group has anchors and says 'anchored': False; leave one out")
         super().add_param_group(group)
         group = self.param_groups[-1]
         try:
@@ -284,8 +286,23 @@ class RecAdam(Optimizer):
         Raises:
             RecAdamError: when it is another optimizer's, or of other parameters; nothing is loaded then.
         """
-        self._check_saved(state_dict)
-        super().load_state_dict(state_dict)
+        hooked: list[dict[str, Any]] = []
+
+        def check(_: Optimizer, saved: dict[str, Any]) -> None:
+            self._check_saved(saved)
+            hooked.append(saved)
+
+        # As the last hook before and the first one after, so that users' hooks see and change what counts.
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(lambda _: self._restore(hooked[0]), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _restore(self, state_dict: dict[str, Any]) -> None:
+        """Put back the tensors that the base class has cast, in the dtypes they were saved in."""
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for index, p in zip(saved, params, strict=True):
@@ -302,7 +319,10 @@ class RecAdam(Optimizer):
                 "load_state_dict: the state is another optimizer's; give one that RecAdam saved"
             )
         for saved_group, group in zip(saved_groups, self.param_groups, strict=False):
-            theirs, ours = saved_group.get("param_names"), group.get("param_names")
+            theirs, ours = (
+                [_bare(name) for name in names] if (names := g.get("param_names")) else None
+                for g in (saved_group, group)
+            )
             if theirs is not None and ours is not None and theirs != ours:
                 name, other = next(
                     ((a, b) for a, b in zip(ours, theirs, strict=False) if a != b), (ours, theirs)
@@ -332,12 +352,19 @@ def _rate(lr: Any, hp: Hyperparameters) -> float:
 def _check_anchor(name: str, anchor: Any) -> None:
     if not isinstance(anchor, Tensor) or not anchor.is_floating_point():
         raise RecAdamError(f"anchors: {name!r} is {getattr(anchor, 'dtype', anchor)}; give a floating tensor")
-    if not bool(torch.isfinite(anchor).all()):
+    if not anchor.is_meta and not bool(torch.isfinite(anchor).all()):
         raise RecAdamError(f"anchors: {name!r} holds NaN or infinity; give the pretrained values")
+
+
+def _bare(name: str) -> str:
+    """A parameter's name without what wrappers of the model put into it."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
 
 
 def _plain(value: Any) -> Any:
     """A setting as plain scalars, which weights-only loading accepts; a stranger's annealing as it is."""
     if type(value) in ANNEALINGS.values():
-        return annealing_to_dict(value)
+        return {key: _plain(x) for key, x in annealing_to_dict(value).items()}
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(_plain(x) for x in value)
     return value.item() if isinstance(value, np.generic) else value

@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 
 from ..annealing import Annealing
-from .compare import Comparison
+from .compare import TINY, Comparison
 from .run import Run
 
 __all__ = ["SOURCE_LABELS", "schedule_figure", "task_figure"]
@@ -144,7 +144,8 @@ def task_figure(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Any:
         first, second = (next(run for run in runs if str(run.path) == where) for where in c.paths)
         backend, optimizer = second.config.backend, second.config.optimizer
         kept_steps, shares = zip(*c.snapshots, strict=True)
-        records = np.abs(second.steps["distance"] - first.steps["distance"]) / first.steps["travelled"]
+        records = np.abs(second.steps["distance"] - first.steps["distance"])
+        records = records / np.maximum(first.steps["travelled"], TINY)
         floor = float(np.finfo(np.float64).eps) / 8
         style = {"color": COLOURS[optimizer], "linestyle": dashes[backend]}
         path.semilogy(first.steps["step"], np.maximum(records, floor), linewidth=0.8, alpha=0.5, **style)

@@ -114,6 +114,7 @@ def write_report(runs: Sequence[Run], out: str | Path, title: str = "Fine-tuning
                 "runs": chosen,
                 "rows": summary_rows(chosen),
                 "figures": [_figures(run) for run in chosen],
+                "names": list(dict.fromkeys(name for run in chosen for name in _figures(run))),
                 "comparisons": comparisons,
                 "svg": svg[svg.index("<svg") :],
             }

@@ -104,8 +104,9 @@ class RunConfig:
             raise unknown("schedule", self.schedule, SCHEDULES)
         if self.dtype not in ("float32", "float64"):
             raise unknown("dtype", self.dtype, ("float32", "float64"))
-        for name, low in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("seed", 0)):
+        for name, low in (("steps", 1), ("batch_size", 1), ("warmup", 0)):
             _check_whole(name, getattr(self, name), low)
+        _check_whole("seed", self.seed, 0, 2**63 - 1)
         for name in ("eval_every", "snapshot_every"):
             _check_whole(name, getattr(self, name), 0)
         if self.schedule == "linear" and self.warmup >= self.steps:
@@ -163,9 +164,9 @@ class RunConfig:
         return cls(**{**values, "hp": Hyperparameters.from_dict(values["hp"])})
 
 
-def _check_whole(name: str, value: Any, low: int) -> None:
-    if not isinstance(value, int) or not low <= value <= 10**8:
-        raise RecAdamError(f"{name} is {value!r}; give a whole number from {low} to 100,000,000")
+def _check_whole(name: str, value: Any, low: int, high: int = 10**8) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
+        raise RecAdamError(f"{name} is {value!r}; give a whole number from {low} to {high:,}")
 
 
 @dataclass(frozen=True)
@@ -363,22 +364,24 @@ def _claim(out: Path, overwrite: bool) -> None:
     if not overwrite:
         raise RecAdamError(f"{out}: holds a run already; give --overwrite or another directory")
     if status["state"] == "running":
-        raise RecAdamError(f"{out}: process {status['pid']} is still writing this run; stop it first")
+        raise RecAdamError(
+            f"{out}: process {status['pid']} is still writing this run; stop it, or delete status.json"
+        )
 
 
 def _clear(out: Path) -> None:
     """Make the directory, and remove what an earlier run left in it: its own files and no others."""
     out.mkdir(parents=True, exist_ok=True)
-    for path in [*out.glob("weights/[0-9]*.safetensors"), *(out / name for name in FILES)]:
+    for path in [*out.glob("weights/[0-9]*.safetensors"), *(out / name for name in reversed(FILES))]:
         path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _status(out: Path) -> Iterator[dict[str, Any]]:
     """Keep status.json true: running, then complete, interrupted or failed."""
-    status: dict[str, Any] = {"state": "running", "step": 0, "pid": os.getpid()}
+    pid = os.getpid()
+    status: dict[str, Any] = {"state": "running", "step": 0, "pid": pid, "born": _born(pid)}
     write_json(out / "status.json", status)
-
     try:
         yield status
         status["state"] = "complete"
@@ -458,18 +461,20 @@ def load_run(path: str | Path, strict: bool = True) -> Run:
 
     try:
         config = RunConfig.from_dict(read("config.json", dict))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise RecAdamError(f"{path / 'config.json'}: damaged ({error!r}); run it again") from None
     status = {"state": "interrupted", "step": 0, **read("status.json", dict)}
     columns = _read_records(path / "steps.jsonl")
-    if status["state"] == "running" and not _alive(status.get("pid")):
+    if status["state"] == "running" and not _alive(status.get("pid"), status.get("born")):
         status = {**status, "state": "interrupted", "step": len(columns["step"])}
     evaluations, provenance = read("evaluations.json", list), read("provenance.json", dict)
     if strict and status["state"] == "complete":
         complete = {
             "steps.jsonl": len(columns["step"]) == config.steps,
-            "evaluations.json": bool(evaluations) and evaluations[-1].get("step") == config.steps,
             "provenance.json": {"start_sha256", "headline"} <= provenance.keys(),
+            "evaluations.json": bool(evaluations)
+            and all(isinstance(e, dict) and "target_accuracy" in e for e in evaluations)
+            and evaluations[-1].get("step") == config.steps,
         }
         for name, there in complete.items():
             if not there:
@@ -481,7 +486,7 @@ def load_run(path: str | Path, strict: bool = True) -> Run:
 
 def _read_records(path: Path) -> dict[str, Array]:
     """The records by column; a last line that a kill cut short is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -493,13 +498,23 @@ def _read_records(path: Path) -> dict[str, Array]:
     return dict(zip(COLUMNS, np.array(rows).reshape(-1, len(COLUMNS)).T, strict=True))
 
 
-def _alive(pid: int | None) -> bool:
-    if pid is None:
+def _alive(pid: Any, born: Any) -> bool:
+    """Whether that process still runs; its start time tells it from a later one of the same number."""
+    if not isinstance(pid, int):
         return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except OSError:
-        return True
-    return True
+        pass  # somebody else's, but there
+    now = _born(pid)
+    return born is None or now is None or born == now
+
+
+def _born(pid: int) -> int | None:
+    """When a process started, in the system's ticks; None where /proc does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
