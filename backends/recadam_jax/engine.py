@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from recadam_core import Hyperparameters
-from recadam_core.finetuning.engine import StepRecord, coupled_gradient, policy
+from recadam_core.finetuning.engine import StepRecord, coupled_gradients, policy
 from recadam_core.finetuning.models import Model, Ops
 
 from .backend import backend, transformation
@@ -51,12 +51,8 @@ class JaxEngine:
             loss, grads = jax.value_and_grad(lambda p: model.loss(OPS, p, batch))(params)
             norm = _norm(grads.values())
             if optimizer == "coupled":
-                grads = {
-                    n: coupled_gradient(
-                        g, params[n], start[n] if n in anchored else None, hp.annealing, hp.gamma, t, jnp
-                    )
-                    for n, g in grads.items()
-                }
+                stars = {n: start[n] for n in anchored}
+                grads = coupled_gradients(grads, params, stars, hp, t, jnp)
             updates, state = make(lr).update(grads, state, params)
             params = optax.apply_updates(params, updates)
             moved = {n: p - start[n] for n, p in params.items()}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from recadam_core import Hyperparameters, RecAdam
-from recadam_core.finetuning.engine import StepRecord, coupled_gradient, policy
+from recadam_core.finetuning.engine import StepRecord, coupled_gradients, policy
 from recadam_core.finetuning.models import Ops
 
 from .backend import backend
@@ -45,13 +45,7 @@ class NumpyEngine:
         loss, grads = self.model.value_and_grad(OPS, self.params, self._batch(batch))
         norm = _norm(grads.values())
         if self.coupled:
-            t = self.state.step + 1
-            grads = {
-                n: coupled_gradient(
-                    g, self.params[n], self.anchors.get(n), self.hp.annealing, self.hp.gamma, t
-                )
-                for n, g in grads.items()
-            }
+            grads = coupled_gradients(grads, self.params, self.anchors, self.hp, self.state.step + 1)
         self.params, self.state = self.optimizer.step(self.params, grads, self.state, lr)
         moved = {n: x - self.start[n] for n, x in self.params.items()}
         return StepRecord(float(loss), norm, _norm(moved[n] for n in self.anchors), _norm(moved.values()))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from recadam_core import Hyperparameters
-from recadam_core.finetuning.engine import StepRecord, coupled_gradient, policy
+from recadam_core.finetuning.engine import StepRecord, coupled_gradients, policy
 from recadam_core.finetuning.models import Model, Ops
 
 from .optimizer import RecAdam
@@ -62,9 +62,11 @@ class TorchEngine:
         norm = _norm(p.grad for p in self.params.values())
         if self.optimizer_name == "coupled":
             with torch.no_grad():
-                for name, p in self.params.items():
-                    anchor = self.anchors.get(name)
-                    p.grad = coupled_gradient(p.grad, p, anchor, self.hp.annealing, self.hp.gamma, self.t)
+                grads = {name: p.grad for name, p in self.params.items()}
+                for name, grad in coupled_gradients(
+                    grads, self.params, self.anchors, self.hp, self.t
+                ).items():
+                    self.params[name].grad = grad
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         with torch.no_grad():

@@ -102,15 +102,12 @@ def run_demo(
         for process, *_ in running:
             process.wait()
     runs = [load_run(out / f"{t}-{b}-{o}") for t, b, o in plan]
-    page = write_report(
-        runs, out, "RecAdam beside AdamW, in " + ", ".join(dict.fromkeys(b for _, b, _ in plan))
-    )
-    comparisons = [
-        (t, c)
-        for t in dict.fromkeys(t for t, _, _ in plan)
-        for c in compare_all([r for r in runs if r.config.task == t])
-    ]
-    return runs, comparisons, page
+    comparisons = compare_all(runs)
+    title = "RecAdam beside AdamW, in " + ", ".join(dict.fromkeys(b for _, b, _ in plan))
+    page = write_report(runs, out, title, comparisons)
+    task_of = {str(run.path): run.config.task for run in runs}
+    by_task = sorted(comparisons, key=lambda c: list(PLAN).index(task_of[c.paths[0]]))
+    return runs, [(task_of[c.paths[0]], c) for c in by_task], page
 
 
 Entry = tuple["subprocess.Popen[str]", Path, list[int], Path]

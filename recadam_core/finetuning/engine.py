@@ -13,7 +13,16 @@ from ..errors import RecAdamError
 from ..hyperparameters import Hyperparameters
 from .models import Model
 
-__all__ = ["OPTIMIZERS", "Engine", "StepRecord", "coupled_gradient", "make_engine", "plain_adam", "policy"]
+__all__ = [
+    "OPTIMIZERS",
+    "Engine",
+    "StepRecord",
+    "coupled_gradient",
+    "coupled_gradients",
+    "make_engine",
+    "plain_adam",
+    "policy",
+]
 
 OPTIMIZERS = {
     "recadam": "RecAdam: Adam with the annealed pull outside of its moments",
@@ -168,3 +177,34 @@ def coupled_gradient(
         return grad
     task, recall = annealed_weights(annealing, t, xp)
     return task * grad + (recall * gamma) * (theta - anchor)
+
+
+def coupled_gradients(
+    grads: Mapping[str, Any],
+    params: Mapping[str, Any],
+    anchors: Mapping[str, Any],
+    hp: Hyperparameters,
+    t: Any,
+    xp: Any = None,
+) -> dict[str, Any]:
+    """`coupled_gradient` of every parameter by name; those without an anchor keep their gradient.
+
+    Args:
+        grads: gradients of the target loss.
+        params: parameters.
+        anchors: pretrained values; lacks new heads.
+        hp: gives annealing and gamma.
+        t: the step, from 1; a floating array of `xp` when traced.
+        xp: namespace of a traced t.
+
+    Returns:
+        Gradients by name.
+
+    Example:
+        >>> coupled_gradients({"head": 1.0}, {"head": 3.0}, {}, Hyperparameters(), 1)
+        {'head': 1.0}
+    """
+    return {
+        name: coupled_gradient(grad, params[name], anchors.get(name), hp.annealing, hp.gamma, t, xp)
+        for name, grad in grads.items()
+    }

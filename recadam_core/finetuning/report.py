@@ -78,13 +78,19 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return rows
 
 
-def write_report(runs: Sequence[Run], out: str | Path, title: str = "Fine-tuning runs") -> Path:
+def write_report(
+    runs: Sequence[Run],
+    out: str | Path,
+    title: str = "Fine-tuning runs",
+    comparisons: Sequence[Comparison] | None = None,
+) -> Path:
     """Write report.html, and a PNG of each task's picture beside it.
 
     Args:
         runs: the runs; unfinished ones are listed and left out of tables and pictures.
         out: the folder.
         title: the page's title.
+        comparisons: those of `compare_all`, where they are at hand; None makes them.
 
     Returns:
         Path of the page.
@@ -98,11 +104,14 @@ def write_report(runs: Sequence[Run], out: str | Path, title: str = "Fine-tuning
     complete = [run for run in runs if run.status["state"] == "complete"]
     if not complete:
         raise RecAdamError(f"{out}: no complete run to report on; run one to the end")
+    if comparisons is None:
+        comparisons = compare_all(complete)
     sections = []
     for task in dict.fromkeys(run.config.task for run in complete):
         chosen = _ordered([run for run in complete if run.config.task == task])
-        comparisons = compare_all(chosen)
-        figure = task_figure(chosen, comparisons)
+        paths = {str(run.path) for run in chosen}
+        compared = [c for c in comparisons if paths.issuperset(c.paths)]
+        figure = task_figure(chosen, compared)
         with replacing(out / f"{task}.png") as beside:
             figure.savefig(beside, format="png", dpi=150)
         picture = io.StringIO()
@@ -115,7 +124,7 @@ def write_report(runs: Sequence[Run], out: str | Path, title: str = "Fine-tuning
                 "rows": summary_rows(chosen),
                 "figures": [_figures(run) for run in chosen],
                 "names": list(dict.fromkeys(name for run in chosen for name in _figures(run))),
-                "comparisons": comparisons,
+                "comparisons": compared,
                 "svg": svg[svg.index("<svg") :],
             }
         )

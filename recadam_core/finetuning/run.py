@@ -104,11 +104,10 @@ class RunConfig:
             raise unknown("schedule", self.schedule, SCHEDULES)
         if self.dtype not in ("float32", "float64"):
             raise unknown("dtype", self.dtype, ("float32", "float64"))
-        for name, low in (("steps", 1), ("batch_size", 1), ("warmup", 0)):
+        lowest = {"steps": 1, "batch_size": 1, "warmup": 0, "eval_every": 0, "snapshot_every": 0}
+        for name, low in lowest.items():
             _check_whole(name, getattr(self, name), low)
         _check_whole("seed", self.seed, 0, 2**63 - 1)
-        for name in ("eval_every", "snapshot_every"):
-            _check_whole(name, getattr(self, name), 0)
         if self.schedule == "linear" and self.warmup >= self.steps:
             raise RecAdamError(f"warmup is {self.warmup} of {self.steps} steps; give fewer than there are")
         for name, value in self.options.items():

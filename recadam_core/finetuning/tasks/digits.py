@@ -47,11 +47,11 @@ class Digits:
     options: ClassVar[dict[str, Any]] = {"train_rows": 100}
     lowest: ClassVar[dict[str, int]] = {"train_rows": 1}
 
-    def archives(self, train_rows: int = 100) -> tuple[str, ...]:
+    def archives(self, train_rows: int = options["train_rows"]) -> tuple[str, ...]:
         """None: scikit-learn brings the digits."""
         return ()
 
-    def prepare(self, seed: int, train_rows: int = 100) -> Problem:
+    def prepare(self, seed: int, train_rows: int = options["train_rows"]) -> Problem:
         """Pretrain on ten digits, and set up the new task.
 
         Args:

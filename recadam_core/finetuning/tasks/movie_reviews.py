@@ -52,7 +52,9 @@ class MovieReviews:
         "max_length": 3,
     }
 
-    def archives(self, model: str = "minilm-l3", bbc_rows: int = 100, **_: Any) -> tuple[str, ...]:
+    def archives(
+        self, model: str = options["model"], bbc_rows: int = options["bbc_rows"], **_: Any
+    ) -> tuple[str, ...]:
         """The data, and the encoder if it is known by name."""
         # The three-layer encoder comes without a tokenizer and uses the other's.
         encoders = {"minilm-l3": ("minilm-l6", "minilm-l3"), "minilm-l6": ("minilm-l6",)}.get(model, ())
@@ -61,12 +63,12 @@ class MovieReviews:
     def prepare(
         self,
         seed: int,
-        model: str = "minilm-l3",
-        train_rows: int = 1000,
-        test_rows: int = 1000,
-        source_rows: int = 500,
-        bbc_rows: int = 100,
-        max_length: int = 48,
+        model: str = options["model"],
+        train_rows: int = options["train_rows"],
+        test_rows: int = options["test_rows"],
+        source_rows: int = options["source_rows"],
+        bbc_rows: int = options["bbc_rows"],
+        max_length: int = options["max_length"],
     ) -> Problem:
         """Fetch and read the data and the encoder, and tokenize.
 
