@@ -15,9 +15,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
@@ -34,11 +35,13 @@ __all__ = [
     "GROUP",
     "Backend",
     "Capabilities",
+    "Exact",
+    "Functional",
     "Specification",
     "Stepper",
+    "Variant",
     "available_backends",
     "backend_for",
-    "functional_stepper",
     "get_backend",
 ]
 
@@ -47,13 +50,79 @@ GROUP = "recadam_core.backends"
 
 
 @dataclass(frozen=True)
+class Exact:
+    """How a variant gives the specification's bits.
+
+    Args:
+        how: what a user does to have them.
+        price: what it costs.
+        environment: variables that must be set before the process starts.
+
+    Example:
+        >>> Exact().how
+        'always'
+    """
+
+    how: str = "always"
+    price: str = "nothing"
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to take a step with a backend, and what it promises.
+
+    Args:
+        name: what `Backend.stepper` takes.
+        about: what a user writes to get it.
+        exact: how it gives the specification's bits.
+        needs: modules that must be installed.
+        programs: programs that must be on the path, one of each tuple.
+        environment: variables that must be set before the process starts, whatever the level.
+        device: the kind of device on which the kit runs it.
+        traced: whether its coefficients are computed in the parameters' precision, on the device.
+        rounds_update: whether the update is rounded to the parameter's dtype before it is added.
+        misses: claims of the conformance kit that it is known to miss, and why. A claim that is
+            listed and holds fails, too.
+
+    Example:
+        >>> Variant("functional").exact.how
+        'always'
+    """
+
+    name: str
+    about: str = "recadam_core.RecAdam"
+    exact: Exact = Exact()
+    needs: tuple[str, ...] = ()
+    programs: tuple[tuple[str, ...], ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+    traced: bool = False
+    rounds_update: bool = False
+    misses: Mapping[str, str] = field(default_factory=dict)
+
+    def lacks(self) -> str:
+        """What must be installed before this variant runs here; empty when nothing.
+
+        Example:
+            >>> Variant("fused", needs=("no_such_module",)).lacks()
+            'no_such_module'
+        """
+        missing = [name for name in self.needs if not _installed(name)]
+        missing += [names[0] for names in self.programs if not any(shutil.which(name) for name in names)]
+        return ", ".join(missing)
+
+
+@dataclass(frozen=True)
 class Capabilities:
-    """What a backend can do, declared once.
+    """What a backend can do, declared once: tables, tests and benchmarks read it here.
 
     Args:
         dtypes: parameter dtypes, by name.
         devices: kinds of device.
-        variants: names that `Backend.stepper` takes; "functional" is `RecAdam` over this backend.
+        jit: whether the step can be traced and compiled with the user's own code.
+        sharding: whether arrays may be spread over devices.
+        variants: the ways to take a step; "functional" is `RecAdam` over this backend.
         finetunes: model kinds that the backend's engine can train in the harness.
 
     Example:
@@ -63,12 +132,37 @@ class Capabilities:
 
     dtypes: tuple[str, ...] = ("float32", "float64")
     devices: tuple[str, ...] = ("cpu",)
-    variants: tuple[str, ...] = ("functional",)
+    jit: bool = False
+    sharding: bool = False
+    variants: tuple[Variant, ...] = (Variant("functional"),)
     finetunes: tuple[str, ...] = ()
 
+    def variant(self, name: str) -> Variant:
+        """The variant of this name.
 
-Stepper = Callable[[dict[str, Any], float], dict[str, Any]]
-"""(gradients by name, learning rate) -> parameters by name, one step further."""
+        Raises:
+            RecAdamError: when there is none.
+
+        Example:
+            >>> Capabilities().variant("functional").name
+            'functional'
+        """
+        found = {variant.name: variant for variant in self.variants}
+        if name not in found:
+            raise unknown("variant", name, found)
+        return found[name]
+
+
+class Stepper(Protocol):
+    """An optimizer that remembers its parameters, as the conformance kit drives it."""
+
+    def __call__(self, grads: dict[str, Any], lr: float) -> dict[str, Any]:
+        """Take one step; parameters by name after it."""
+        ...
+
+    def moments(self) -> dict[str, Moments]:
+        """The moments by name."""
+        ...
 
 
 @runtime_checkable
@@ -102,12 +196,16 @@ class Backend(Protocol):
         ...
 
     def stepper(
-        self, variant: str, params: dict[str, Any], anchors: dict[str, Any], hp: Hyperparameters
+        self,
+        variant: str,
+        params: dict[str, Any],
+        anchors: dict[str, Any],
+        hp: Hyperparameters,
+        exact: bool = False,
     ) -> Stepper:
-        """An optimizer of one of the backend's variants, as users meet it.
+        """An optimizer of one of the backend's variants, as users meet it; "functional" is `Functional`.
 
-        Returns a function of (gradients by name, learning rate) that takes the next step and returns
-        the parameters by name. "functional" is `functional_stepper`.
+        With `exact` it is in the setting in which it gives the specification's bits.
         """
         ...
 
@@ -165,10 +263,16 @@ class Specification:
         ]
 
     def stepper(
-        self, variant: str, params: dict[str, Any], anchors: dict[str, Any], hp: Hyperparameters
+        self,
+        variant: str,
+        params: dict[str, Any],
+        anchors: dict[str, Any],
+        hp: Hyperparameters,
+        exact: bool = False,
     ) -> Stepper:
-        """The only variant there is."""
-        return functional_stepper(self, params, anchors, hp)
+        """`recadam_core.RecAdam` over this backend, exact wherever the library's operations are."""
+        self.capabilities.variant(variant)
+        return Functional(self, params, anchors, hp)
 
     def from_numpy(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> Any:
         """A copy of a NumPy array in this namespace."""
@@ -190,10 +294,8 @@ class Specification:
         return contextlib.nullcontext()
 
 
-def functional_stepper(
-    backend: Backend, params: dict[str, Any], anchors: dict[str, Any], hp: Hyperparameters
-) -> Stepper:
-    """`recadam_core.RecAdam` over a backend, as a function that remembers parameters and state.
+class Functional:
+    """`recadam_core.RecAdam` over a backend, as a `Stepper`.
 
     Args:
         backend: the backend.
@@ -201,29 +303,39 @@ def functional_stepper(
         anchors: pretrained values by name.
         hp: the settings.
 
-    Returns:
-        The stepper.
-
     Example:
-        >>> step = functional_stepper(get_backend("numpy"), {"w": np.ones(1)}, {}, Hyperparameters(lr=0.5))
+        >>> step = Functional(get_backend("numpy"), {"w": np.ones(1)}, {}, Hyperparameters(lr=0.5))
         >>> step({"w": np.ones(1)}, 0.25)["w"]
         array([0.75])
     """
-    from .optimizer import RecAdam
 
-    optimizer = RecAdam(hp, backend)
-    state = optimizer.init(params, anchors)
+    def __init__(
+        self, backend: Backend, params: dict[str, Any], anchors: dict[str, Any], hp: Hyperparameters
+    ) -> None:
+        from .optimizer import RecAdam
 
-    def step(grads: dict[str, Any], lr: float) -> dict[str, Any]:
-        nonlocal params, state
-        params, state = optimizer.step(params, grads, state, lr)
-        return params
+        self.optimizer = RecAdam(hp, backend)
+        self.params, self.state = params, self.optimizer.init(params, anchors)
 
-    return step
+    def __call__(self, grads: dict[str, Any], lr: float) -> dict[str, Any]:
+        """Take one step; parameters by name after it."""
+        self.params, self.state = self.optimizer.step(self.params, grads, self.state, lr)
+        return self.params
+
+    def moments(self) -> dict[str, Moments]:
+        """The moments by name."""
+        return self.state.moments
 
 
 def _announced() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def _installed(module: str) -> bool:
+    try:
+        return module in sys.modules or importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a part of a package that is not there
+        return False
 
 
 @cache
@@ -251,11 +363,14 @@ def available_backends() -> list[str]:
         >>> "numpy" in available_backends()
         True
     """
-    return sorted(name for name in _announced() if name in sys.modules or importlib.util.find_spec(name))
+    return sorted(name for name in _announced() if _installed(name))
 
 
 def get_backend(name: str) -> Backend:
     """The backend of this name; imports its array library.
+
+    A library without a backend of its own is served by the specification if it declares that it
+    follows the array API standard.
 
     Args:
         name: import name of an array library, as "torch".
@@ -271,9 +386,12 @@ def get_backend(name: str) -> Backend:
         'numpy'
     """
     announced = _announced()
-    if name not in announced:
+    if name in announced:
+        return _load(name)
+    library = importlib.import_module(name) if name.isidentifier() and _installed(name) else None
+    if not hasattr(library, "__array_api_version__"):
         raise unknown("backend", name, announced)
-    return _load(name)
+    return Specification(library)
 
 
 def backend_for(array: Any) -> Backend:

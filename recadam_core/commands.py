@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +28,9 @@ from rich.table import Table
 from . import __version__
 from .annealing import ANNEALINGS, Sigmoid, annealed_weights, annealing_from_dict, release_step
 from .backends import GROUP, available_backends, get_backend
-from .conformance.claims import check_claims
+from .conformance.claims import LEVELS, MEASURES, Result
+from .conformance.run import certify, plan
+from .conformance.tables import COLUMNS, LEGEND, cells, markdown
 from .errors import RecAdamError
 from .finetuning.archives import ARCHIVES, fetch
 from .finetuning.compare import PREDICTIONS, compare_runs
@@ -307,39 +310,58 @@ def demo(
 
 @app.command()
 def conformance(
-    backend: Annotated[list[str] | None, typer.Option(help="Backend to check; several may be given.")] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Backend, or any array API library, as array_api_strict; several may be given."),
+    ] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="Variant; several may be given.")] = None,
+    level: Annotated[
+        list[str] | None, typer.Option(help="exact: the specification's bits. fast: bounded errors.")
+    ] = None,
+    claim: Annotated[list[str] | None, typer.Option(help=f"Kind of claim: {', '.join(MEASURES)}.")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="Case, as the table names it.")] = None,
     golden: Annotated[
         Path | None, typer.Option(help="Folder of golden trajectories, as tests/golden in the sources.")
     ] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Processes at once; 1 runs here what can run here.")
+    ] = os.cpu_count() or 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
 ) -> None:
-    """Replay recorded gradients through every backend, against the specification. Exit 1 on any miss."""
-    results = []
-    names = backend or available_backends()
-    for name in names:
-        with _bar(100, f"{name} (percent)") as tell:
-            results += check_claims(get_backend(name), golden, tell)
+    """Hold every backend to its claims, against specification and oracle. Exit 1 on any miss."""
+    loaded = [get_backend(name) for name in backend or available_backends()]
+    planned = [
+        job
+        for one in loaded
+        for job in plan(one, variant or (), level or LEVELS, claim or (), case or (), golden)
+    ]
+    total = sum(len(job.claims) for job in planned)
+    done = 0
+    with _bar(total, "conformance") as tell:
+
+        def count(result: Result) -> None:
+            nonlocal done
+            done += 1
+            tell(done, f"{result.backend} {result.variant} {result.claim}")
+
+        results = certify(planned, jobs, count)
     if as_json:
-        print(json.dumps([asdict(result) for result in results], indent=2))
+        print(json.dumps([result.to_dict() for result in results], indent=2))
+    elif as_markdown:
+        print(markdown(results))
     else:
         table = Table(box=None, pad_edge=False)
-        for column in ("backend", "variant", "claim", "cases", "worst", "bound", "holds", "worst case"):
-            table.add_column(column, justify="right" if column in ("cases", "worst", "bound") else "left")
-        for r in results:
-            holds = "yes" if r.holds else "NO"
-            table.add_row(
-                r.backend,
-                r.variant,
-                r.claim,
-                str(r.cases),
-                f"{r.worst:.2g}",
-                f"{r.bound:g}",
-                holds,
-                r.worst_case,
-            )
+        for column, right in COLUMNS.items():
+            table.add_column(column, justify="right" if right else "left")
+        for result in results:
+            table.add_row(*cells(result))
         _show(table)
-        print("worst: largest distance between the trajectories, as a share of the distance travelled")
-    if not all(r.holds for r in results):
+        print(LEGEND)
+        for result in results:
+            if not result.passes:
+                print(f"{result.verdict}: {result.command}")
+    if not all(result.passes for result in results):
         raise typer.Exit(1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -12,8 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from recadam_core import Capabilities, Coefficients, Hyperparameters, Moments, RecAdamError, apply, update
-from recadam_core.backends import Stepper, functional_stepper
+from recadam_core import (
+    Capabilities,
+    Coefficients,
+    Hyperparameters,
+    Moments,
+    RecAdamError,
+    apply,
+    coefficients,
+    update,
+)
+from recadam_core.backends import Exact, Functional, Specification, Stepper, Variant
 
 from .transformation import recadam
 
@@ -56,8 +65,31 @@ def transformation(hp: Hyperparameters) -> Callable[..., optax.GradientTransform
     )
 
 
+# LLVM fuses a multiplication and an addition into one rounding wherever the processor can, and only
+# this flag keeps it from doing so: without AVX2 there is no such instruction.
+FLAG = "--xla_cpu_max_isa=AVX"
+FLUSHED = {"denormals": "XLA's CPU client flushes denormal numbers to zero, whatever its flags"}
+TRACED = "coefficients are computed traced, in the weights' precision and by XLA's own exp"
+
+
+@cache
+def _contracts(dtype: str) -> bool:
+    """Whether compiled code rounds a * b - c once, as no operation of the specification is."""
+    with jax.enable_x64(True):
+        a = jnp.full(64, 1 + 2.0**-12 if dtype == "float32" else 1 + 2.0**-27, dtype)
+        return bool(jnp.any(jax.jit(lambda x, y, z: x * y - z)(a, a, a * a) != 0))
+
+
 class JaxBackend:
     """The backend of JAX arrays.
+
+    Args:
+        jit: whether the step is compiled; without, each operation runs by itself, which gives the
+            specification's bits at many times the cost.
+        exact: whether to refuse to step where the compiler would contract operations.
+
+    Raises:
+        RecAdamError: with `exact`, when the process was started without the flag that it takes.
 
     Example:
         >>> backend.owns(jnp.ones(2))
@@ -68,9 +100,39 @@ class JaxBackend:
     capabilities = Capabilities(
         dtypes=("bfloat16", "float16", "float32", "float64"),
         devices=("cpu", "cuda"),
-        variants=("functional", "optax"),
+        jit=True,
+        variants=(
+            Variant(
+                "functional",
+                "recadam_core.RecAdam",
+                Exact(
+                    f"XLA_FLAGS={FLAG}",
+                    "no AVX2 in the whole process; to be set before JAX starts",
+                    {"XLA_FLAGS": FLAG},
+                ),
+                misses=FLUSHED,
+            ),
+            Variant(
+                "eager",
+                "RecAdam(hp, JaxBackend(jit=False))",
+                Exact(price="one dispatch an operation"),
+                misses=FLUSHED,
+            ),
+            Variant(
+                "optax",
+                "recadam_jax.recadam",
+                Exact("never", "give host coefficients through recadam_core.RecAdam instead"),
+                traced=True,
+                rounds_update=True,
+                misses={"exact": TRACED, "denormals": TRACED},
+            ),
+        ),
         finetunes=("mlp", "bert"),
     )
+
+    def __init__(self, jit: bool = True, exact: bool = False) -> None:
+        self._jit = jit
+        self._exact = exact and jit
 
     def owns(self, array: Any) -> bool:
         """Whether the object is a JAX array, concrete or traced."""
@@ -85,6 +147,12 @@ class JaxBackend:
         c: Coefficients,
     ) -> tuple[list[jax.Array], list[Moments]]:
         """One compiled step."""
+        if not self._jit:
+            return Specification(jnp).step(params, grads, moments, anchors, c)
+        if self._exact and any(_contracts(p.dtype.name) for p in params if p.dtype.itemsize >= 4):
+            raise RecAdamError(
+                f"JAX contracts operations on this processor; start the process with XLA_FLAGS={FLAG}"
+            )
         stepped: tuple[list[jax.Array], list[Moments]] = _step(
             list(params),
             list(grads),
@@ -98,25 +166,27 @@ class JaxBackend:
         return stepped
 
     def stepper(
-        self, variant: str, params: dict[str, Any], anchors: dict[str, Any], hp: Hyperparameters
+        self,
+        variant: str,
+        params: dict[str, Any],
+        anchors: dict[str, Any],
+        hp: Hyperparameters,
+        exact: bool = False,
     ) -> Stepper:
-        """`recadam_jax.recadam` in one compiled step with traced coefficients; or the functional one."""
-        if variant == "functional":
-            return functional_stepper(self, params, anchors, hp)
-        make = transformation(hp)
-        state = make(hp.lr, anchor={name: anchors.get(name) for name in params}).init(params)
+        """`recadam_jax.recadam` in one compiled step with traced coefficients; or `recadam_core.RecAdam`."""
+        self.capabilities.variant(variant)
+        if variant == "optax":
+            return _OptaxStepper(params, anchors, hp)
+        return Functional(JaxBackend(jit=variant == "functional", exact=exact), params, anchors, hp)
 
-        @jax.jit
-        def train(params: Any, grads: Any, state: Any, lr: Any) -> Any:
-            updates, state = make(lr).update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        def step(grads: dict[str, jax.Array], lr: float) -> dict[str, jax.Array]:
-            nonlocal params, state
-            params, state = train(params, grads, state, lr)
-            return params
-
-        return step
+    def traced_coefficients(
+        self, t: np.ndarray[Any, Any], hp: Hyperparameters, anchored: bool, dtype: str
+    ) -> Coefficients:
+        """The coefficients of many steps as compiled code computes them, as arrays or numbers in NumPy."""
+        with self.precision(dtype):
+            compiled = jax.jit(lambda x: coefficients(x, hp, None, anchored, jnp)[2:])
+            values = compiled(jnp.asarray(t, dtype=dtype))
+            return Coefficients(*hp.betas, *(np.asarray(x) for x in values))
 
     def from_numpy(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> jax.Array:
         """A copy on the default device; refuses float64 while JAX would silently make it float32."""
@@ -144,6 +214,29 @@ class JaxBackend:
         from .engine import JaxEngine
 
         return JaxEngine
+
+
+class _OptaxStepper:
+    """`recadam_jax.recadam` as the conformance kit drives it."""
+
+    def __init__(self, params: dict[str, Any], anchors: dict[str, Any], hp: Hyperparameters) -> None:
+        make = transformation(hp)
+        self.params = params
+        self.state: Any = make(hp.lr, anchor={name: anchors.get(name) for name in params}).init(params)
+
+        @jax.jit
+        def train(params: Any, grads: Any, state: Any, lr: Any) -> Any:
+            updates, state = make(lr).update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        self.train = train
+
+    def __call__(self, grads: dict[str, jax.Array], lr: float) -> dict[str, jax.Array]:
+        self.params, self.state = self.train(self.params, grads, self.state, lr)
+        return self.params
+
+    def moments(self) -> dict[str, Moments]:
+        return {name: Moments(self.state.mu[name], self.state.nu[name]) for name in self.params}
 
 
 backend = JaxBackend()

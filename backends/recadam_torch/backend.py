@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recadam_core import Capabilities, Coefficients, Hyperparameters, Moments
-from recadam_core.backends import Stepper, functional_stepper
+from recadam_core.backends import Exact, Functional, Stepper, Variant
 
 from .kernel import kernel_
 from .optimizer import RecAdam
@@ -20,8 +20,14 @@ from .optimizer import RecAdam
 __all__ = ["TorchBackend", "backend"]
 
 
+BY_NUMPY = Exact("exact=True", "the square root in one thread on the CPU, by NumPy; nothing on CUDA")
+
+
 class TorchBackend:
     """The backend of PyTorch tensors.
+
+    Args:
+        exact: whether to give the specification's bits; see `RecAdam`.
 
     Example:
         >>> backend.owns(torch.ones(2))
@@ -32,9 +38,24 @@ class TorchBackend:
     capabilities = Capabilities(
         dtypes=("bfloat16", "float16", "float32", "float64"),
         devices=("cpu", "cuda"),
-        variants=("functional", "single", "foreach"),
+        variants=(
+            Variant("functional", "recadam_core.RecAdam", Exact("TorchBackend(exact=True)", BY_NUMPY.price)),
+            Variant("single", "RecAdam(..., foreach=False)", BY_NUMPY),
+            Variant("foreach", "RecAdam(..., foreach=True)", BY_NUMPY),
+            Variant("fused", "RecAdam(..., fused=True) on the CPU", needs=("numba",)),
+            Variant("compiled", 'RecAdam(..., fused="compiled")', programs=(("g++", "clang++"),)),
+            Variant(
+                "triton",
+                "RecAdam(..., fused=True) on CUDA",
+                needs=("triton",),
+                environment={"TRITON_INTERPRET": "1"},
+            ),
+        ),
         finetunes=("mlp", "bert"),
     )
+
+    def __init__(self, exact: bool = False) -> None:
+        self._exact = exact
 
     def owns(self, array: Any) -> bool:
         """Whether the object is a tensor."""
@@ -53,26 +74,28 @@ class TorchBackend:
         thetas, ms, vs = (
             [self.copy(x) for x in xs] for xs in (params, (s.m for s in moments), (s.v for s in moments))
         )
-        kernel_(thetas, list(grads), ms, vs, None if anchors is None else list(anchors), c)
+        kernel_(thetas, list(grads), ms, vs, None if anchors is None else list(anchors), c, self._exact)
         return thetas, [Moments(m, v) for m, v in zip(ms, vs, strict=True)]
 
     def stepper(
-        self, variant: str, params: dict[str, Any], anchors: dict[str, Any], hp: Hyperparameters
+        self,
+        variant: str,
+        params: dict[str, Any],
+        anchors: dict[str, Any],
+        hp: Hyperparameters,
+        exact: bool = False,
     ) -> Stepper:
-        """`recadam_torch.RecAdam`, stepping tensor by tensor or over lists; or the functional one."""
+        """`recadam_torch.RecAdam` in one of its ways to step; or `recadam_core.RecAdam`."""
+        self.capabilities.variant(variant)
         if variant == "functional":
-            return functional_stepper(self, params, anchors, hp)
-        settings = {field.name: getattr(hp, field.name) for field in dataclasses.fields(hp)}
-        optimizer = RecAdam(params.items(), anchors=anchors, foreach=variant == "foreach", **settings)
-
-        def step(grads: dict[str, Tensor], lr: float) -> dict[str, Tensor]:
-            for name, theta in params.items():
-                theta.grad = grads[name]
-            optimizer.param_groups[0]["lr"] = lr
-            optimizer.step()
-            return params
-
-        return step
+            return Functional(TorchBackend(exact), params, anchors, hp)
+        ways: dict[str, dict[str, Any]] = {
+            "single": {"foreach": False},
+            "foreach": {"foreach": True},
+            "fused": {"fused": "numba"},
+        }
+        way = ways.get(variant) or {"fused": variant}
+        return _Stepper(params, anchors, hp, exact=exact, **way)
 
     def from_numpy(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> Tensor:
         """A copy on the CPU."""
@@ -97,6 +120,26 @@ class TorchBackend:
         from .engine import TorchEngine
 
         return TorchEngine
+
+
+class _Stepper:
+    """`recadam_torch.RecAdam` as the conformance kit drives it."""
+
+    def __init__(self, params: dict[str, Any], anchors: dict[str, Any], hp: Hyperparameters, **way: Any):
+        settings = {field.name: getattr(hp, field.name) for field in dataclasses.fields(hp)}
+        self.params = params
+        self.optimizer = RecAdam(params.items(), anchors=anchors, **settings, **way)
+
+    def __call__(self, grads: dict[str, Tensor], lr: float) -> dict[str, Tensor]:
+        for name, theta in self.params.items():
+            theta.grad = grads[name]
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        return self.params
+
+    def moments(self) -> dict[str, Moments]:
+        states = ((name, self.optimizer.state[theta]) for name, theta in self.params.items())
+        return {name: Moments(state["exp_avg"], state["exp_avg_sq"]) for name, state in states}
 
 
 backend = TorchBackend()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ def kernel_(
     vs: list[Tensor],
     anchors: list[Tensor] | None,
     c: Coefficients,
+    exact: bool = False,
 ) -> None:
     r"""One step for tensors that share their coefficients, in place on `thetas`, `ms` and `vs`.
 
@@ -32,6 +34,8 @@ def kernel_(
         vs: second moments, at least float32; overwritten.
         anchors: pretrained values, the parameters' shapes; None where `c.recall` is 0.
         c: coefficients, Python floats.
+        exact: whether to round the square root correctly, too, as torch's own does everywhere but on the
+            CPU. There NumPy takes it then, on the tensors' memory and in one thread.
 
     Example:
         >>> theta, m, v = torch.ones(2), torch.zeros(2), torch.zeros(2)
@@ -50,7 +54,7 @@ def kernel_(
     work = list(torch._foreach_mul(grads, grads))
     torch._foreach_mul_(work, 1 - c.beta2)
     torch._foreach_add_(vs, work)
-    work = list(torch._foreach_sqrt(vs))
+    work = [_sqrt(v) for v in vs] if exact else list(torch._foreach_sqrt(vs))
     torch._foreach_add_(work, c.eps)
     delta = list(torch._foreach_div(ms, work))
     torch._foreach_mul_(delta, c.step)
@@ -67,6 +71,15 @@ def kernel_(
         torch._foreach_add_(thetas, delta)
     else:
         torch._foreach_copy_(thetas, list(torch._foreach_add(old, delta)))
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """The square root, correctly rounded."""
+    if x.device.type != "cpu":
+        return x.sqrt()
+    root = torch.empty_like(x)
+    np.sqrt(x.numpy(), out=root.numpy())
+    return root
 
 
 def _like(tensors: list[Tensor], others: list[Tensor]) -> list[Tensor]:

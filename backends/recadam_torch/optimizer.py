@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any
 
@@ -25,6 +25,7 @@ from recadam_core import (
 from recadam_core.annealing import ANNEALINGS
 from recadam_core.optimizer import check_anchors
 
+from .fused import fused_kernel
 from .kernel import kernel_
 
 __all__ = ["RecAdam"]
@@ -75,6 +76,10 @@ class RecAdam(Optimizer):
             (stable at any lr * gamma).
         foreach: whether to step over lists of tensors; None does so on CUDA. Costs memory for two
             more copies of the parameters, changes no bit.
+        fused: True steps in one pass over memory: by Triton on CUDA, by numba or else torch.compile on the
+            CPU; or one of "triton", "numba", "compiled". Changes no bit of what `exact` gives.
+        exact: whether to give the bits of `recadam_core.update`: on the CPU, where torch's square root is
+            not correctly rounded, NumPy takes it. Slower there; on other devices and with `fused` free.
         maximize: whether to climb instead of descend; the pull stays a pull.
 
     Every argument but `anchors`, `params` and `maximize` may differ from group to group.
@@ -109,6 +114,8 @@ class RecAdam(Optimizer):
         bias_correction: bool = True,
         form: str = "decoupled",
         foreach: bool | None = None,
+        fused: bool | str = False,
+        exact: bool = False,
         maximize: bool = False,
     ) -> None:
         defaults = {
@@ -122,6 +129,8 @@ class RecAdam(Optimizer):
             "form": form,
             "anchored": True,
             "foreach": foreach,
+            "fused": fused,
+            "exact": exact,
             "maximize": maximize,
         }
         defaults = {name: _plain(value) for name, value in defaults.items()}
@@ -142,6 +151,9 @@ class RecAdam(Optimizer):
         """Restore from a pickle."""
         super().__setstate__(state)
         self._anchors = None
+        for group in self.param_groups:
+            for name in ("fused", "exact"):
+                group.setdefault(name, False)
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -159,7 +171,7 @@ class RecAdam(Optimizer):
         settings = {**self.defaults, **group}
         hp, _ = _group_policy(settings)
         _rate(settings["lr"], hp)
-        for name in ("bias_correction", "anchored", "maximize"):
+        for name in ("bias_correction", "anchored", "maximize", "exact"):
             if not isinstance(settings[name], bool):
                 raise RecAdamError(f"RecAdam: {name} is {settings[name]!r}; give True or False")
         if settings["foreach"] not in (True, False, None):
@@ -190,6 +202,8 @@ class RecAdam(Optimizer):
             name = names[index] if names else f"params[{index}]"
             if not p.is_floating_point():
                 raise RecAdamError(f"parameter {name!r} has dtype {p.dtype}; give a real floating tensor")
+            if group["fused"]:
+                fused_kernel(group["fused"], p.device)
             dtype = torch.promote_types(p.dtype, torch.float32)
             state: dict[str, Any] = {
                 "step": torch.tensor(0.0, dtype=torch.float32),
@@ -256,12 +270,15 @@ class RecAdam(Optimizer):
         foreach = group["foreach"]
         if foreach is None:
             foreach = params[0].is_cuda
+        kernel: Callable[..., None] = partial(kernel_, exact=group["exact"])
+        if group["fused"]:
+            kernel, foreach = fused_kernel(group["fused"], params[0].device), True
         for part in [params] if foreach else [[p] for p in params]:
             states = [self.state[p] for p in part]
             grads = [p.grad for p in part if p.grad is not None]
             if group["maximize"]:
                 grads = list(torch._foreach_neg(grads))
-            kernel_(
+            kernel(
                 part,
                 grads,
                 [state["exp_avg"] for state in states],

@@ -1,13 +1,16 @@
-"""Conformance: recorded gradients, replayed through every backend and held against the specification."""
+"""Conformance: what a backend is held to, in which cases, and what was measured."""
 
-from .replay import Deviation, Group, Recording, load_recording, record, replay, trajectory_deviation
+from .cases import Case
+from .replay import Deviation, Frame, Group, Recording, load_recording, replay, trajectory_deviation, walk
 
 __all__ = [
+    "Case",
     "Deviation",
+    "Frame",
     "Group",
     "Recording",
     "load_recording",
-    "record",
     "replay",
     "trajectory_deviation",
+    "walk",
 ]

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
-from ..annealing import Constant, Linear, Sigmoid
-from ..backends import Backend
-from ..errors import RecAdamError
-from ..hyperparameters import FORMS
-from .replay import Deviation, Recording, load_recording, record, replay, trajectory_deviation
+import numpy as np
 
-__all__ = ["ANNEALINGS", "BOUNDS", "Result", "cases", "check_claims"]
+from ..backends import Backend, Variant
+from ..coefficients import Coefficients, coefficients
+from ..errors import RecAdamError, unknown
+from ..hyperparameters import FORMS, Hyperparameters
+from . import oracle
+from .cases import ANNEALINGS, DENORMALS, EXACT, FAST, Case
+from .oracle import Spread
+from .replay import Frame, Recording, load_recording, replay, trajectory_deviation, walk
 
-ANNEALINGS = (
-    Sigmoid(k=0.3, t0=20),
-    Sigmoid(k=2.0, t0=5, weight=0.5),
-    Linear(t0=40),
-    Constant(1.0, 0.5),
-    Constant(1.0, 0.0),
-)
-"""Annealings of the replayed cases."""
+__all__ = ["BOUNDS", "LEVELS", "Claim", "Result", "check", "claims"]
+
+LEVELS = ("exact", "fast")
+"""The two levels: the specification's bits in the exact setting; bounded errors in the default one."""
 
 BOUNDS = {
-    "replay float64": 1e-13,
-    "replay float32": 1e-5,
+    "trajectory float64": 1e-13,
+    "trajectory float32": 1e-5,
     "golden float64": 1e-12,
     "golden float32": 1e-5,
 }
@@ -33,83 +36,442 @@ BOUNDS = {
 
 
 @dataclass(frozen=True)
+class Claim:
+    """What is claimed of a variant, and the cases that show it.
+
+    Args:
+        kind: "exact", "denormals", "step", "trajectory", "golden" or "coefficients".
+        level: one of `LEVELS`.
+        dtype: the weights' dtype.
+        cases: names of cases, or paths of golden files.
+
+    Example:
+        >>> Claim("exact", "exact", "float32", ()).name
+        'exact float32'
+    """
+
+    kind: str
+    level: str
+    dtype: str
+    cases: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Kind and dtype."""
+        return f"{self.kind} {self.dtype}"
+
+
+@dataclass(frozen=True)
 class Result:
     """One claim about one variant of a backend, and the worst case found.
 
+    Args:
+        backend: the backend's name.
+        variant: the variant's name.
+        level: one of `LEVELS`.
+        claim: kind and dtype.
+        cases: number of cases.
+        worst: what was measured: for "exact" and "denormals" the number of values whose bits differ; for
+            "step" and "coefficients" the largest error as a share of its derived bound; else the largest
+            distance as a share of the way.
+        bound: what it may be at most.
+        ulps: largest and mean error in ulps of the largest operand, where that was measured.
+        where: the worst case: its name, the array, and the step.
+        command: what shows that case alone.
+        seconds: how long it took.
+        known: why the claim is known to be missed; empty when it is not.
+        lacks: what is not installed here, so that nothing was measured; empty otherwise.
+
     Example:
-        >>> Result("numpy", "functional", "replay float64", 15, 0.0, 1e-13, "").holds
-        True
+        >>> Result("numpy", "functional", "exact", "exact float64", 1, 0.0, 0.0).verdict
+        'yes'
     """
 
     backend: str
     variant: str
+    level: str
     claim: str
     cases: int
     worst: float
     bound: float
-    worst_case: str
+    ulps: tuple[float, float] | None = None
+    where: str = ""
+    command: str = ""
+    seconds: float = 0.0
+    known: str = ""
+    lacks: str = ""
 
     @property
     def holds(self) -> bool:
         """Whether the worst case is within the bound; NaN is not."""
         return self.worst <= self.bound
 
+    @property
+    def verdict(self) -> str:
+        """One of yes, NO, known (a declared miss), STALE (a declared miss that holds), skipped."""
+        if self.lacks:
+            return "skipped"
+        if self.known:
+            return "STALE" if self.holds else "known"
+        return "yes" if self.holds else "NO"
 
-def cases(dtype: str) -> Iterable[Recording]:
-    """Every form under every annealing of `ANNEALINGS`.
+    @property
+    def passes(self) -> bool:
+        """Whether the kit is content."""
+        return self.verdict in ("yes", "known", "skipped")
 
-    Args:
-        dtype: dtype of the weights.
-
-    Returns:
-        The recordings.
-
-    Example:
-        >>> len(list(cases("float64")))
-        15
-    """
-    for form in FORMS:
-        for annealing in ANNEALINGS:
-            yield record(form, annealing, dtype)
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and the verdict, ready for JSON."""
+        return {**asdict(self), "verdict": self.verdict}
 
 
-def check_claims(
-    backend: Backend,
-    golden: Path | None = None,
-    progress: Callable[[int, str], None] | None = None,
-) -> list[Result]:
-    """Replay every case through every variant of a backend.
+@dataclass(frozen=True)
+class Measured:
+    """What one case showed."""
+
+    worst: float
+    where: str = ""
+    ulps: float = 0.0
+    total: float = 0.0  # of errors in ulps
+    count: int = 0
+
+
+def claims(backend: Backend, variant: Variant, level: str, golden: Path | None = None) -> list[Claim]:
+    """The claims of one level about one variant, as its backend's capabilities have them.
 
     Args:
         backend: the backend.
+        variant: one of its variants.
+        level: one of `LEVELS`.
         golden: a folder of golden trajectories to replay too; None for none.
-        progress: called with the share of the cases that is done, in percent, and the case's name.
 
     Returns:
-        A result for each variant and claim.
+        The claims.
 
     Raises:
-        RecAdamError: when there is no golden trajectory in the folder.
+        RecAdamError: when the level is unknown or there is no golden trajectory in the folder.
+
+    Example:
+        >>> from recadam_core import get_backend
+        >>> numpy = get_backend("numpy")
+        >>> [claim.name for claim in claims(numpy, numpy.capabilities.variants[0], "exact")]
+        ['exact float32', 'denormals float32', 'exact float64', 'denormals float64']
     """
-    recordings = [r for dtype in ("float64", "float32") for r in cases(dtype)]
-    if golden is not None:
-        paths = sorted(Path(golden).glob("*.npz"))
-        if not paths:
-            raise RecAdamError(f"{golden}: no .npz file there; give the folder of golden trajectories")
-        recordings += [load_recording(path) for path in paths]
-    claims: dict[tuple[str, str], list[tuple[Deviation, Recording]]] = {}
-    for index, recording in enumerate(recordings):
+    if level not in LEVELS:
+        raise unknown("level", level, LEVELS)
+    dtypes = backend.capabilities.dtypes
+    found = []
+    if level == "exact":
+        for dtype in EXACT:
+            for kind, cases in (("exact", EXACT), ("denormals", DENORMALS)):
+                found.append(Claim(kind, level, dtype, tuple(case.name for case in cases[dtype])))
+    else:
+        for dtype, fast in FAST.items():
+            names = tuple(case.name for case in fast)
+            found.append(Claim("step", level, dtype, names))
+            if f"trajectory {dtype}" in BOUNDS:
+                found.append(Claim("trajectory", level, dtype, names))
+        if variant.traced or variant.name == "specification":
+            found += [Claim("coefficients", level, dtype, tuple(ANNEALINGS)) for dtype in EXACT]
+        for dtype, paths in _golden(golden).items():
+            found.append(Claim("golden", level, dtype, paths))
+    if variant.name == "specification":  # computed on the host, in float64
+        found = [claim for claim in found if claim.name != "coefficients float32"]
+    return [claim for claim in found if claim.dtype in dtypes]
+
+
+def _golden(folder: Path | None) -> dict[str, tuple[str, ...]]:
+    if folder is None:
+        return {}
+    paths = sorted(Path(folder).glob("*.npz"))
+    if not paths:
+        raise RecAdamError(f"{folder}: no .npz file there; give the folder of golden trajectories")
+    found: dict[str, tuple[str, ...]] = {}
+    for path in paths:
+        dtype = load_recording(path).dtype
+        found[dtype] = (*found.get(dtype, ()), str(path))
+    return found
+
+
+def check(
+    backend: Backend,
+    variant: Variant,
+    claim: Claim,
+    progress: Callable[[str], None] | None = None,
+) -> Result:
+    """Hold one variant to one claim, in this process.
+
+    Args:
+        backend: the backend.
+        variant: one of its variants.
+        claim: the claim.
+        progress: called with the name of each case.
+
+    Returns:
+        The result, with the worst case.
+
+    Example:
+        >>> from recadam_core import get_backend
+        >>> numpy = get_backend("numpy")
+        >>> claim = Claim("exact", "exact", "float32", (Case(dtype="float32", steps=5).name,))
+        >>> check(numpy, numpy.capabilities.variants[0], claim).verdict
+        'yes'
+    """
+    began = time.perf_counter()
+    known = variant.misses.get(claim.kind, "") or variant.misses.get(claim.name, "")
+    found: list[tuple[Measured, str]] = []
+    for case in claim.cases:
         if progress:
-            progress(100 * index // len(recordings), recording.name)
-        recorded = recording.groups[0].expected is not None
-        claim = f"{'golden' if recorded else 'replay'} {recording.dtype}"
-        reference = None if recorded else replay(recording)
-        for variant in backend.capabilities.variants:
-            deviation = trajectory_deviation(recording, replay(recording, backend, variant), reference)
-            claims.setdefault((variant, claim), []).append((deviation, recording))
-    results = []
-    for (variant, claim), found in sorted(claims.items()):
-        worst, recording = max(found, key=lambda pair: pair[0].share)
-        where = f"{recording.name}, {worst.name}, step {worst.step}" if worst.share else ""
-        results.append(Result(backend.name, variant, claim, len(found), worst.share, BOUNDS[claim], where))
-    return results
+            progress(case)
+        try:
+            measured = MEASURES[claim.kind](backend, variant, claim, case)
+        except RecAdamError as error:
+            measured = Measured(math.inf, f": {error}")
+        found.append((measured, case))
+        if known and not found[-1][0].worst <= _bound(claim):
+            break  # a known miss is shown by one case
+    worst, case = max(found, key=lambda pair: math.inf if math.isnan(pair[0].worst) else pair[0].worst)
+    count = sum(measured.count for measured, _ in found)
+    ulps = None
+    if count:
+        largest = max(measured.ulps for measured, _ in found)
+        ulps = (largest, sum(measured.total for measured, _ in found) / count)
+    command = f"recadam conformance --backend {backend.name} --variant {variant.name} --level {claim.level}"
+    command += f" --claim {claim.kind!r} --case {case}"
+    if claim.kind == "golden":
+        command = command.replace(f"--case {case}", f"--golden {Path(case).parent} --case {Path(case).name}")
+    where = f"{Path(case).stem if claim.kind == 'golden' else case}{worst.where}" if worst.worst else ""
+    return Result(
+        backend=backend.name,
+        variant=variant.name,
+        level=claim.level,
+        claim=claim.name,
+        cases=len(claim.cases),
+        worst=worst.worst,
+        bound=_bound(claim),
+        ulps=ulps,
+        where=where,
+        command=command,
+        seconds=time.perf_counter() - began,
+        known=known,
+    )
+
+
+def _bound(claim: Claim) -> float:
+    if claim.kind in ("exact", "denormals"):
+        return 0.0
+    return BOUNDS.get(claim.name, 1.0)
+
+
+@lru_cache(maxsize=4)
+def _recording(case: str) -> Recording:
+    return load_recording(case) if case.endswith(".npz") else Case.named(case).recording()
+
+
+@lru_cache(maxsize=64)
+def _reference(case: str) -> list[Frame]:
+    """The specification's walk; kept, since every variant is held against it."""
+    return list(walk(_recording(case), moments=True))
+
+
+@lru_cache(maxsize=32)
+def _walked(backend: Backend, variant: str, case: str) -> list[Frame]:
+    """A variant's walk in its default setting; two claims look at it."""
+    return list(walk(_recording(case), backend, variant, moments=True))
+
+
+def _bits(backend: Backend, variant: Variant, claim: Claim, case: str) -> Measured:
+    """How many values differ from the specification's, in any bit."""
+    recording = _recording(case)
+    steps = len(recording.lr)
+    reference: Iterable[Frame] = _reference(case) if steps < 1000 else walk(recording, moments=True)
+    ours = walk(recording, backend, variant.name, exact=True, moments=True)
+    differing, where = 0, ""
+    for one, other in zip(ours, reference, strict=True):
+        for name, a in one.params.items():
+            pairs = [("", a, other.params[name])]
+            # Moments are compared where the walk ends; on the way they show in the weights.
+            if one.t in (1, steps):
+                states = zip("mv", one.moments[name], other.moments[name], strict=True)
+                pairs += [(f" ({letter})", x, y) for letter, x, y in states]
+            for what, x, y in pairs:
+                count = _differing(x, y)
+                if count and not where:
+                    where = f", {name}{what}, step {one.t}"
+                differing += count
+    return Measured(float(differing), where)
+
+
+def _differing(a: Any, b: Any) -> int:
+    """Values whose bits differ; any NaN equals any other."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return max(a.size, b.size, 1)
+    whole = np.dtype(f"u{a.dtype.itemsize}")
+    same = (np.atleast_1d(a).view(whole) == np.atleast_1d(b).view(whole)) | np.atleast_1d((a != a) & (b != b))
+    return int(same.size - np.count_nonzero(same))
+
+
+def _step(backend: Backend, variant: Variant, claim: Claim, case: str) -> Measured:
+    """The largest error of one step, from where the backend itself stands, as a share of its bound."""
+    recording = _recording(case)
+    worst, where, largest, total, count = 0.0, "", 0.0, 0.0, 0
+    precise = claim.dtype if variant.traced and claim.dtype == "float64" else "float64"
+    if variant.traced and claim.dtype != "float64":
+        precise = "float32"
+    inner = claim.dtype if claim.dtype in ("float64", "float32") else "float32"
+    before: Frame | None = None
+    for frame in _walked(backend, variant.name, case):
+        group = recording.groups[frame.group]
+        if before is None or not _looked_at(frame.t):
+            before = frame
+            continue
+        for anchored in (True, False):
+            names = [name for name in frame.params if (name in group.anchors) == anchored]
+            if not names:
+                continue
+            start = [_joined(x, names) for x in (before.params, frame.grads)]
+            start += [_joined({n: s[i] for n, s in before.moments.items()}, names) for i in (0, 1)]
+            star = _joined(group.anchors, names) if anchored else None
+            about = (claim.dtype, precise, variant.rounds_update)
+            exact, may = _oracle(case, group.hp, frame, start, star, *about)
+            got = [_joined(frame.params, names)]
+            got += [_joined({n: s[i] for n, s in frame.moments.items()}, names) for i in (0, 1)]
+            for i, what in enumerate(("theta", "m", "v")):
+                error = _error(got[i].tobytes(), got[i].dtype.str, exact[i])
+                spacing = oracle.ulp(may[i + 3], claim.dtype if what == "theta" else inner)
+                share, ulps = error / may[i], error / spacing
+                largest, total, count = max(largest, float(ulps.max())), total + ulps.sum(), count + ulps.size
+                k = int(np.argmax(np.where(np.isnan(share), np.inf, share)))
+                if not share[k] <= worst:
+                    worst = float(share[k])
+                    sizes = np.cumsum([frame.params[n].size for n in names])
+                    name = names[int(np.searchsorted(sizes, k, side="right"))]
+                    where = f", {name}{'' if what == 'theta' else f' ({what})'}, step {frame.t}"
+        before = frame
+    return Measured(worst, where, largest, total, count)
+
+
+def _looked_at(t: int) -> bool:
+    """The first steps, where bias correction and annealing change most, and every fourth after them."""
+    return 1 <= t <= 8 or (t % 4 == 0 and t > 0)
+
+
+_told: dict[Any, Any] = {}
+
+
+def _oracle(
+    case: str, hp: Hyperparameters, frame: Frame, start: list[Any], star: Any, *about: Any
+) -> tuple[oracle.Exactly, oracle.Budget]:
+    """What the oracle says of a step; told again to variants that stand on the same bits."""
+    key = (case, frame.group, frame.t, star is None, about, *(x.tobytes() for x in start))
+    if key not in _told:
+        dtype, precise, rounds_update = about
+        c = oracle.exact_coefficients(frame.t, hp, frame.lr, star is not None)
+        off = oracle.spread(frame.t, hp, frame.lr, star is not None, precise, c)
+        exact = oracle.exact_step(*start, star, c)
+        _told[key] = exact, oracle.budget(*start, star, c, exact, off, dtype, rounds_update)
+    answer: tuple[oracle.Exactly, oracle.Budget] = _told[key]
+    return answer
+
+
+def _error(got: bytes, dtype: str, exact: Any) -> Any:
+    """Distance of computed numbers from exact ones; told again, like the oracle's answers."""
+    key = (got, id(exact))
+    if key not in _told:
+        numbers = np.frombuffer(got, dtype=dtype).astype(object)
+        _told[key] = np.abs(np.asarray(oracle.mpf(numbers) - exact, dtype=np.float64))
+    return _told[key]
+
+
+def _joined(arrays: Any, names: list[str]) -> Any:
+    return np.concatenate([np.ravel(arrays[name]) for name in names])
+
+
+def _trajectory(backend: Backend, variant: Variant, claim: Claim, case: str) -> Measured:
+    """The largest distance from the specification's trajectory, as a share of the way."""
+    recording = _recording(case)
+    ours, theirs = (_paths(frames) for frames in (_walked(backend, variant.name, case), _reference(case)))
+    worst = trajectory_deviation(recording, ours, theirs)
+    return Measured(worst.share, f", {worst.name}, step {worst.step}")
+
+
+def _paths(frames: list[Frame]) -> list[dict[str, Any]]:
+    """Frames as `replay` returns them."""
+    groups: dict[int, list[Frame]] = {}
+    for frame in frames:
+        groups.setdefault(frame.group, []).append(frame)
+    return [
+        {name: np.stack([frame.params[name] for frame in walked[1:]]) for name in walked[0].params}
+        for walked in groups.values()
+    ]
+
+
+def _golden_way(backend: Backend, variant: Variant, claim: Claim, case: str) -> Measured:
+    """The largest distance from the recorded weights, as a share of the way."""
+    recording = _recording(case)
+    worst = trajectory_deviation(recording, replay(recording, backend, variant.name))
+    return Measured(worst.share, f", {worst.name}, step {worst.step}")
+
+
+STEPS = 100_000
+"""Steps over which float32 coefficients are compared."""
+
+SOME = np.unique(np.concatenate([np.arange(1, 101), np.geomspace(100, STEPS, 100).astype(int)]))
+"""Steps at which the oracle computes them."""
+
+
+def _coefficients(backend: Backend, variant: Variant, claim: Claim, case: str) -> Measured:
+    """The largest error of a coefficient over many steps, as a share of its bound."""
+    worst, where, largest, total, count = 0.0, "", 0.0, 0.0, 0
+    for form in FORMS:
+        hp = Hyperparameters(lr=1e-3, gamma=300.0, weight_decay=0.01, annealing=ANNEALINGS[case], form=form)
+        # A new head's coefficients know no annealing: once is enough.
+        for anchored in (True, False) if case == "sigmoid" else (True,):
+            t, expected = _expected(hp, anchored, claim.dtype)
+            ours = _computed(backend, variant, t, hp, anchored, claim.dtype)
+            may = oracle.spread(t, hp, hp.lr, anchored, claim.dtype, Coefficients(0.0, 0.0, *expected))
+            for name, got, want, bound in zip(Spread._fields, ours, expected, may, strict=True):
+                error = np.abs(got - want)
+                ulps = error / oracle.ulp(np.abs(want), claim.dtype)
+                share = error / bound
+                k = int(np.argmax(np.where(np.isnan(share), np.inf, share)))
+                largest, total, count = max(largest, float(ulps.max())), total + ulps.sum(), count + ulps.size
+                if not share[k] <= worst:
+                    worst, where = float(share[k]), f", {form} {name}, step {t[k]}"
+    return Measured(worst, where, largest, float(total), count)
+
+
+@cache
+def _expected(hp: Hyperparameters, anchored: bool, dtype: str) -> tuple[Any, list[Any]]:
+    """Steps and their coefficients: the oracle's; for float32 NumPy's in float64 between those."""
+    exact = [oracle.exact_coefficients(int(t), hp, hp.lr, anchored)[2:] for t in SOME]
+    columns = [np.array(column, dtype=np.float64) for column in zip(*exact, strict=True)]
+    if dtype == "float64":
+        return SOME, columns
+    t = np.arange(1, STEPS + 1)
+    between = coefficients(t.astype(np.float64), hp, None, anchored, xp=np)[2:]
+    whole = [np.broadcast_to(np.asarray(x, dtype=np.float64), t.shape).copy() for x in between]
+    for column, x in zip(columns, whole, strict=True):
+        x[SOME - 1] = column
+    return t, whole
+
+
+def _computed(
+    backend: Any, variant: Variant, t: Any, hp: Hyperparameters, anchored: bool, dtype: str
+) -> list[Any]:
+    if variant.traced:
+        c = backend.traced_coefficients(t, hp, anchored, dtype)
+        return [np.broadcast_to(np.asarray(x, dtype=np.float64), t.shape) for x in c[2:]]
+    rows = [coefficients(int(x), hp, None, anchored)[2:] for x in t]
+    return [np.array(column) for column in zip(*rows, strict=True)]
+
+
+MEASURES: dict[str, Callable[[Backend, Variant, Claim, str], Measured]] = {
+    "exact": _bits,
+    "denormals": _bits,
+    "step": _step,
+    "trajectory": _trajectory,
+    "golden": _golden_way,
+    "coefficients": _coefficients,
+}
+"""How each kind of claim is measured."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,21 +12,23 @@ import numpy as np
 
 from ..annealing import Annealing, Constant, Linear, Sigmoid
 from ..backends import Backend, Specification
-from ..errors import RecAdamError, unknown
+from ..errors import RecAdamError
 from ..hyperparameters import Hyperparameters
+from ..update import Moments
 
 __all__ = [
     "Deviation",
+    "Frame",
     "Group",
     "Recording",
     "load_recording",
-    "record",
     "replay",
+    "to_bfloat16",
     "trajectory_deviation",
+    "walk",
 ]
 
 Array = np.ndarray[Any, Any]
-SHAPES = ((), (1,), (7, 5), (64, 33), (3, 4, 5))
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,12 @@ class Group:
         anchors: pretrained value by name; lacks new heads.
         grads: gradients by name, of shape (steps, ...).
         expected: weights after each step by name, of shape (steps, ...); None when not recorded.
+        layouts: layouts of parameter, gradient and anchor by name; contiguous where there is none.
 
     Example:
-        >>> sorted(record(steps=2).groups[0].theta0)[:2]
-        ['head', 'w0']
+        >>> from recadam_core.conformance import Case
+        >>> sorted(Case(steps=2).recording().groups[0].theta0)
+        ['head', 'matrix', 'scalar', 'vector']
     """
 
     hp: Hyperparameters
@@ -50,6 +54,7 @@ class Group:
     anchors: dict[str, Array]
     grads: dict[str, Array]
     expected: dict[str, Array] | None = None
+    layouts: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ class Recording:
         groups: the arrays.
 
     Example:
-        >>> record(steps=2).lr.shape
+        >>> from recadam_core.conformance import Case
+        >>> Case(steps=2).recording().lr.shape
         (2,)
     """
 
@@ -84,52 +90,6 @@ class Deviation(NamedTuple):
     share: float  # Euclidean distance between the two / distance travelled so far, at the worst step
     step: int  # that step, from 1
     name: str  # that array
-
-
-def record(
-    form: str = "decoupled",
-    annealing: Annealing | None = None,
-    dtype: str = "float64",
-    steps: int = 60,
-    seed: int = 0,
-    weight_decay: float = 0.01,
-) -> Recording:
-    """A recording of seeded gradients, some of them large, small, or exactly zero.
-
-    Args:
-        form: form of the update.
-        annealing: the annealing; None for a sigmoid that is half-way at a third of the steps.
-        dtype: dtype of weights and gradients.
-        steps: number of steps.
-        seed: seed of the generator.
-        weight_decay: decoupled weight decay.
-
-    Returns:
-        Arrays of five shapes with anchors near their start, and a head without one; a learning rate
-        that warms up and decays.
-
-    Example:
-        >>> record("proximal", steps=3).groups[0].hp.form
-        'proximal'
-    """
-    rng = np.random.default_rng(seed)
-    annealing = annealing or Sigmoid(k=0.3, t0=steps / 3)
-    shapes = {f"w{i}": shape for i, shape in enumerate(SHAPES)} | {"head": (5, 2)}
-    theta0 = {n: np.asarray(0.05 * rng.standard_normal(s)).astype(dtype) for n, s in shapes.items()}
-    anchors = {
-        n: np.asarray(t + 0.01 * rng.standard_normal(t.shape)).astype(dtype)
-        for n, t in theta0.items()
-        if n != "head"
-    }
-    grads = {}
-    for name, shape in shapes.items():
-        g = rng.standard_normal((steps, *shape)) * 10.0 ** rng.integers(-6, 3, size=(steps, *shape))
-        grads[name] = np.where(rng.random(g.shape) < 0.05, 0.0, g).astype(dtype)
-    t = np.arange(1, steps + 1)
-    lr = 1e-3 * np.minimum(t / 5, 1.0) * (1.0 - 0.5 * t / steps)
-    hp = Hyperparameters(lr=1e-3, gamma=300.0, weight_decay=weight_decay, annealing=annealing, form=form)
-    name = f"{form}/{getattr(annealing, 'name', type(annealing).__name__)}/{dtype}"
-    return Recording(name, dtype, lr, (Group(hp, theta0, anchors, grads),))
 
 
 def load_recording(path: str | Path) -> Recording:
@@ -181,8 +141,92 @@ def load_recording(path: str | Path) -> Recording:
     return Recording(meta["name"], meta["dtype"], data["lr"], tuple(groups))
 
 
+class Frame(NamedTuple):
+    """One step of a walk, in NumPy.
+
+    Example:
+        >>> Frame(0, 1, 1e-3, {}, {}, {}).t
+        1
+    """
+
+    group: int  # index of the recording's group
+    t: int  # the step, from 1; 0 before the first
+    lr: float  # this step's learning rate
+    grads: dict[str, Array]  # gradients by name
+    params: dict[str, Array]  # parameters after the step by name
+    moments: dict[str, Moments]  # the same of the moments
+
+
+def walk(
+    recording: Recording,
+    backend: Backend | None = None,
+    variant: str = "functional",
+    exact: bool = False,
+    moments: bool = False,
+) -> Iterator[Frame]:
+    """Feed a recording's gradients to a backend, step by step.
+
+    Args:
+        recording: what to feed.
+        backend: the backend; None walks the specification itself, in NumPy.
+        variant: one of the backend's variants.
+        exact: whether the backend is to be in its exact setting.
+        moments: whether the frames hold moments; reading them takes time.
+
+    Yields:
+        For each group a frame of where it starts, and one a step.
+
+    Raises:
+        RecAdamError: when the backend has no such variant.
+
+    Example:
+        >>> from recadam_core.conformance import Case
+        >>> [frame.t for frame in walk(Case(steps=2).recording())]
+        [0, 1, 2]
+    """
+    backend = Specification(np) if backend is None else backend
+    # What overflows is part of some cases, and warnings of it are not.
+    with backend.precision(recording.dtype), np.errstate(all="ignore"):
+        for index, group in enumerate(recording.groups):
+
+            def place(arrays: Mapping[str, Array], role: int, group: Group = group) -> dict[str, Any]:
+                return {
+                    name: _place(backend, x, recording.dtype, group.layouts.get(name, ("", "", ""))[role])
+                    for name, x in arrays.items()
+                }
+
+            params, anchors = place(group.theta0, 0), place(group.anchors, 2)
+            stepper = backend.stepper(variant, params, anchors, group.hp, exact)
+            for t in range(len(recording.lr) + 1):
+                lr = float(recording.lr[t - 1]) if t else 0.0
+                grads = {n: g[t - 1] for n, g in group.grads.items()} if t else {}
+                if t:
+                    params = stepper(place(grads, 1), lr)
+                states = stepper.moments() if moments else {}
+                yield Frame(
+                    index,
+                    t,
+                    lr,
+                    grads,
+                    {n: backend.to_numpy(x) for n, x in params.items()},
+                    {n: Moments(*map(backend.to_numpy, state)) for n, state in states.items()},
+                )
+
+
+def _place(backend: Backend, x: Array, dtype: str, layout: str) -> Any:
+    """The array in a backend's library, laid out in memory as asked."""
+    if layout == "transposed":
+        return backend.from_numpy(np.ascontiguousarray(x.T), dtype).T
+    if layout == "strided":
+        return backend.from_numpy(np.repeat(x, 2, axis=-1), dtype)[..., ::2]
+    return backend.from_numpy(x, dtype)
+
+
 def replay(
-    recording: Recording, backend: Backend | None = None, variant: str = "functional"
+    recording: Recording,
+    backend: Backend | None = None,
+    variant: str = "functional",
+    exact: bool = False,
 ) -> list[dict[str, Array]]:
     """The trajectory of one group after another under a backend.
 
@@ -190,6 +234,7 @@ def replay(
         recording: what to replay.
         backend: the backend; None replays the specification itself, in NumPy.
         variant: one of the backend's variants.
+        exact: whether the backend is to be in its exact setting.
 
     Returns:
         For each group the weights after each step by name, of shape (steps, ...), in NumPy.
@@ -198,26 +243,32 @@ def replay(
         RecAdamError: when the backend has no such variant.
 
     Example:
-        >>> replay(record(steps=3))[0]["head"].shape
+        >>> from recadam_core.conformance import Case
+        >>> replay(Case(steps=3).recording())[0]["head"].shape
         (3, 5, 2)
     """
-    backend = Specification(np) if backend is None else backend
-    if variant not in backend.capabilities.variants:
-        raise unknown(f"variant of backend {backend.name!r}:", variant, backend.capabilities.variants)
-    trajectories = []
-    with backend.precision(recording.dtype):
-        for group in recording.groups:
-            # Copies, since an optimizer that steps in place may own what it is given.
-            params = {n: backend.from_numpy(x) for n, x in group.theta0.items()}
-            anchors = {n: backend.from_numpy(x) for n, x in group.anchors.items()}
-            stepper = backend.stepper(variant, params, anchors, group.hp)
-            path: dict[str, list[Array]] = {n: [] for n in params}
-            for t, lr in enumerate(recording.lr):
-                new = stepper({n: backend.from_numpy(g[t]) for n, g in group.grads.items()}, float(lr))
-                for name in path:
-                    path[name].append(backend.to_numpy(new[name]))
-            trajectories.append({n: np.stack(steps) for n, steps in path.items()})
-    return trajectories
+    paths: list[dict[str, list[Array]]] = [{n: [] for n in g.theta0} for g in recording.groups]
+    for frame in walk(recording, backend, variant, exact):
+        for name, x in frame.params.items() if frame.t else ():
+            paths[frame.group][name].append(x)
+    return [{n: np.stack(steps) for n, steps in path.items()} for path in paths]
+
+
+def to_bfloat16(x: Array) -> Array:
+    """The nearest bfloat16 numbers, ties to even, held in float32, since NumPy has no such dtype.
+
+    Args:
+        x: finite numbers.
+
+    Returns:
+        float32 array of x's shape.
+
+    Example:
+        >>> to_bfloat16(np.array([1.0 + 2.0**-8, 1.0 + 3 * 2.0**-8]))
+        array([1.      , 1.015625], dtype=float32)
+    """
+    bits = np.asarray(x, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def trajectory_deviation(
@@ -242,7 +293,8 @@ def trajectory_deviation(
         RecAdamError: when there are no recorded weights to compare with.
 
     Example:
-        >>> r = record(steps=3)
+        >>> from recadam_core.conformance import Case
+        >>> r = Case(steps=3).recording()
         >>> trajectory_deviation(r, replay(r), replay(r)).share
         0.0
     """
@@ -254,7 +306,7 @@ def trajectory_deviation(
         for name, path in reference.items():
             axes = tuple(range(1, path.ndim))
             exact, start = path.astype(np.float64), group.theta0[name].astype(np.float64)
-            gap = np.sqrt(np.square(ours[index][name] - exact).sum(axis=axes))
+            gap = np.sqrt(np.square(ours[index][name].astype(np.float64) - exact).sum(axis=axes))
             # The furthest so far: an array that comes back to its start has still travelled.
             travelled = np.maximum.accumulate(np.sqrt(np.square(exact - start).sum(axis=axes)))
             with np.errstate(divide="ignore", invalid="ignore"):

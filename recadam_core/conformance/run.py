@@ -1,0 +1,231 @@
+"""Running the kit: each backend in a process of its own, with the environment that its variants ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..backends import Backend, Variant, get_backend
+from ..errors import RecAdamError, unknown
+from .claims import LEVELS, MEASURES, Claim, Result, check, claims
+
+__all__ = ["Job", "certify", "environment", "plan"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Claims about one backend that can share a process.
+
+    Args:
+        backend: the backend's name.
+        environment: variables that the process needs.
+        claims: variants' names and their claims.
+
+    Example:
+        >>> Job("numpy", (), ()).backend
+        'numpy'
+    """
+
+    backend: str
+    environment: tuple[tuple[str, str], ...]
+    claims: tuple[tuple[str, Claim], ...]
+
+
+def environment(variant: Variant, level: str) -> dict[str, str]:
+    """The variables that a process needs in which this variant is held to this level.
+
+    Example:
+        >>> environment(Variant("functional"), "exact")
+        {}
+    """
+    return {**variant.environment, **(variant.exact.environment if level == "exact" else {})}
+
+
+def plan(
+    backend: Backend,
+    variants: Sequence[str] = (),
+    levels: Sequence[str] = LEVELS,
+    kinds: Sequence[str] = (),
+    cases: Sequence[str] = (),
+    golden: Path | None = None,
+) -> list[Job]:
+    """The claims about a backend, by the environment that they need.
+
+    Args:
+        backend: the backend.
+        variants: names of its variants; empty for all.
+        levels: some of `LEVELS`.
+        kinds: kinds of claim; empty for all.
+        cases: names of cases, of annealings or of golden files; empty for those of each claim.
+        golden: a folder of golden trajectories to replay too; None for none.
+
+    Returns:
+        The jobs, one for each environment, and one for each variant that takes long to start.
+
+    Raises:
+        RecAdamError: for a name that there is not, or when no claim is left.
+
+    Example:
+        >>> [job.backend for job in plan(get_backend("numpy"), levels=["exact"])]
+        ['numpy']
+    """
+    for kind in kinds:
+        if kind not in MEASURES:
+            raise unknown("claim", kind, MEASURES)
+    chosen = [backend.capabilities.variant(name) for name in variants] or backend.capabilities.variants
+    jobs: dict[tuple[tuple[str, str], ...], list[tuple[str, Claim]]] = {}
+    for variant in chosen:
+        for level in levels:
+            for claim in claims(backend, variant, level, golden):
+                if kinds and claim.kind not in kinds:
+                    continue
+                if cases:
+                    claim = dataclasses.replace(claim, cases=tuple(_chosen(claim, cases)))
+                if claim.cases:
+                    key = tuple(sorted(environment(variant, level).items()))
+                    jobs.setdefault(key, []).append((variant.name, claim))
+    if not jobs:
+        raise RecAdamError(
+            f"backend {backend.name!r}: no claim is left of what was asked for; leave out --variant, "
+            "--level, --claim or --case"
+        )
+    return [Job(backend.name, key, tuple(found)) for key, found in jobs.items()]
+
+
+def _chosen(claim: Claim, cases: Sequence[str]) -> Iterator[str]:
+    """Of the cases asked for those that are the claim's; cases of the kit may be new ones."""
+    for case in cases:
+        if claim.kind == "golden":
+            yield from (path for path in claim.cases if Path(path).name == case)
+        elif claim.kind == "coefficients":
+            yield from (name for name in claim.cases if name == case)
+        elif case.count("/") == 5 and case.split("/")[4] == claim.dtype:
+            yield case
+
+
+def certify(
+    jobs: Sequence[Job],
+    workers: int = 1,
+    progress: Callable[[Result], None] | None = None,
+) -> list[Result]:
+    """Hold backends to claims.
+
+    A job whose environment this process has runs here if there is one worker; all others run in
+    processes of their own.
+
+    Args:
+        jobs: what `plan` returned, of any number of backends.
+        workers: processes at once.
+        progress: called with each result as it comes.
+
+    Returns:
+        The results, in the order of the jobs' claims.
+
+    Raises:
+        RecAdamError: when a process fails, with the last line it printed.
+
+    Example:
+        >>> jobs = plan(get_backend("numpy"), ["functional"], ["exact"], ["denormals"])
+        >>> {result.verdict for result in certify(jobs)}
+        {'yes'}
+    """
+    tell = progress or (lambda result: None)
+    results: dict[Job, list[Result]] = {}
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            futures = {}
+            # The slow ones first: those with an environment of their own, and NumPy last.
+            for job in sorted(jobs, key=lambda job: (not job.environment, job.backend == "numpy")):
+                if workers == 1 and all(_set(name, value, os.environ) for name, value in job.environment):
+                    results[job] = [_tell(result, tell) for result in _results(job)]
+                else:
+                    futures[pool.submit(_elsewhere, job, processes, tell)] = job
+            try:
+                for future in as_completed(futures):
+                    results[futures[future]] = future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in processes:
+                    process.terminate()
+                raise
+    finally:
+        for process in processes:
+            process.terminate()
+    return [result for job in jobs for result in results[job]]
+
+
+def _tell(result: Result, tell: Callable[[Result], None]) -> Result:
+    tell(result)
+    return result
+
+
+def _results(job: Job) -> Iterator[Result]:
+    """The job's results, in this process."""
+    backend = get_backend(job.backend)
+    for name, claim in job.claims:
+        variant = backend.capabilities.variant(name)
+        if lacks := variant.lacks():
+            yield Result(backend.name, name, claim.level, claim.name, len(claim.cases), 0.0, 0.0, lacks=lacks)
+        else:
+            yield check(backend, variant, claim)
+
+
+def _set(name: str, value: str, variables: Mapping[str, str]) -> bool:
+    """Whether the variable has the value among its words: JAX's flags are several in one."""
+    return value in variables.get(name, "").split()
+
+
+def _elsewhere(
+    job: Job, processes: list[subprocess.Popen[str]], tell: Callable[[Result], None]
+) -> list[Result]:
+    """The job's results, from a process of its own."""
+    variables = dict(os.environ)
+    for name, value in job.environment:
+        if not _set(name, value, variables):
+            variables[name] = (
+                f"{variables.get(name, '')} {value}".strip() if name.endswith("FLAGS") else value
+            )
+    variables.setdefault("OMP_NUM_THREADS", "1")
+    results = []
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "recadam_core.conformance.run", json.dumps(dataclasses.asdict(job))],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=variables,
+            text=True,
+        )
+        processes.append(process)
+        with process:
+            for line in process.stdout or ():
+                fields = json.loads(line)
+                fields["ulps"] = fields["ulps"] and tuple(fields["ulps"])
+                results.append(_tell(Result(**fields), tell))
+        errors.seek(0)
+        printed = errors.read().strip().splitlines()
+    if process.returncode or len(results) < len(job.claims):
+        last = (printed or [f"exit code {process.returncode}"])[-1]
+        raise RecAdamError(f"conformance of {job.backend!r}: the process failed: {last}")
+    return results
+
+
+def _main() -> None:
+    """Take a job as JSON; write a result a line."""
+    fields = json.loads(sys.argv[1])
+    found = ((name, Claim(**{**claim, "cases": tuple(claim["cases"])})) for name, claim in fields["claims"])
+    job = Job(fields["backend"], tuple(map(tuple, fields["environment"])), tuple(found))
+    for result in _results(job):
+        print(json.dumps(dataclasses.asdict(result)), flush=True)
+
+
+if __name__ == "__main__":
+    _main()
