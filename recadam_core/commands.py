@@ -30,7 +30,7 @@ from .annealing import ANNEALINGS, Sigmoid, annealed_weights, annealing_from_dic
 from .backends import GROUP, available_backends, get_backend
 from .conformance.claims import LEVELS, MEASURES, Result
 from .conformance.run import certify, plan
-from .conformance.tables import COLUMNS, LEGEND, cells, markdown
+from .conformance.tables import COLUMNS, LEGEND, cells, grouped, markdown, support
 from .errors import RecAdamError
 from .finetuning.archives import ARCHIVES, fetch
 from .finetuning.compare import PREDICTIONS, compare_runs
@@ -354,8 +354,8 @@ def conformance(
         table = Table(box=None, pad_edge=False)
         for column, right in COLUMNS.items():
             table.add_column(column, justify="right" if right else "left")
-        for result in results:
-            table.add_row(*cells(result))
+        for group in grouped(results):
+            table.add_row(*cells(group))
         _show(table)
         print(LEGEND)
         for result in results:
@@ -425,14 +425,21 @@ def schedule(
 
 
 @app.command()
-def backends() -> None:
+def backends(
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print what each variant can do, in Markdown.")
+    ] = False,
+) -> None:
     """What is installed, and what each backend can do."""
     from importlib.metadata import entry_points
 
+    available = available_backends()
+    if as_markdown:
+        print(support(get_backend(name) for name in available))
+        return
     table = Table(box=None, pad_edge=False)
     for name in ("backend", "library", "dtypes", "devices", "variants", "trains"):
         table.add_column(name)
-    available = available_backends()
     for name in sorted(point.name for point in entry_points(group=GROUP)):
         if name not in available:
             table.add_row(name, f"not installed; pip install 'recadam-core[{name}]'", "", "", "", "")
@@ -442,6 +449,7 @@ def backends() -> None:
         except PackageNotFoundError:
             release = ""
         c = get_backend(name).capabilities
-        cells = (c.dtypes, c.devices, c.variants, c.finetunes)
-        table.add_row(name, f"{name} {release}", *(", ".join(cell) for cell in cells))
+        ways = (f"{v.name} (needs {v.lacks()})" if v.lacks() else v.name for v in c.variants)
+        columns = (c.dtypes, c.devices, ways, c.finetunes)
+        table.add_row(name, f"{name} {release}", *map(", ".join, columns))
     _show(table)

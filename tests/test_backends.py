@@ -67,6 +67,14 @@ def test_an_incomplete_backend_is_refused(monkeypatch):
         get_backend("half")
 
 
+def test_a_library_of_the_standard_is_served_by_the_specification():
+    backend = get_backend("array_api_strict")
+    assert backend.name == "array_api_strict"
+    assert backend.from_numpy(np.ones(2, dtype=np.float32)).dtype == backend.xp.float32
+    with pytest.raises(RecAdamError, match="unknown backend 'json'"):
+        get_backend("json")  # a module, and no array library
+
+
 def test_jax_refuses_to_make_float64_into_float32():
     with pytest.raises(RecAdamError, match="float64 into float32; set JAX_ENABLE_X64=1"):
         get_backend("jax").from_numpy(np.ones(1))

@@ -84,17 +84,42 @@ def test_backends_lists_what_is_installed(recadam):
 
 
 def test_conformance_table_and_json(recadam):
-    table = recadam("conformance", "--backend", "numpy", "--golden", GOLDEN)
-    assert table.returncode == 0
-    assert table.stdout.count("yes") == 4
-    results = json.loads(recadam("conformance", "--backend", "numpy", "--golden", GOLDEN, "--json").stdout)
-    assert {(r["claim"], r["cases"]) for r in results} == {
-        ("golden float32", 1),
-        ("golden float64", 7),
-        ("replay float32", 15),
-        ("replay float64", 15),
-    }
-    assert all(r["worst"] <= r["bound"] for r in results)
+    command = ["conformance", "--backend", "numpy", "--claim", "golden", "--golden", GOLDEN]
+    table = recadam(*command)
+    assert table.returncode == 0, table.stderr
+    rows = [line.split() for line in table.stdout.splitlines()[1:3]]
+    assert [row[:7] for row in rows] == [
+        ["numpy", "golden", dtype, "functional,", "fused,", "specification", cases]
+        for dtype, cases in (("float64", "7"), ("float32", "1"))
+    ]
+    results = json.loads(recadam(*command, "--json").stdout)
+    assert len(results) == 6
+    assert all(r["worst"] <= r["bound"] and r["verdict"] == "yes" for r in results)
+    markdown = recadam(*command, "--markdown").stdout
+    assert markdown.splitlines()[1].startswith("| --- |")
+
+
+def test_a_worst_case_is_shown_alone_by_its_command(recadam):
+    arguments = ["--backend", "numpy", "--variant", "functional", "--claim", "step", "--level", "fast"]
+    results = json.loads(recadam("conformance", *arguments, "--json").stdout)
+    worst = next(r for r in results if r["claim"] == "step float32")
+    alone = json.loads(recadam(*worst["command"].split()[1:], "--json").stdout)
+    assert len(alone) == 1
+    assert (alone[0]["worst"], alone[0]["where"]) == (worst["worst"], worst["where"])
+
+
+def test_a_miss_exits_with_1_and_says_how_to_see_it(recadam, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "from recadam_numpy import backend, kernel as right\n"
+        "def wrong(theta, *rest):\n"
+        "    right(theta, *rest)\n"
+        "    theta *= 1.5\n"
+        "backend._kernel = wrong\n"
+    )
+    arguments = ["--backend", "numpy", "--variant", "functional", "--claim", "exact", "--jobs", "1"]
+    result = recadam("conformance", *arguments, env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 1
+    assert "NO: recadam conformance --backend numpy --variant functional --level exact" in result.stdout
 
 
 def test_schedule_prints_the_curve_and_writes_a_picture(recadam, tmp_path):

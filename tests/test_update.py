@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import array_api_strict
 import numpy as np
 import pytest
@@ -18,9 +20,8 @@ from recadam_core import (
     coefficients,
     update,
 )
-from recadam_core.backends import Specification
-from recadam_core.conformance import replay, trajectory_deviation
-from recadam_core.conformance.claims import cases
+from recadam_core.conformance import Case
+from recadam_core.conformance.cases import ANNEALINGS
 from recadam_core.hyperparameters import FORMS
 
 values = st.floats(-1e3, 1e3, allow_nan=False, width=64)
@@ -108,15 +109,6 @@ STRICTEST = {
 }
 
 
-@pytest.mark.parametrize("flags", [{}, STRICTEST], ids=["default", "strictest"])
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_array_api_strict_walks_the_same_bits(flags, dtype):
-    backend = Specification(array_api_strict)
-    with array_api_strict.ArrayAPIStrictFlags(**flags):
-        for recording in cases(dtype):
-            assert trajectory_deviation(recording, replay(recording, backend), replay(recording)).share == 0.0
-
-
 def test_array_api_strict_finds_the_specification_by_itself():
     xp = array_api_strict
     params = {"w": xp.asarray([1.0, 2.0]), "head": xp.asarray([0.0])}
@@ -132,7 +124,7 @@ def test_array_api_strict_finds_the_specification_by_itself():
 def test_traced_coefficients_need_nothing_but_the_standard(flags):
     xp = array_api_strict
     with xp.ArrayAPIStrictFlags(**flags):
-        for recording in cases("float64"):
-            hp = recording.groups[0].hp
+        for form, annealing in itertools.product(FORMS, ANNEALINGS):
+            hp = Case(form, annealing).hyperparameters
             got = coefficients(xp.asarray(7.0, dtype=xp.float64), hp, xp=xp)
             assert float(got.step) == pytest.approx(coefficients(7, hp).step, rel=1e-14)

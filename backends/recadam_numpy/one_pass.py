@@ -41,14 +41,15 @@ def one_pass(theta: Array, grad: Array, m: Array, v: Array, anchor: Array | None
     scalars = (c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.recall, c.decay)
     arrays = theta, grad, m, v, grad if anchor is None else anchor
     flat = [np.ascontiguousarray(x).reshape(-1) for x in arrays]
-    _loop(*flat, *map(theta.dtype.type, scalars), anchor is not None, c.decay != 0)
+    arguments: list[Any] = [*flat, *map(theta.dtype.type, scalars), anchor is not None, c.decay != 0]
+    _loop(*arguments)
     for array, i in ((theta, 0), (m, 2), (v, 3)):
         if not array.flags.c_contiguous:
             array[...] = flat[i].reshape(array.shape)
 
 
 # Neither fastmath nor contraction: each operation is rounded as NumPy rounds it.
-@numba.njit(error_model="numpy", nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(error_model="numpy", nogil=True)
 def _loop(
     theta: Any,
     grad: Any,

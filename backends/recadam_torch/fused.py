@@ -70,8 +70,8 @@ def numba_(
     stars = [None] * len(thetas) if anchors is None else anchors
     for theta, grad, m, v, star in zip(thetas, grads, ms, vs, stars, strict=True):
         work = theta.to(m.dtype)  # theta itself unless it has 16 bits
-        arrays = [x.detach().numpy() for x in (work, grad.to(m.dtype), m, v)]
-        one_pass(*arrays, None if star is None else star.to(m.dtype).numpy(), c)
+        t, g, m_new, v_new = (x.detach().numpy() for x in (work, grad.to(m.dtype), m, v))
+        one_pass(t, g, m_new, v_new, None if star is None else star.to(m.dtype).numpy(), c)
         if work is not theta:
             theta.copy_(work)
 
@@ -88,9 +88,12 @@ def compiled_(
 
     def run(flat: list[Tensor], star: Tensor | None) -> list[Tensor]:
         # 0-d tensors: another number each step compiles nothing anew.
-        scalars = [flat[0].new_tensor(x) for x in (c.step, c.eps, c.recall, c.decay)]
+        scalars: list[Any] = [flat[0].new_tensor(x) for x in (c.step, c.eps, c.recall, c.decay)]
         formula = _formula if flat[0].numel() < 2 else _compiled()  # inductor would compile 0 and 1 apart
-        return list(formula(*flat, star, c.beta1, c.beta2, *scalars[:3], scalars[3] if c.decay else None))
+        if not c.decay:
+            scalars[3] = None
+        arguments: list[Any] = [*flat, star, c.beta1, c.beta2, *scalars]
+        return list(formula(*arguments))
 
     _over_flat(run, thetas, grads, ms, vs, anchors)
 
@@ -165,5 +168,5 @@ def _over_flat(
     new = run([join(xs) for xs in (thetas, grads, ms, vs)], None if anchors is None else join(anchors))
     sizes = [x.numel() for x in thetas]
     for xs, flat in zip((thetas, ms, vs), new, strict=True):
-        for x, part in zip(xs, flat.split(sizes), strict=True):
+        for x, part in zip(xs, torch.split(flat, sizes), strict=True):
             x.copy_(part.view(x.shape))

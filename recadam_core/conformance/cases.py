@@ -92,8 +92,9 @@ class Values:
             g = g * float(info.max) ** 0.6
         elif self.numbers == "denormal":
             tiny = float(info.tiny)
-            theta, anchor, g = theta * tiny, anchor * tiny, g * tiny**0.5
-            g[steps // 3 :] = 0.0  # and moments that fade into denormal numbers
+            theta, anchor = theta * tiny, anchor * tiny
+            g = g * np.where(rng.random(self.shape) < 0.5, tiny**0.5, tiny)  # second or first moments
+            g[steps // 3 :] = 0.0
         else:
             raise unknown("numbers", self.numbers, ("usual", "zeros", "at anchor", "huge", "denormal"))
         return theta, anchor, g
@@ -192,12 +193,13 @@ class Case:
             >>> Case.named("released/linear/plain/mixed/float32/30").steps
             30
         """
-        *parts, steps = name.split("/")
-        if len(parts) != 5 or not steps.isdecimal():
+        parts = name.split("/")
+        if len(parts) != 6 or not parts[5].isdecimal():
             raise RecAdamError(
                 f"case {name!r}: not form/annealing/settings/arrays/dtype/steps; as in {cls().name!r}"
             )
-        return cls(*parts, steps=int(steps))
+        form, annealing, settings, arrays, dtype, steps = parts
+        return cls(form, annealing, settings, arrays, dtype, int(steps))
 
     @property
     def hyperparameters(self) -> Hyperparameters:
@@ -218,7 +220,7 @@ class Case:
 
         Example:
             >>> Case(steps=2).recording().lr
-            array([0.0001 , 0.00015])
+            array([0.00015, 0.0002 ])
         """
         rng = np.random.default_rng(0)
         theta0, anchors, grads, layouts = {}, {}, {}, {}
@@ -261,11 +263,12 @@ def _exact(dtype: str) -> Iterator[Case]:
 
 
 def _fast(dtype: str) -> Iterator[Case]:
-    for form, annealing in _pairs(FIVE, False):
+    # Where float32 has shown all annealings, three will do.
+    for form, annealing in _pairs(FIVE if dtype == "float32" else FIVE[::2], False):
         yield Case(form, annealing, dtype=dtype, steps=45)
     if dtype in BOTH:
         for form, settings in _pairs(OTHERS[:-1], False):
-            yield Case(form, settings=settings, dtype=dtype, steps=45)
+            yield Case(form, settings=settings, dtype=dtype, steps=45 if dtype == "float32" else 15)
 
 
 def _pairs(others: tuple[str, ...], whole: bool) -> Iterator[tuple[str, str]]:

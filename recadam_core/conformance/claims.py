@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -236,11 +237,13 @@ def check(
     if count:
         largest = max(measured.ulps for measured, _ in found)
         ulps = (largest, sum(measured.total for measured, _ in found) / count)
-    command = f"recadam conformance --backend {backend.name} --variant {variant.name} --level {claim.level}"
-    command += f" --claim {claim.kind!r} --case {case}"
-    if claim.kind == "golden":
-        command = command.replace(f"--case {case}", f"--golden {Path(case).parent} --case {Path(case).name}")
-    where = f"{Path(case).stem if claim.kind == 'golden' else case}{worst.where}" if worst.worst else ""
+    path = Path(case)
+    chosen = f"--golden {shlex.quote(str(path.parent))} --case {path.name}" if claim.kind == "golden" else ""
+    command = (
+        f"recadam conformance --backend {backend.name} --variant {variant.name} --level {claim.level} "
+        f"--claim {claim.kind} {chosen or f'--case {case}'}"
+    )
+    where = f"{path.stem if claim.kind == 'golden' else case}{worst.where}" if worst.worst else ""
     return Result(
         backend=backend.name,
         variant=variant.name,
@@ -274,10 +277,17 @@ def _reference(case: str) -> list[Frame]:
     return list(walk(_recording(case), moments=True))
 
 
-@lru_cache(maxsize=32)
+_walks: dict[tuple[str, str, str], list[Frame]] = {}
+
+
 def _walked(backend: Backend, variant: str, case: str) -> list[Frame]:
-    """A variant's walk in its default setting; two claims look at it."""
-    return list(walk(_recording(case), backend, variant, moments=True))
+    """A variant's walk in its default setting; kept, since two claims look at it."""
+    key = (backend.name, variant, case)
+    if key not in _walks:
+        while len(_walks) >= 16:
+            _walks.pop(next(iter(_walks)))
+        _walks[key] = list(walk(_recording(case), backend, variant, moments=True))
+    return _walks[key]
 
 
 def _bits(backend: Backend, variant: Variant, claim: Claim, case: str) -> Measured:
@@ -305,7 +315,7 @@ def _bits(backend: Backend, variant: Variant, claim: Claim, case: str) -> Measur
 def _differing(a: Any, b: Any) -> int:
     """Values whose bits differ; any NaN equals any other."""
     if a.shape != b.shape or a.dtype != b.dtype:
-        return max(a.size, b.size, 1)
+        return int(max(a.size, b.size, 1))
     whole = np.dtype(f"u{a.dtype.itemsize}")
     same = (np.atleast_1d(a).view(whole) == np.atleast_1d(b).view(whole)) | np.atleast_1d((a != a) & (b != b))
     return int(same.size - np.count_nonzero(same))
@@ -360,7 +370,7 @@ _told: dict[Any, Any] = {}
 
 
 def _oracle(
-    case: str, hp: Hyperparameters, frame: Frame, start: list[Any], star: Any, *about: Any
+    case: str, hp: Hyperparameters, frame: Frame, start: Any, star: Any, *about: Any
 ) -> tuple[oracle.Exactly, oracle.Budget]:
     """What the oracle says of a step; told again to variants that stand on the same bits."""
     key = (case, frame.group, frame.t, star is None, about, *(x.tobytes() for x in start))
@@ -368,8 +378,10 @@ def _oracle(
         dtype, precise, rounds_update = about
         c = oracle.exact_coefficients(frame.t, hp, frame.lr, star is not None)
         off = oracle.spread(frame.t, hp, frame.lr, star is not None, precise, c)
-        exact = oracle.exact_step(*start, star, c)
-        _told[key] = exact, oracle.budget(*start, star, c, exact, off, dtype, rounds_update)
+        theta, grad, m, v = start
+        exact = oracle.exact_step(theta, grad, m, v, star, c)
+        may = oracle.budget(theta, grad, m, v, star, c, exact, off, dtype, rounds_update)
+        _told[key] = exact, may
     answer: tuple[oracle.Exactly, oracle.Budget] = _told[key]
     return answer
 

@@ -17,7 +17,7 @@ from ..backends import Backend, Variant, get_backend
 from ..errors import RecAdamError, unknown
 from .claims import LEVELS, MEASURES, Claim, Result, check, claims
 
-__all__ = ["Job", "certify", "environment", "plan"]
+__all__ = ["Job", "certify", "environment", "is_here", "plan"]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def certify(
             futures = {}
             # The slow ones first: those with an environment of their own, and NumPy last.
             for job in sorted(jobs, key=lambda job: (not job.environment, job.backend == "numpy")):
-                if workers == 1 and all(_set(name, value, os.environ) for name, value in job.environment):
+                if workers == 1 and is_here(job):
                     results[job] = [_tell(result, tell) for result in _results(job)]
                 else:
                     futures[pool.submit(_elsewhere, job, processes, tell)] = job
@@ -161,6 +161,16 @@ def certify(
         for process in processes:
             process.terminate()
     return [result for job in jobs for result in results[job]]
+
+
+def is_here(job: Job) -> bool:
+    """Whether this process has the environment that a job needs.
+
+    Example:
+        >>> is_here(Job("numpy", (), ()))
+        True
+    """
+    return all(_set(name, value, os.environ) for name, value in job.environment)
 
 
 def _tell(result: Result, tell: Callable[[Result], None]) -> Result:

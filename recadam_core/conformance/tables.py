@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from ..backends import Backend
 from .claims import Result
 
-__all__ = ["COLUMNS", "LEGEND", "SUPPORT", "cells", "markdown", "support"]
+__all__ = ["COLUMNS", "LEGEND", "SUPPORT", "cells", "grouped", "markdown", "support"]
 
 COLUMNS = {
     "backend": False,
-    "variant": False,
     "claim": False,
+    "variants": False,
     "cases": True,
     "holds": False,
     "worst": True,
@@ -24,42 +25,66 @@ COLUMNS = {
 """Columns of a table of results, and whether they hold numbers."""
 
 LEGEND = """\
-exact, denormals: values whose bits differ from the specification's
-step, coefficients: largest error against the oracle as a share of its derived bound; and in ulps of the
-largest operand, worst and mean
-trajectory, golden: largest distance between the trajectories as a share of the distance travelled"""
+worst, of exact and denormals: how many values differ in any bit from the specification's
+worst, of step and coefficients: largest error against the oracle, as a share of its derived bound
+worst, of trajectory and golden: largest distance between trajectories, as a share of the distance travelled
+ulps, mean: largest and mean error in ulps of the largest operand
+a worst case alone: recadam conformance --backend BACKEND --variant VARIANT --claim CLAIM --case CASE"""
 """What the numbers are."""
 
 
-def cells(result: Result) -> list[str]:
-    """A result as the cells of a table's row.
+def grouped(results: Iterable[Result]) -> list[list[Result]]:
+    """Results of one backend, claim and verdict together, the worst first.
 
     Args:
-        result: the result.
+        results: the results.
+
+    Returns:
+        The groups, in the order of the first result of each.
+
+    Example:
+        >>> import dataclasses
+        >>> one = Result("numpy", "functional", "exact", "exact float32", 36, 0.0, 0.0)
+        >>> [len(group) for group in grouped([one, dataclasses.replace(one, variant="fused")])]
+        [2]
+    """
+    groups: dict[tuple[str, str, str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.backend, result.claim, result.verdict, result.known), []).append(result)
+    return [sorted(group, key=lambda r: (not math.isnan(r.worst), -r.worst)) for group in groups.values()]
+
+
+def cells(group: list[Result]) -> list[str]:
+    """A group of results as the cells of a table's row.
+
+    Args:
+        group: results of one backend, claim and verdict, the worst first.
 
     Returns:
         A cell for each of `COLUMNS`.
 
     Example:
-        >>> cells(Result("numpy", "fused", "exact", "exact float32", 36, 0.0, 0.0))[4:7]
-        ['yes', '0', '0']
+        >>> cells([Result("numpy", "fused", "exact", "exact float32", 36, 0.0, 0.0)])[2:6]
+        ['fused', '36', 'yes', '0']
     """
-    where = result.where
-    if result.known:
-        where = result.known
-    if result.lacks:
-        where = f"needs {result.lacks}"
-    measured = not result.lacks
+    worst = group[0]
+    ulps = [result.ulps for result in group if result.ulps]
+    where = f"{worst.variant}: {worst.where}" if worst.where else ""
+    if worst.lacks:
+        where = f"needs {worst.lacks}"
+    if worst.known:
+        where = worst.known
+    measured = not worst.lacks
     return [
-        result.backend,
-        result.variant,
-        result.claim,
-        str(result.cases),
-        result.verdict,
-        f"{result.worst:.3g}" if measured else "",
-        f"{result.bound:g}" if measured else "",
-        f"{result.ulps[0]:.2f}" if result.ulps else "",
-        f"{result.ulps[1]:.2f}" if result.ulps else "",
+        worst.backend,
+        worst.claim,
+        ", ".join(result.variant for result in sorted(group, key=lambda r: r.variant)),
+        str(worst.cases),
+        worst.verdict,
+        f"{worst.worst:.2g}" if measured else "",
+        f"{worst.bound:g}" if measured else "",
+        f"{max(largest for largest, _ in ulps):.2f}" if ulps else "",
+        f"{sum(mean for _, mean in ulps) / len(ulps):.2f}" if ulps else "",
         where,
     ]
 
@@ -81,9 +106,9 @@ def markdown(results: Iterable[Result]) -> str:
 
     Example:
         >>> print(markdown([]).splitlines()[0])
-        | backend | variant | claim | cases | holds | worst | bound | ulps | mean | worst case |
+        | backend | claim | variants | cases | holds | worst | bound | ulps | mean | worst case |
     """
-    return _table(COLUMNS, [cells(result) for result in results])
+    return _table(COLUMNS, [cells(group) for group in grouped(results)])
 
 
 SUPPORT = (
@@ -118,8 +143,7 @@ def support(backends: Iterable[Backend]) -> str:
             b.name,
             ", ".join(c.dtypes),
             ", ".join(c.devices),
-            _yes(c.jit),
-            _yes(c.sharding),
+            *("yes" if able else "no" for able in (c.jit, c.sharding)),
             ", ".join(c.finetunes),
         ]
         for b in loaded
@@ -140,7 +164,3 @@ def support(backends: Iterable[Backend]) -> str:
     ]
     head = ("backend", "dtypes", "devices", "inside the user's jit", "sharding", "trains in the harness")
     return f"{_table(head, first)}\n\n{_table(SUPPORT, second)}"
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"

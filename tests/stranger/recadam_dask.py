@@ -1,0 +1,60 @@
+"""RecAdam for dask arrays: every chunk is stepped where it lives."""
+
+import contextlib
+
+import dask
+import dask.array as da
+import numpy as np
+
+import recadam_core as rc
+from recadam_core.backends import Exact, Functional, Variant
+
+
+def kernel(theta, grad, m, v, *anchor, c):
+    """One chunk's step, in NumPy; any function that rounds like the specification will do."""
+    m = c.beta1 * m + (1 - c.beta1) * grad
+    v = c.beta2 * v + (1 - c.beta2) * (grad * grad)
+    delta = -(c.step * (m / (np.sqrt(v) + c.eps)))
+    if anchor:
+        delta = c.recall * (anchor[0] - theta) + delta
+    if c.decay:
+        delta = delta - c.decay * theta
+    return np.stack([theta + delta, m, v])
+
+
+class DaskBackend:
+    name = "dask"
+    capabilities = rc.Capabilities(
+        variants=(Variant("functional", "recadam_core.RecAdam", Exact(price="nothing")),)
+    )
+
+    def owns(self, array):
+        return isinstance(array, da.Array)
+
+    def step(self, params, grads, moments, anchors, c):
+        new = []
+        for i, theta in enumerate(params):
+            like = [grads[i], *moments[i], *([] if anchors is None else [anchors[i]])]
+            like = [array.rechunk(theta.chunks) for array in like]
+            chunks = ((3,), *theta.chunks)
+            new.append(da.map_blocks(kernel, theta, *like, c=c, dtype=theta.dtype, new_axis=0, chunks=chunks))
+        new = dask.persist(*new, scheduler="synchronous")  # or the graph would grow with every step
+        return [x[0] for x in new], [rc.Moments(x[1], x[2]) for x in new]
+
+    def stepper(self, variant, params, anchors, hp, exact=False):
+        return Functional(self, params, anchors, hp)
+
+    def from_numpy(self, array, dtype=None):
+        return da.from_array(np.array(array, dtype=dtype))
+
+    def to_numpy(self, array):
+        return np.array(array.compute(scheduler="synchronous"))
+
+    def copy(self, array):
+        return array.copy()
+
+    def precision(self, dtype):
+        return contextlib.nullcontext()
+
+
+backend = DaskBackend()

@@ -1,0 +1,368 @@
+"""The conformance kit: what it certifies, and that it can fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import array_api_strict
+import mpmath
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recadam_core import Coefficients, Hyperparameters, RecAdamError, Sigmoid, get_backend
+from recadam_core.backends import Capabilities, Exact, Specification, Variant
+from recadam_core.conformance import Case, walk
+from recadam_core.conformance import claims as claims_module
+from recadam_core.conformance.cases import ARRAYS, DENORMALS, EXACT, FAST
+from recadam_core.conformance.claims import Claim, Result, check, claims
+from recadam_core.conformance.kit import BackendConformance
+from recadam_core.conformance.oracle import Spread, exact_coefficients, exact_step, ulp
+from recadam_core.conformance.replay import to_bfloat16
+from recadam_core.conformance.run import Job, certify, plan
+from recadam_core.conformance.tables import cells, grouped, markdown, support
+
+GOLDEN = Path(__file__).parent / "golden"
+NUMPY = get_backend("numpy")
+
+
+# Every claim about every variant of the three backends is `make conformance`, which CI runs; here those
+# that need no process of their own, and of the slow ones some.
+class TestNumpy(BackendConformance):
+    backend = "numpy"
+    golden = GOLDEN
+
+
+class TestTorch(BackendConformance):
+    backend = "torch"
+    variants = ("functional", "single", "foreach", "fused", "compiled")
+    golden = GOLDEN
+
+
+class TestTriton(BackendConformance):
+    backend = "torch"
+    variants = ("triton",)
+    kinds = ("denormals",)
+
+
+class TestJax(BackendConformance):
+    backend = "jax"
+    kinds = ("denormals", "coefficients", "trajectory")
+
+
+class TestJaxExact(BackendConformance):
+    backend = "jax"
+    variants = ("functional", "eager")
+    kinds = ("exact",)
+    cases = (Case("released", "slow", arrays="mixed", dtype="float32", steps=20).name,)
+
+
+class TestArrayApiStrict(BackendConformance):
+    backend = "array_api_strict"
+    levels = ("exact",)
+    kinds = ("exact",)
+    cases = tuple(case.name for dtype in EXACT for case in EXACT[dtype] if case.arrays in ("one", "mixed"))
+
+
+STRICTEST = {
+    "api_version": "2022.12",
+    "boolean_indexing": False,
+    "data_dependent_shapes": False,
+    "enabled_extensions": (),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_the_strictest_array_api_walks_the_same_bits(dtype):
+    backend = Specification(array_api_strict)
+    names = tuple(case.name for case in EXACT[dtype] if case.arrays == "mixed")
+    with array_api_strict.ArrayAPIStrictFlags(**STRICTEST):
+        result = check(backend, backend.capabilities.variants[0], Claim("exact", "exact", dtype, names))
+    assert result.verdict == "yes", result.where
+
+
+# What the cases are.
+
+
+def test_the_cases_cover_what_they_promise():
+    for dtype, cases in EXACT.items():
+        assert any(case.steps == 1000 for case in cases)
+        assert {case.arrays for case in cases} >= {"one", "mixed", "few", "large"}
+        for part in ("form", "annealing", "settings"):
+            assert len({getattr(case, part) for case in cases}) >= 3, (dtype, part)
+    pairs = {(case.form, case.annealing) for case in EXACT["float32"] if case.arrays == "mixed"}
+    assert len(pairs) == 15
+    assert sum(case.steps == 1000 for case in EXACT["float32"]) == 3
+    assert len(ARRAYS["many"]) == 1000
+    assert ARRAYS["large"]["embedding"].shape[0] > 2**18
+    assert {v.numbers for v in ARRAYS["mixed"].values()} == {"usual", "zeros", "at anchor", "huge"}
+    assert set(FAST) == {"float32", "float64", "bfloat16", "float16"}
+
+
+def test_special_numbers_are_what_they_are_called():
+    group = Case(arrays="mixed", dtype="float32", steps=3).recording().groups[0]
+    assert (np.abs(group.grads["huge gradients"]) > np.sqrt(np.finfo(np.float32).max)).any()
+    assert not group.grads["zeros"].any()
+    np.testing.assert_array_equal(group.anchors["at anchor"], group.theta0["at anchor"])
+    assert group.theta0["empty"].size == 0
+    tiny = DENORMALS["float64"][0].recording()
+    last = list(walk(tiny, moments=True))[-1]
+    for x in (last.params["vector"], last.moments["vector"].m, last.moments["vector"].v):
+        assert ((np.abs(x) > 0) & (np.abs(x) < np.finfo(np.float64).tiny)).any()
+    assert (np.abs(tiny.groups[0].theta0["vector"]) < np.finfo(np.float64).tiny).all()
+
+
+@pytest.mark.parametrize("layout", ["", "transposed", "strided"])
+def test_layouts_hold_the_same_numbers(layout):
+    from recadam_core.conformance.replay import _place
+
+    x = np.arange(12.0).reshape(3, 4)
+    for name in ("numpy", "jax", "torch"):
+        backend = get_backend(name)
+        placed = _place(backend, x, "float32", layout)
+        np.testing.assert_array_equal(backend.to_numpy(placed), x)
+        if name == "torch":
+            assert placed.is_contiguous() == (layout == "")
+
+
+@given(st.floats(-(2.0**99), 2.0**99, width=32))
+@settings(deadline=None)
+def test_bfloat16_rounds_to_nearest_even(x):
+    import torch
+
+    expected = torch.tensor(x, dtype=torch.float32).bfloat16().float().item()
+    assert to_bfloat16(np.array([x]))[0] == np.float32(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("decoupled/sigmoid", "not form/annealing/settings/arrays/dtype/steps"),
+        ("decoupled/sigmoid/plain/few/float32/x", "not form/annealing/settings/arrays/dtype/steps"),
+        ("decoupled/sigmoide/plain/few/float32/3", "annealing 'sigmoide': did you mean 'sigmoid'"),
+        ("decoupled/sigmoid/plain/few/float32/0", "0 steps; give 1 or more"),
+    ],
+)  # fmt: skip
+def test_a_case_that_is_none(name, message):
+    with pytest.raises(RecAdamError, match=message):
+        Case.named(name)
+
+
+# The oracle.
+
+
+def test_the_oracle_on_a_step_that_was_done_by_hand():
+    """t = 1: m' = 0.1 g, v' = 0.001 g^2, both corrected to g and g^2; lambda = 1/2 at t0."""
+    hp = Hyperparameters(lr=0.1, gamma=2.0, eps=0.0, weight_decay=0.5, annealing=Sigmoid(k=1.0, t0=1))
+    x = {"theta": 2.0, "grad": 3.0, "m": 0.0, "v": 0.0, "anchor": 1.0}
+    c = exact_coefficients(1, hp, 0.1)
+    got = exact_step(**{name: np.array([value]) for name, value in x.items()}, c=c)
+    # 2 + 0.1 * 2 * 0.5 * (1 - 2) - 0.1 * 0.5 * 3/3 - 0.1 * 0.5 * 2
+    assert float(got.theta[0]) == pytest.approx(1.75, abs=1e-16)
+    assert float(got.m[0]) == pytest.approx(0.3, abs=1e-15)
+
+
+@given(t=st.integers(1, 10**6), k=st.floats(1e-3, 1.0), beta=st.sampled_from([0.9, 0.999, 0.99999]))
+@settings(max_examples=50)
+def test_the_oracle_agrees_with_a_precision_twice_as_high(t, k, beta):
+    hp = Hyperparameters(
+        annealing=Sigmoid(k=k, t0=500), betas=(beta, beta), form="proximal", weight_decay=0.1
+    )
+    once = exact_coefficients(t, hp, 1e-3)
+    claims_module.oracle.BITS *= 2
+    try:
+        twice = exact_coefficients(t, hp, 1e-3)
+    finally:
+        claims_module.oracle.BITS //= 2
+    for a, b in zip(once, twice, strict=True):
+        assert abs(a - b) <= abs(b) * mpmath.mpf(2) ** -150
+
+
+def test_ulp_is_the_spacing():
+    x = np.geomspace(1e-30, 1e30, 50)
+    np.testing.assert_array_equal(ulp(x.astype(np.float32), "float32"), np.spacing(x.astype(np.float32)))
+    np.testing.assert_array_equal(ulp(x, "float64"), np.spacing(x))
+
+
+# That it can fail.
+
+
+class Off(Specification):
+    """A backend that is off by a given share of one parameter at one step."""
+
+    name = "off"
+
+    def __init__(self, share, known=None):
+        super().__init__(np)
+        self.share = share
+        self.name = f"off by {share}"
+        self.capabilities = Capabilities(variants=(Variant("functional", misses=known or {}),))
+
+    def step(self, params, grads, moments, anchors, c):
+        new, states = super().step(params, grads, moments, anchors, c)
+        new[0] = new[0] * new[0].dtype.type(1 + self.share)
+        return new, states
+
+
+@pytest.mark.parametrize(
+    ("claim", "share", "verdict"),
+    [
+        ("exact", 2.0**-23, "NO"),
+        ("step", 2.0**-23, "NO"),
+        ("trajectory", 1e-2, "NO"),
+        ("exact", 0.0, "yes"),
+        ("step", 0.0, "yes"),
+        ("trajectory", 0.0, "yes"),
+    ],
+)
+def test_a_backend_that_is_off_is_caught(claim, share, verdict):
+    backend = Off(share)
+    name = Case(dtype="float32", steps=8).name
+    result = check(backend, backend.capabilities.variants[0], Claim(claim, "fast", "float32", (name,)))
+    assert result.verdict == verdict
+    if verdict == "NO":
+        assert result.where.startswith(f"{name}, ")
+        assert result.command.endswith(f"--claim {claim} --case {name}")
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(1e-3, "known"), (0.0, "STALE")])
+def test_a_known_miss_must_be_one(share, verdict):
+    backend = Off(share, {"exact": "it is off"})
+    claim = Claim("exact", "exact", "float32", (Case(dtype="float32", steps=2).name,))
+    result = check(backend, backend.capabilities.variants[0], claim)
+    assert (result.verdict, result.passes) == (verdict, verdict == "known")
+
+
+def test_a_backend_that_refuses_misses_its_claim():
+    class Refusing(Off):
+        def step(self, *arguments):
+            raise RecAdamError("step 1: no such thing here; use another")
+
+    backend = Refusing(0.0)
+    claim = Claim("exact", "exact", "float32", (Case(dtype="float32", steps=2).name,))
+    result = check(backend, backend.capabilities.variants[0], claim)
+    assert (result.verdict, result.worst) == ("NO", np.inf)
+    assert "no such thing here" in result.where
+
+
+def test_not_a_number_is_no_pass():
+    assert Result("x", "y", "fast", "step float32", 1, np.nan, 1.0).verdict == "NO"
+
+
+# Running it.
+
+
+def test_what_is_not_installed_is_skipped(monkeypatch):
+    variant = Variant("fused", needs=("no_such_module",), programs=(("no-such-program", "nor-this"),))
+    assert variant.lacks() == "no_such_module, no-such-program"
+    monkeypatch.setattr(
+        type(NUMPY), "capabilities", dataclasses.replace(NUMPY.capabilities, variants=(variant,))
+    )
+    (result,) = certify(plan(NUMPY, kinds=["golden"], golden=GOLDEN, levels=["fast"]))[:1]
+    assert result.verdict == "skipped"
+    assert result.passes
+    assert cells([result])[-1] == "needs no_such_module, no-such-program"
+
+
+def test_a_job_with_an_environment_gets_it():
+    """JAX's exact setting holds in the process that is made for it, and is refused without."""
+    case = Case(dtype="float32", steps=3).name
+    jobs = plan(get_backend("jax"), ["functional"], ["exact"], ["exact"], [case])
+    assert jobs[0].environment == (("XLA_FLAGS", "--xla_cpu_max_isa=AVX"),)
+    assert [result.verdict for result in certify(jobs)] == ["yes"]
+    here = [dataclasses.replace(jobs[0], environment=())]
+    (refused,) = certify(here)
+    assert "start the process with XLA_FLAGS=--xla_cpu_max_isa=AVX" in refused.where
+
+
+def test_a_process_that_fails_says_why():
+    job = Job("numpy", (("RECADAM_TEST", "1"),), (("nothing", Claim("exact", "exact", "float32", ())),))
+    with pytest.raises(RecAdamError, match=r"conformance of 'numpy': the process failed: .*unknown variant"):
+        certify([job])
+
+
+def test_nothing_left_to_show_is_an_error():
+    with pytest.raises(RecAdamError, match="no claim is left"):
+        plan(NUMPY, levels=["exact"], kinds=["golden"])
+    with pytest.raises(RecAdamError, match="unknown claim 'exakt': did you mean 'exact'"):
+        plan(NUMPY, kinds=["exakt"])
+    with pytest.raises(RecAdamError, match="unknown level 'fats'"):
+        plan(NUMPY, levels=["fats"])
+    with pytest.raises(RecAdamError, match=r"no \.npz file there"):
+        plan(NUMPY, golden=Path(__file__).parent / "stranger")
+
+
+def test_jax_op_by_op_needs_no_environment():
+    assert get_backend("jax").capabilities.variant("eager").exact.environment == {}
+    assert Exact().price == "nothing"
+
+
+def test_the_table_of_results_names_the_worst():
+    one = Result("b", "first", "fast", "step float32", 3, 0.1, 1.0, (1.5, 0.25), "case, w, step 1")
+    two = dataclasses.replace(one, variant="second", worst=0.9, where="case, w, step 2", ulps=(1.25, 0.75))
+    (group,) = grouped([one, two])
+    assert cells(group)[:5] == ["b", "step float32", "first, second", "3", "yes"]
+    assert cells(group)[5:] == ["0.9", "1", "1.50", "0.50", "second: case, w, step 2"]
+    assert "second: case, w, step 2 |" in markdown([one, two])
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
+def test_the_support_table_is_the_declaration(name):
+    backend = get_backend(name)
+    table = support([backend])
+    for variant in backend.capabilities.variants:
+        assert f"| {name} | {variant.name} | `{variant.about}` |" in table
+
+
+def test_claims_follow_the_capabilities():
+    torch = get_backend("torch")
+    names = [claim.name for claim in claims(torch, torch.capabilities.variants[0], "fast")]
+    assert "step bfloat16" in names
+    numpy_names = [claim.name for claim in claims(NUMPY, NUMPY.capabilities.variants[0], "fast")]
+    assert "step bfloat16" not in numpy_names
+    assert Spread._fields == Coefficients._fields[2:]
+
+
+# A stranger's backend, from installed wheels, away from the sources.
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory):
+    here = Path(__file__).parent
+    folder = tmp_path_factory.mktemp("stranger")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
+    for source in (here.parent, here / "stranger"):
+        subprocess.run([*build, str(source)], check=True, capture_output=True)
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
+    install += ["--target", str(folder / "site"), *map(str, folder.glob("*.whl"))]
+    subprocess.run(install, check=True, capture_output=True)
+    (folder / "test_mine.py").write_text((here / "stranger" / "check_recadam_dask.py").read_text())
+
+    def run(*command):
+        environment = {**os.environ, "PYTHONPATH": str(folder / "site"), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [sys.executable, "-m", *command], cwd=folder, env=environment, capture_output=True, text=True
+        )
+
+    return run
+
+
+def test_a_stranger_finds_its_backend_and_the_kit(stranger):
+    result = stranger("pytest", "-q", "-p", "no:cacheprovider", "test_mine.py", "-k", "denormals")
+    assert "2 passed, 6 deselected" in result.stdout, result.stdout + result.stderr
+    result = stranger("recadam_core", "conformance", "--backend", "dask", "--claim", "denormals", "--json")
+    assert [r["verdict"] for r in json.loads(result.stdout)] == ["yes", "yes"], result.stderr
+    where = stranger("pytest", "--collect-only", "-q", "test_mine.py")
+    assert "test_mine.py::TestDask::test_claim[functional-exact float64]" in where.stdout
+
+
+@pytest.mark.heavy
+def test_a_stranger_passes_the_whole_kit(stranger):
+    result = stranger("pytest", "-q", "-p", "no:cacheprovider", "test_mine.py")
+    assert "8 passed" in result.stdout, result.stdout + result.stderr
