@@ -311,7 +311,8 @@ def trajectory_deviation(
             travelled = np.maximum.accumulate(np.sqrt(np.square(exact - start).sum(axis=axes)))
             with np.errstate(divide="ignore", invalid="ignore"):
                 share = np.where(gap == 0, 0.0, gap / travelled)
+            share = np.where(np.isnan(share), np.inf, share)
             t = int(np.argmax(share))
-            if not share[t] <= worst.share:
+            if share[t] > worst.share:
                 worst = Deviation(float(share[t]), t + 1, name)
     return worst

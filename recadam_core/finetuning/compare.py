@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,8 +114,9 @@ def compare_runs(
         gaps = {n: _distance(a_weights[n], b_weights[n]) for n in a_weights}
         gap_total = float(np.sqrt(sum(g * g for g in gaps.values())))
         share = gap_total / max(float(reference.steps["travelled"][step - 1]), TINY)
+        share = math.inf if math.isnan(share) else share
         snapshots.append((step, share))
-        if not share <= weights:
+        if share > weights:
             weights, weights_step, weights_name = share, step, max(gaps, key=lambda n: gaps[n])
     a_scores, b_scores = reference.predictions(), other.predictions()
     same = float(np.mean(a_scores.argmax(axis=1) == b_scores.argmax(axis=1)))

@@ -1,0 +1,263 @@
+"""Does the conformance kit notice? Small changes to the kernels, and what catches each.
+
+    python tests/mutants.py numpy torch triton jax
+
+A group is a process: it imports its framework once and forks for every change. The child loads the changed
+module from a temporary file, holds one variant to short cases of the kit, and says which claim is missed.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    group: str  # key of GROUPS
+    module: str
+    variants: str  # which of the backend's variants, separated by spaces; any that misses will do
+    what: str
+    old: str
+    new: str
+
+
+# Group: backend, environment of the process, modules that are imported before the fork.
+GROUPS = {
+    "numpy": ("numpy", {}, ["numpy", "mpmath", "numba"]),
+    "torch": ("torch", {}, ["numpy", "mpmath", "numba", "torch"]),
+    "triton": ("torch", {"TRITON_INTERPRET": "1"}, ["numpy", "mpmath", "torch", "triton"]),
+    "jax": ("jax", {"XLA_FLAGS": "--xla_cpu_max_isa=AVX"}, ["numpy", "mpmath", "jax", "optax"]),
+}
+
+CASES = (
+    "decoupled/sigmoid/plain/few/float32/8",
+    "released/steep/plain/few/float32/8",
+    "proximal/linear/quick/few/float32/8",
+    "decoupled/sigmoid/plain/mixed/float64/4",
+    "decoupled/sigmoid/plain/few/float16/8",
+    "sigmoid",  # of the claim on coefficients
+    "steep",
+    "linear",
+)
+KINDS = ("exact", "step", "coefficients")
+
+
+def _kernel(group, module, variants, *changes):
+    return [Mutation(group, module, variants, *change) for change in changes]
+
+
+MUTATIONS = [
+    # The specification itself: the oracle must notice.
+    *_kernel(
+        "numpy", "recadam_core.update", "specification",
+        ("beta2 for beta1 in one place", "(1 - beta1) * grad", "(1 - beta2) * grad"),
+        ("beta1 for beta2 in one place", "v = beta2 * cast", "v = beta1 * cast"),
+        ("eps inside the root", "xp.sqrt(v) + eps", "xp.sqrt(v + eps)"),
+        ("the old first moment under the fraction", "step * (m /", "step * (cast(state.m) /"),
+        ("the pull reads the new theta", "(cast(anchor) - theta) - adam", "(cast(anchor) - (theta - adam)) - adam"),
+        ("the pull pushes", "recall * (cast(anchor) - theta)", "recall * (theta - cast(anchor))"),
+        ("the decay reads the new theta", "decay * theta", "decay * (theta + delta)"),
+        ("the gradient is not squared", "(grad * grad)", "grad"),
+        ("16-bit sums are rounded twice", "xp.astype(theta, delta.dtype, copy=False) + delta,",
+         "theta + xp.astype(delta, theta.dtype, copy=False),"),
+    ),
+    # Policy.
+    *_kernel(
+        "numpy", "recadam_core.coefficients", "specification",
+        ("t is off by one", "c1, c2 = (-xp.expm1(t * ", "c1, c2 = (-xp.expm1((t + 1) * "),
+        ("the task weight is missing", "step = lr * task * scale", "step = lr * scale"),
+        ("lr is missing in the pull", "pull = lr * hp.gamma * recall", "pull = hp.gamma * recall"),
+        ("the recall weight is missing", "pull = lr * hp.gamma * recall", "pull = lr * hp.gamma"),
+        ("the root of the second correction is missing", "root = xp.sqrt(c2)", "root = c2"),
+        ("eps is not corrected", "step, hp.eps * root, pull, decay)", "step, hp.eps, pull, decay)"),
+        ("released: the pull forgets the decay", "hp.eps, _scaled(pull, keep), decay)", "hp.eps, pull, decay)"),
+        ("proximal: the decay is not shrunk", "_scaled(decay, shrink)", "decay"),
+        ("1 - beta^t cancels", "(-xp.expm1(t * _log(beta, xp)) for", "(1 - xp.exp(t * _log(beta, xp)) for"),
+    ),
+    *_kernel(
+        "numpy", "recadam_core.annealing", "specification",
+        ("1 - sigma(x) for sigma(-x)", "xp.where(rising, low, high)",
+         "self.weight - xp.where(rising, high, low)"),
+        ("the sum of the weights is 1", "high, low = self.weight / (1.0 + e)", "high, low = 1.0 / (1.0 + e)"),
+        ("the anchor is never released", "return task, (xp or host).where(recall < RECALL_FLOOR, 0.0 * recall, recall)",
+         "return task, recall"),
+        ("t0 is off by one", "x = self.k * (t - self.t0)", "x = self.k * (t - self.t0 - 1)"),
+        ("linear goes on", "xp.where(rising, task, zero + self.weight)", "task"),
+    ),
+    *_kernel(
+        "numpy", "recadam_core.optimizer", "functional",
+        ("t is off by one", "t = state.step + 1", "t = state.step + 2"),
+        ("heads are anchored", "c = coefficients(t, self.hp, lr, anchored)", "c = coefficients(t, self.hp, lr, True)._replace(recall=0.0)"),
+        ("the given lr is not used", "c = coefficients(t, self.hp, lr, anchored)", "c = coefficients(t, self.hp, None, anchored)"),
+    ),
+    # Each backend's kernel.
+    *_kernel(
+        "numpy", "recadam_numpy.kernel", "functional",
+        ("beta2 for beta1 in one place", "np.multiply(grad, 1 - c.beta1, out=a)", "np.multiply(grad, 1 - c.beta2, out=a)"),
+        ("eps inside the root", "np.sqrt(v, out=a)\n    np.add(a, c.eps, out=a)", "np.add(v, c.eps, out=a)\n    np.sqrt(a, out=a)"),
+        ("the pull reads the new theta", "np.subtract(anchor, theta, out=b)", "np.subtract(anchor, theta - a, out=b)"),
+        ("the decay is missing", "if c.decay:", "if False:"),
+        ("the step is missing", "    np.multiply(a, c.step, out=a)\n", ""),
+        ("another order", "np.multiply(a, c.step, out=a)\n    if", "np.multiply(np.divide(m * c.step, np.sqrt(v) + c.eps), 1.0, out=a)\n    if"),
+        ("1 - beta rounded first", "np.multiply(grad, 1 - c.beta1, out=a)", "np.multiply(grad, 1 - theta.dtype.type(c.beta1), out=a)"),
+    ),
+    *_kernel(
+        "numpy", "recadam_numpy.one_pass", "fused",
+        ("beta2 for beta1 in one place", "rest1 * grad[i]", "rest2 * grad[i]"),
+        ("eps inside the root", "math.sqrt(v[i]) + eps", "math.sqrt(v[i] + eps)"),
+        ("the pull reads the new theta", "(anchor[i] - theta[i])", "(anchor[i] - (theta[i] + delta))"),
+        ("operations are contracted", 'error_model="numpy"', 'fastmath=True, error_model="numpy"'),
+        ("other layouts are not written back", "if not array.flags.c_contiguous:", "if False:"),
+    ),
+    *_kernel(
+        "torch", "recadam_torch.kernel", "functional single foreach",
+        ("beta2 for beta1 in one place", "torch._foreach_mul(grads, 1 - c.beta1)", "torch._foreach_mul(grads, 1 - c.beta2)"),
+        ("eps inside the root", "    work = [_sqrt(v) for v in vs] if exact else list(torch._foreach_sqrt(vs))\n    torch._foreach_add_(work, c.eps)\n",
+         "    work = [_sqrt(v + c.eps) for v in vs]\n"),
+        ("the pull reads the new theta", "torch._foreach_sub(_like(anchors, ms), old)", "torch._foreach_sub(_like(anchors, ms), list(torch._foreach_sub(old, delta)))"),
+        ("the decay is missing", "if c.decay:", "if False:"),
+        ("a combined operation", "    torch._foreach_mul_(ms, c.beta1)\n    torch._foreach_add_(ms, list(torch._foreach_mul(grads, 1 - c.beta1)))\n",
+         "    torch._foreach_lerp_(ms, grads, 1 - c.beta1)\n"),
+        ("torch's own root in the exact setting", "[_sqrt(v) for v in vs] if exact else list(torch._foreach_sqrt(vs))", "list(torch._foreach_sqrt(vs))"),
+        ("16-bit sums are rounded twice", "torch._foreach_copy_(thetas, list(torch._foreach_add(old, delta)))",
+         "torch._foreach_add_(thetas, _like(delta, thetas))"),
+    ),
+    *_kernel(
+        "torch", "recadam_torch.optimizer", "foreach",
+        ("t is off by one", 'key = (int(state["step"]) + 1,', 'key = (int(state["step"]) + 2,'),
+        ("heads and bodies are one list", '+ 1, "anchor" in state,', "+ 1, True,"),
+    ),
+    *_kernel(
+        "torch", "recadam_torch.fused", "compiled",
+        ("beta2 for beta1 in one place", "(1 - beta1) * grad", "(1 - beta2) * grad"),
+        ("eps inside the root", "(v.sqrt() + eps)", "(v + eps).sqrt()"),
+        ("the pull reads the new theta", "recall * (anchor - theta) - adam", "recall * (anchor - theta + adam) - adam"),
+    ),
+    *_kernel(
+        "torch", "recadam_torch.fused", "fused",
+        ("16-bit parameters are not written back", "if work is not theta:", "if False:"),
+    ),
+    *_kernel(
+        "triton", "recadam_torch.triton_kernel", "triton",
+        ("beta2 for beta1 in one place", "rest1 * grad", "rest2 * grad"),
+        ("eps inside the root", "tl.sqrt_rn(v) + eps", "tl.sqrt_rn(v + eps)"),
+        ("eps inside the root of float64", "tl.sqrt(v) + eps", "tl.sqrt(v + eps)"),
+        ("the pull reads the new theta", "mask=inside) - theta) - adam", "mask=inside) - theta + adam) - adam"),
+        ("the decay is missing", "if decays:", "if False:"),
+    ),
+    *_kernel(
+        "jax", "recadam_core.update", "functional eager",
+        ("beta2 for beta1 in one place", "(1 - beta1) * grad", "(1 - beta2) * grad"),
+        ("eps inside the root", "xp.sqrt(v) + eps", "xp.sqrt(v + eps)"),
+        ("the pull reads the new theta", "(cast(anchor) - theta) - adam", "(cast(anchor) - (theta - adam)) - adam"),
+    ),
+    *_kernel(
+        "jax", "recadam_core.coefficients", "optax",
+        ("1 - beta^t cancels", "(-xp.expm1(t * _log(beta, xp)) for", "(1 - xp.exp(t * _log(beta, xp)) for"),
+    ),
+    *_kernel(
+        "jax", "recadam_core.annealing", "optax",
+        ("1 - sigma(x) for sigma(-x)", "xp.where(rising, low, high)",
+         "self.weight - xp.where(rising, high, low)"),
+    ),
+    *_kernel(
+        "jax", "recadam_jax.transformation", "optax",
+        ("t is off by one", "t = count.astype", "t = state.count.astype"),
+        ("heads are anchored", "by_anchored[star is not None]", "by_anchored[True]._replace(recall=0.0)"),
+    ),
+    *_kernel(
+        "jax", "recadam_jax.backend", "functional",
+        ("the decay is missing", "decay if decays else 0.0)", "0.0)"),
+    ),
+]  # fmt: skip
+
+
+class Changed(importlib.abc.MetaPathFinder):
+    """Finds one module in a changed copy: in a file, since Triton reads sources from files."""
+
+    def __init__(self, mutation: Mutation, folder: str) -> None:
+        self.mutation, self.folder = mutation, Path(folder)
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != self.mutation.module:
+            return None
+        found = PathFinder.find_spec(fullname, path)
+        source = Path(found.origin).read_text(encoding="utf-8")
+        if source.count(self.mutation.old) != 1:
+            raise SystemExit(f"{fullname} has {self.mutation.old!r} {source.count(self.mutation.old)} times")
+        changed = self.folder / Path(found.origin).name
+        changed.write_text(source.replace(self.mutation.old, self.mutation.new), encoding="utf-8")
+        return importlib.util.spec_from_file_location(fullname, changed)
+
+
+def caught_by(backend: str, variants: list[str]) -> str:
+    """The first claim that a variant misses; empty when all hold."""
+    from recadam_core import get_backend
+    from recadam_core.conformance.claims import check
+    from recadam_core.conformance.run import plan
+
+    served = get_backend(backend)
+    for job in plan(served, variants, kinds=KINDS, cases=CASES):
+        for name, claim in job.claims:
+            variant = served.capabilities.variant(name)
+            if variant.misses.get(claim.kind):
+                continue
+            try:
+                result = check(served, variant, claim)
+            except Exception as error:  # a kernel that breaks is noticed, too
+                return f"{type(error).__name__}"
+            if not result.passes:
+                return f"{name}: {claim.name}"
+    return ""
+
+
+def run_group(group: str) -> list[dict[str, str]]:
+    """Every mutation of a group, and an unchanged run of each of its variants."""
+    backend, environment, modules = GROUPS[group]
+    os.environ.update(environment)
+    for name in modules:
+        importlib.import_module(name)
+    mine = [mutation for mutation in MUTATIONS if mutation.group == group]
+    unchanged = [
+        Mutation(group, "", variants, "nothing", "", "")
+        for variants in dict.fromkeys(mutation.variants for mutation in mine)
+    ]
+    results = []
+    for mutation in [*unchanged, *mine]:
+        with tempfile.TemporaryDirectory() as folder:
+            reading, writing = os.pipe()
+            child = os.fork()
+            if child == 0:
+                os.close(reading)
+                status = 1
+                try:
+                    sys.meta_path.insert(0, Changed(mutation, folder))
+                    answer = caught_by(backend, mutation.variants.split())
+                    os.write(writing, answer.encode())
+                    status = 0
+                except SystemExit as error:
+                    print(error, file=sys.stderr)
+                finally:
+                    sys.stderr.flush()
+                    os._exit(status)
+            os.close(writing)
+            with os.fdopen(reading) as pipe:
+                answer = pipe.read()
+            _, status = os.waitpid(child, 0)
+            if status:
+                answer = "failed"
+        results.append({**mutation._asdict(), "caught by": answer})
+        print(json.dumps(results[-1]), flush=True)
+    return results
+
+
+if __name__ == "__main__":
+    for chosen in sys.argv[1:]:
+        run_group(chosen)
