@@ -220,6 +220,13 @@ def compare(
     predictions: Annotated[
         float, typer.Option(help="Smallest share of equal test predictions.")
     ] = PREDICTIONS,
+    bisect: Annotated[
+        bool,
+        typer.Option(
+            help="Take two runs that differ again, up to the first bit that does, and name its step, "
+            "parameter, element and operation [default: with two runs]."
+        ),
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Do these runs agree, step by step, and where do they first part? Exit 1 when they do not agree."""
@@ -227,8 +234,17 @@ def compare(
         raise RecAdamError("compare: give two runs or more; the first is the reference")
     loaded = [load_run(path) for path in runs]
     results = [compare_runs(loaded[0], run, tolerance, predictions) for run in loaded[1:]]
+    parting = None
+    if bisect and len(runs) == 2 and (results[0].first_difference or results[0].weights):
+        from .finetuning.bisect import bisect_runs
+
+        with _bar(loaded[0].config.steps, "bisecting") as tell:
+            parting = bisect_runs(loaded[0], loaded[1], lambda step: tell(step, ""))
     if as_json:
-        print(json.dumps([asdict(result) for result in results], indent=2))
+        found = [asdict(result) for result in results]
+        if len(runs) == 2:
+            found[0]["parting"] = None if parting is None else asdict(parting)
+        print(json.dumps(found, indent=2))
     else:
         table = Table(box=None, pad_edge=False)
         for name in (
@@ -258,6 +274,8 @@ def compare(
                 else f"step {c.first_difference[0]}, {c.first_difference[1]}",
             )
         _show(table)
+        for line in parting.lines() if parting else ():
+            print(line)
     if not all(result.agree for result in results):
         raise typer.Exit(1)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from recadam_core import Hyperparameters
+from recadam_core import Hyperparameters, Moments
 from recadam_core.finetuning.engine import StepRecord, coupled_gradients, policy
 from recadam_core.finetuning.models import Model, Ops
 
@@ -79,6 +79,16 @@ class JaxEngine:
     def weights(self) -> dict[str, Array]:
         """A copy of the parameters."""
         return {n: np.array(p) for n, p in self.params.items()}
+
+    def gradients(self, batch: Mapping[str, Array]) -> dict[str, Array]:
+        """Gradient of the batch's loss."""
+        compiled = jax.jit(jax.grad(lambda params, rows: self.model.loss(OPS, params, rows)))
+        return {n: np.array(x) for n, x in compiled(self.params, self._batch(batch)).items()}
+
+    def moments(self, name: str) -> Moments:
+        """A copy of one parameter's moments."""
+        held = self.state if hasattr(self.state, "mu") else self.state[0]
+        return Moments(np.array(held.mu[name]), np.array(held.nu[name]))
 
     def _batch(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         return {n: x.astype(self.dtype if x.dtype.kind == "f" else np.int32) for n, x in batch.items()}

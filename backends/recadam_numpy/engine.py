@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from recadam_core import Hyperparameters, RecAdam
+from recadam_core import Hyperparameters, Moments, RecAdam
 from recadam_core.finetuning.engine import StepRecord, coupled_gradients, policy
 from recadam_core.finetuning.models import Ops
 
@@ -58,6 +58,15 @@ class NumpyEngine:
     def weights(self) -> dict[str, Array]:
         """The parameters; steps make new ones, so none is copied."""
         return dict(self.params)
+
+    def gradients(self, batch: Mapping[str, Array]) -> dict[str, Array]:
+        """Gradient of the batch's loss."""
+        grads: dict[str, Array] = self.model.value_and_grad(OPS, self.params, self._batch(batch))[1]
+        return grads
+
+    def moments(self, name: str) -> Moments:
+        """The moments of one parameter; steps make new ones."""
+        return self.state.moments[name]
 
     def _batch(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         return {n: x.astype(self.dtype) if x.dtype.kind == "f" else x for n, x in batch.items()}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recadam_core import Hyperparameters
+from recadam_core import Hyperparameters, Moments
 from recadam_core.finetuning.engine import StepRecord, coupled_gradients, policy
 from recadam_core.finetuning.models import Model, Ops
 
@@ -82,6 +82,19 @@ class TorchEngine:
     def weights(self) -> dict[str, Array]:
         """A copy of the parameters."""
         return {n: p.detach().cpu().numpy().copy() for n, p in self.params.items()}
+
+    def gradients(self, batch: Mapping[str, Array]) -> dict[str, Array]:
+        """Gradient of the batch's loss."""
+        loss = self.model.loss(OPS, self.params, self._batch(batch))
+        grads = torch.autograd.grad(loss, list(self.params.values()))
+        return {name: x.cpu().numpy().copy() for name, x in zip(self.params, grads, strict=True)}
+
+    def moments(self, name: str) -> Moments:
+        """A copy of one parameter's moments; AdamW has none before its first step."""
+        theta = self.params[name]
+        state = self.optimizer.state.get(theta, {})
+        zeros = torch.zeros_like(theta)
+        return Moments(*(state.get(k, zeros).cpu().numpy().copy() for k in ("exp_avg", "exp_avg_sq")))
 
     def _tensor(self, x: Array) -> Tensor:
         tensor = torch.tensor(x, device=self.device)

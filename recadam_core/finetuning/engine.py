@@ -11,6 +11,7 @@ from ..annealing import Annealing, annealed_weights
 from ..backends import Backend
 from ..errors import RecAdamError
 from ..hyperparameters import Hyperparameters
+from ..update import Moments
 from .models import Model
 
 __all__ = [
@@ -75,6 +76,14 @@ class Engine(Protocol):
 
     def weights(self) -> dict[str, np.ndarray[Any, Any]]:
         """A copy of the present parameters, in NumPy."""
+        ...
+
+    def gradients(self, batch: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        """Gradient of the batch's loss at the present parameters, in NumPy; takes no step."""
+        ...
+
+    def moments(self, name: str) -> Moments:
+        """A copy of the present moments of one parameter, in NumPy."""
         ...
 
 

@@ -268,7 +268,7 @@ def finetune(
     _claim(out, overwrite)
     for t in np.unique(np.linspace(1, config.steps, 1000, dtype=int)):
         # A pull that diverges is refused before anything is written.
-        _policy(config, int(t), _learning_rate(config, int(t)))
+        _policy(config, int(t), learning_rate_of(config, int(t)))
     tell(0, "reading data and model")
     backend = get_backend(config.backend)
     problem = get_task(config.task).prepare(config.seed, **config.options)
@@ -317,7 +317,7 @@ def _train(
     with (out / "steps.jsonl").open("w", encoding="utf-8") as records:
         for t in range(1, config.steps + 1):
             batch: Rows = {name: column[order[t - 1]] for name, column in problem.train.items()}
-            lr = _learning_rate(config, t)
+            lr = learning_rate_of(config, t)
             began = time.perf_counter()
             record = engine.step(batch, lr)
             seconds = time.perf_counter() - began
@@ -338,7 +338,13 @@ def _train(
         np.save(file, logits)
 
 
-def _learning_rate(config: RunConfig, t: int) -> float:
+def learning_rate_of(config: RunConfig, t: int) -> float:
+    """The learning rate of a step of a run.
+
+    Example:
+        >>> learning_rate_of(RunConfig.for_task("digits", "numpy", lr=0.5, schedule="constant"), 1)
+        0.5
+    """
     return learning_rate(t, config.steps, config.hp.lr, config.schedule, config.warmup)
 
 
