@@ -14,12 +14,12 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) 
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-heavy conformance lint format docs bench clean
+.PHONY: help install demo test test-heavy conformance support lint format docs bench clean
 
 help:
 	@echo "make demo         run the main job: RecAdam beside AdamW on three frameworks, with a report"
 	@echo "make test         run the tests (make test-heavy: those that take minutes)"
-	@echo "make conformance  replay recorded gradients and golden trajectories through every backend"
+	@echo "make conformance  hold every backend to its claims (make support: rewrite docs/support.md)"
 	@echo "make lint         ruff and mypy;  make format: reformat"
 	@echo "make docs         build the documentation into docs/_build/html"
 	@echo "make bench        time one step beside its peers"
@@ -61,8 +61,12 @@ test: $(VENV)/.development
 test-heavy: $(VENV)/.development
 	$(THREADS) $(BIN)/python -m pytest -n auto -m heavy $(PYTEST_FLAGS)
 
-conformance: $(VENV)/.runtime
+conformance: $(VENV)/.development
 	@$(BIN)/recadam conformance --golden tests/golden
+
+support: $(VENV)/.development
+	@{ sed '/^| backend/,$$d' docs/support.md && $(BIN)/recadam backends --markdown; } > docs/support.new
+	@mv docs/support.new docs/support.md
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .

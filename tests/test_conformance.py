@@ -326,7 +326,14 @@ def test_the_table_of_results_names_the_worst():
     (group,) = grouped([one, two])
     assert cells(group)[:5] == ["b", "step float32", "first, second", "3", "yes"]
     assert cells(group)[5:] == ["0.9", "1", "1.50", "0.50", "second: case, w, step 2"]
-    assert "second: case, w, step 2 |" in markdown([one, two])
+    miss = dataclasses.replace(two, backend="c", worst=1.5)
+    known = dataclasses.replace(miss, variant="third", known="since ever")
+    assert markdown([one, two, miss, known]).splitlines() == [
+        "| claim | cases | bound | b | c |",
+        "| --- | --- | --- | --- | --- |",
+        "| step float32 | 3 | 1 | 0.9 (1.50 ulp, mean 0.50) | **NO** second: 1.5 (1.25 ulp, mean 0.75);"
+        " known miss: third |",
+    ]
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
@@ -335,6 +342,12 @@ def test_the_support_table_is_the_declaration(name):
     table = support([backend])
     for variant in backend.capabilities.variants:
         assert f"| {name} | {variant.name} | `{variant.about}` |" in table
+
+
+def test_the_support_table_of_the_documentation_is_up_to_date():
+    table = support(get_backend(name) for name in ("jax", "numpy", "torch"))
+    written = (Path(__file__).parent.parent / "docs" / "support.md").read_text(encoding="utf-8")
+    assert table in written, "run: make support"
 
 
 def test_claims_follow_the_capabilities():

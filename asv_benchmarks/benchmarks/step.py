@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from recadam_core import Hyperparameters, RecAdam, get_backend
+import os
+
+from recadam_core import Hyperparameters, RecAdam, available_backends, get_backend
+from recadam_core.conformance.claims import LEVELS
+from recadam_core.conformance.run import environment
 
 from .common import arrays, ratio
 
@@ -79,3 +83,48 @@ class Functional:
         return ratio(
             lambda: optimizer.step(params, grads, anchored), lambda: optimizer.step(params, grads, free)
         )
+
+
+class Variants:
+    """A step of every variant of every backend over one of its backend's default, in either level's setting.
+
+    The backends' capabilities say which there are; what is not installed, or needs an environment that this
+    process has not, is skipped.
+    """
+
+    params = (
+        [
+            f"{name} {variant.name}"
+            for name in available_backends()
+            for variant in get_backend(name).capabilities.variants
+        ],
+        LEVELS,
+    )
+    param_names = ("variant", "level")
+    unit = "ratio"
+    timeout = 300
+
+    def track_variant(self, which, level):
+        name, chosen = which.split()
+        backend = get_backend(name)
+        variant = backend.capabilities.variant(chosen)
+        needed = environment(variant, level).items()
+        if variant.lacks() or any(value not in os.environ.get(key, "").split() for key, value in needed):
+            return float("nan")
+        if level == "exact" and "exact" in variant.misses:
+            return float("nan")
+
+        def step(way, exact):
+            params = {str(i): backend.from_numpy(x) for i, x in enumerate(arrays(0))}
+            grads = {str(i): backend.from_numpy(x) for i, x in enumerate(arrays(1))}
+            anchors = {str(i): backend.from_numpy(x) for i, x in enumerate(arrays(0))}
+            stepper = backend.stepper(way, params, anchors, HP, exact)
+
+            def take():
+                new = stepper(grads, 1e-5)
+                getattr(new["0"], "block_until_ready", lambda: None)()
+
+            return take
+
+        rounds = 5 if chosen == "eager" else 15
+        return ratio(step(chosen, level == "exact"), step("functional", False), rounds=rounds)

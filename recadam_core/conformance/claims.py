@@ -29,7 +29,7 @@ LEVELS = ("exact", "fast")
 
 BOUNDS = {
     "trajectory float64": 1e-13,
-    "trajectory float32": 1e-5,
+    "trajectory float32": 5e-5,
     "golden float64": 1e-12,
     "golden float32": 1e-5,
 }

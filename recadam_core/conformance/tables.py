@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from ..backends import Backend
-from .claims import Result
+from .claims import MEASURES, Result
 
 __all__ = ["COLUMNS", "LEGEND", "SUPPORT", "cells", "grouped", "markdown", "support"]
 
@@ -96,7 +96,7 @@ def _table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def markdown(results: Iterable[Result]) -> str:
-    """Results as a Markdown table.
+    """Results as a Markdown table: a row a claim, a column a backend, the worst of its variants in it.
 
     Args:
         results: the results.
@@ -105,10 +105,41 @@ def markdown(results: Iterable[Result]) -> str:
         The table.
 
     Example:
-        >>> print(markdown([]).splitlines()[0])
-        | backend | claim | variants | cases | holds | worst | bound | ulps | mean | worst case |
+        >>> print(markdown([Result("numpy", "fused", "exact", "exact float32", 36, 0.0, 0.0)]))
+        | claim | cases | bound | numpy |
+        | --- | --- | --- | --- |
+        | exact float32 | 36 | 0 | 0 |
     """
-    return _table(COLUMNS, [cells(group) for group in grouped(results)])
+    groups = grouped(results)
+    backends = list(dict.fromkeys(group[0].backend for group in groups))
+    rows: dict[str, dict[str, list[list[Result]]]] = {}
+    for group in groups:
+        rows.setdefault(group[0].claim, {}).setdefault(group[0].backend, []).append(group)
+    lines = []
+    for claim in sorted(rows, key=_order):
+        any_group = next(iter(rows[claim].values()))[0]
+        found = ["; ".join(_cells(rows[claim].get(backend, []))) for backend in backends]
+        lines.append([claim, str(any_group[0].cases), f"{any_group[0].bound:g}", *found])
+    return _table(["claim", "cases", "bound", *backends], lines)
+
+
+def _order(claim: str) -> tuple[int, str]:
+    kind, dtype = claim.split()
+    return [*MEASURES].index(kind), dtype
+
+
+def _cells(groups: list[list[Result]]) -> Iterator[str]:
+    """What the groups of one claim and backend measured; nothing is said of the figures of a known miss."""
+    for verdict, words in (("yes", ""), ("NO", "**NO**"), ("STALE", "**STALE**")):
+        for group in groups:
+            if group[0].verdict == verdict:
+                _, _, variants, _, _, worst, _, ulps, mean, _ = cells(group)
+                figures = f"{worst} ({ulps} ulp, mean {mean})" if ulps else worst
+                yield figures if verdict == "yes" else f"{words} {variants}: {figures}"
+    for verdict, words in (("known", "known miss"), ("skipped", "skipped")):
+        variants = ", ".join(r.variant for group in groups for r in group if r.verdict == verdict)
+        if variants:
+            yield f"{words}: {variants}"
 
 
 SUPPORT = (
@@ -156,7 +187,9 @@ def support(backends: Iterable[Backend]) -> str:
             f"`{v.about}`",
             v.exact.how if v.exact.how in ("always", "never") else f"`{v.exact.how}`",
             v.exact.price,
-            ", ".join([*v.needs, *(" or ".join(names) for names in v.programs)]),
+            ", ".join(
+                [*v.needs, *map(" or ".join, v.programs), *(f"{k}={x}" for k, x in v.environment.items())]
+            ),
             "; ".join(f"{claim}: {why}" for claim, why in v.misses.items()),
         ]
         for b in loaded
