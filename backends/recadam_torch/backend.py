@@ -42,11 +42,11 @@ class TorchBackend:
             Variant("functional", "recadam_core.RecAdam", Exact("TorchBackend(exact=True)", BY_NUMPY.price)),
             Variant("single", "RecAdam(..., foreach=False)", BY_NUMPY),
             Variant("foreach", "RecAdam(..., foreach=True)", BY_NUMPY),
-            Variant("fused", "RecAdam(..., fused=True) on the CPU", needs=("numba",)),
+            Variant("fused", 'RecAdam(..., fused="numba")', needs=("numba",)),
             Variant("compiled", 'RecAdam(..., fused="compiled")', programs=(("g++", "clang++"),)),
             Variant(
                 "triton",
-                "RecAdam(..., fused=True) on CUDA",
+                'RecAdam(..., fused="triton")',
                 needs=("triton",),
                 environment={"TRITON_INTERPRET": "1"},
             ),

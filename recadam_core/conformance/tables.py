@@ -142,26 +142,18 @@ def _cells(groups: list[list[Result]]) -> Iterator[str]:
             yield f"{words}: {variants}"
 
 
-SUPPORT = (
-    "backend",
-    "variant",
-    "what a user writes",
-    "bit for bit",
-    "at the price of",
-    "needs",
-    "known misses",
-)
+SUPPORT = ("backend", "variant", "a user writes", "bit for bit", "at the price of", "needs")
 """Columns of the table of variants."""
 
 
 def support(backends: Iterable[Backend]) -> str:
-    """What each variant of each backend can do, as two Markdown tables.
+    """What each variant of each backend can do, as three Markdown tables.
 
     Args:
         backends: the backends.
 
     Returns:
-        A table of backends, and one of their variants.
+        Tables of backends, of their variants, and of the claims that are known to be missed.
 
     Example:
         >>> from recadam_core import get_backend
@@ -190,10 +182,16 @@ def support(backends: Iterable[Backend]) -> str:
             ", ".join(
                 [*v.needs, *map(" or ".join, v.programs), *(f"{k}={x}" for k, x in v.environment.items())]
             ),
-            "; ".join(f"{claim}: {why}" for claim, why in v.misses.items()),
         ]
         for b in loaded
         for v in b.capabilities.variants
     ]
+    misses: dict[tuple[str, str, str], list[str]] = {}
+    for b in loaded:
+        for v in b.capabilities.variants:
+            for claim, why in v.misses.items():
+                misses.setdefault((b.name, claim, why), []).append(v.name)
+    third = [[name, claim, ", ".join(variants), why] for (name, claim, why), variants in misses.items()]
     head = ("backend", "dtypes", "devices", "inside the user's jit", "sharding", "trains in the harness")
-    return f"{_table(head, first)}\n\n{_table(SUPPORT, second)}"
+    known = _table(("backend", "claim", "missed by", "because"), third)
+    return "\n\n".join((_table(head, first), _table(SUPPORT, second), known))

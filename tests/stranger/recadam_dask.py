@@ -7,11 +7,11 @@ import dask.array as da
 import numpy as np
 
 import recadam_core as rc
-from recadam_core.backends import Exact, Functional, Variant
+from recadam_core.backends import Functional
 
 
 def kernel(theta, grad, m, v, *anchor, c):
-    """One chunk's step, in NumPy; any function that rounds like the specification will do."""
+    """One chunk's step, in NumPy: parameter and moments, stacked."""
     m = c.beta1 * m + (1 - c.beta1) * grad
     v = c.beta2 * v + (1 - c.beta2) * (grad * grad)
     delta = -(c.step * (m / (np.sqrt(v) + c.eps)))
@@ -24,9 +24,7 @@ def kernel(theta, grad, m, v, *anchor, c):
 
 class DaskBackend:
     name = "dask"
-    capabilities = rc.Capabilities(
-        variants=(Variant("functional", "recadam_core.RecAdam", Exact(price="nothing")),)
-    )
+    capabilities = rc.Capabilities(dtypes=("float32", "float64"))
 
     def owns(self, array):
         return isinstance(array, da.Array)
@@ -36,9 +34,10 @@ class DaskBackend:
         for i, theta in enumerate(params):
             like = [grads[i], *moments[i], *([] if anchors is None else [anchors[i]])]
             like = [array.rechunk(theta.chunks) for array in like]
-            chunks = ((3,), *theta.chunks)
-            new.append(da.map_blocks(kernel, theta, *like, c=c, dtype=theta.dtype, new_axis=0, chunks=chunks))
-        new = dask.persist(*new, scheduler="synchronous")  # or the graph would grow with every step
+            shape = {"new_axis": 0, "chunks": ((3,), *theta.chunks)}
+            new.append(da.map_blocks(kernel, theta, *like, c=c, dtype=theta.dtype, **shape))
+        # Computed now, or the graph would grow with every step.
+        new = dask.persist(*new, scheduler="synchronous")
         return [x[0] for x in new], [rc.Moments(x[1], x[2]) for x in new]
 
     def stepper(self, variant, params, anchors, hp, exact=False):
