@@ -238,11 +238,11 @@ class Specification:
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
-        self.name: str = xp.__name__.removeprefix("array_api_compat.")
+        self.name: str = _library(xp)
 
     def owns(self, array: Any) -> bool:
         """Whether the array's namespace is this one."""
-        return is_array_api_obj(array) and array_namespace(array) is self.xp
+        return is_array_api_obj(array) and _library(array_namespace(array)) == _library(self.xp)
 
     def step(
         self,
@@ -292,6 +292,12 @@ class Specification:
     def precision(self, dtype: str) -> contextlib.AbstractContextManager[Any]:
         """Nothing to switch."""
         return contextlib.nullcontext()
+
+
+def _library(xp: Any) -> str:
+    """Import name of the library that a namespace stands for."""
+    name: str = xp.__name__
+    return name.removeprefix("array_api_compat.")
 
 
 class Functional:

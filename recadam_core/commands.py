@@ -29,7 +29,7 @@ from . import __version__
 from .annealing import ANNEALINGS, Sigmoid, annealed_weights, annealing_from_dict, release_step
 from .backends import GROUP, available_backends, get_backend
 from .conformance.claims import LEVELS, MEASURES, Result
-from .conformance.run import certify, plan
+from .conformance.run import certify, plan_all
 from .conformance.tables import COLUMNS, LEGEND, cells, grouped, markdown, support
 from .errors import RecAdamError
 from .finetuning.archives import ARCHIVES, fetch
@@ -349,11 +349,7 @@ def conformance(
 ) -> None:
     """Hold every backend to its claims, against specification and oracle. Exit 1 on any miss."""
     loaded = [get_backend(name) for name in backend or available_backends()]
-    planned = [
-        job
-        for one in loaded
-        for job in plan(one, variant or (), level or LEVELS, claim or (), case or (), golden)
-    ]
+    planned = plan_all(loaded, variant or (), level or LEVELS, claim or (), case or (), golden)
     total = sum(len(job.claims) for job in planned)
     done = 0
     with _bar(total, "conformance") as tell:
@@ -363,7 +359,11 @@ def conformance(
             done += 1
             tell(done, f"{result.backend} {result.variant} {result.claim}")
 
-        results = certify(planned, jobs, count)
+        try:
+            results = certify(planned, jobs, count)
+        except KeyboardInterrupt:
+            print("recadam: interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
     if as_json:
         print(json.dumps([result.to_dict() for result in results], indent=2))
     elif as_markdown:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import array_api_strict
@@ -239,6 +240,78 @@ def test_a_known_miss_must_be_one(share, verdict):
     assert (result.verdict, result.passes) == (verdict, verdict == "known")
 
 
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ({"misses": {"denormal": "why"}}, "unknown claim in the misses of 'off by 0.0': 'denormal'"),
+        ({"misses": {"step float46": "why"}}, "unknown claim in the misses"),
+        ({"dtypes": ("float46",)}, "unknown dtype in the capabilities of 'off by 0.0': 'float46'"),
+    ],
+)
+def test_a_misspelt_declaration_is_an_error(declared, message):
+    backend = Off(0.0, declared.get("misses"))
+    if "dtypes" in declared:
+        backend.capabilities = dataclasses.replace(backend.capabilities, **declared)
+    with pytest.raises(RecAdamError, match=message):
+        claims(backend, backend.capabilities.variants[0], "fast")
+
+
+def writes_gradients(params, grads, moments, anchors, new):
+    for grad in grads:
+        grad *= 2
+    return new
+
+
+def writes_parameters(params, grads, moments, anchors, new):
+    for x in params:
+        x *= 2
+    return new
+
+
+def widens(params, grads, moments, anchors, new):
+    return [x.astype(np.float64) for x in new[0]], new[1]
+
+
+def flattens(params, grads, moments, anchors, new):
+    return [x.reshape(-1) for x in new[0]], new[1]
+
+
+def breaks(params, grads, moments, anchors, new):
+    raise TypeError("no such thing")
+
+
+@pytest.mark.parametrize(
+    ("manner", "says"),
+    [
+        (writes_gradients, "step 1: gradient 'scalar' was changed by the step"),
+        (writes_parameters, "step 1: parameter 'scalar' was changed by the step"),
+        (widens, "step 1: 'scalar' came back as float64 of shape (), not float16 of ()"),
+        (flattens, "step 1: 'scalar' came back as float16 of shape (1,), not float16 of ()"),
+        (breaks, "TypeError: no such thing"),
+    ],
+)
+def test_bad_manners_are_a_miss(manner, says):
+    class Rude(Specification):
+        def step(self, params, grads, moments, anchors, c):
+            new = super().step(params, grads, moments, anchors, c)
+            return manner(params, grads, moments, anchors, new)
+
+    backend = Rude(np)
+    backend.name = f"rude: {manner.__name__}"
+    claim = Claim("step", "fast", "float16", (Case(dtype="float16", steps=3).name,))
+    variant = Variant("functional", misses={"step": "a known miss is no licence to break"})
+    result = check(backend, variant, claim)
+    assert result.verdict == "NO"
+    assert says in result.where
+
+
+def test_what_owns_nothing_is_a_miss():
+    backend = Off(0.0)
+    backend.name, backend.owns = "disowning", lambda array: False
+    claim = Claim("exact", "exact", "float32", (Case(dtype="float32", steps=2).name,))
+    assert "does not own what it made itself" in check(backend, Variant("functional"), claim).where
+
+
 def test_a_backend_that_refuses_misses_its_claim():
     class Refusing(Off):
         def step(self, *arguments):
@@ -298,6 +371,43 @@ def test_a_job_with_an_environment_gets_it():
     assert "start the process with XLA_FLAGS=--xla_cpu_max_isa=AVX" in refused.where
 
 
+def test_a_termination_ends_the_processes(tmp_path):
+    command = [sys.executable, "-m", "recadam_core", "conformance", "--backend", "jax"]
+    command += ["--variant", "functional", "--level", "exact", "--claim", "exact", "--jobs", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    found = ""
+    while not found:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+        tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+        found = " ".join(task.read_text() for task in tasks).strip()
+    process.terminate()
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert stderr.strip().splitlines()[-1] == "recadam: interrupted"
+    for child in found.split():
+        assert not Path(f"/proc/{child}").exists()
+
+
+def test_what_a_backend_prints_is_no_result(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import recadam_numpy; print('hello')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    job = dataclasses.asdict(plan(NUMPY, ["functional"], ["exact"], ["denormals"])[0])
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.argv[1:] = [{json.dumps(json.dumps(job))}]\n"
+         "import recadam_core.conformance.claims as claims\n"
+         "from recadam_core.conformance import run\n"
+         "check = run.check\n"
+         "run.check = lambda *a: (print('hello'), check(*a))[1]\n"
+         "run._main()"],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    lines = result.stdout.splitlines()[1:]  # the first is sitecustomize's, before the kit runs
+    assert [json.loads(line)["claim"] for line in lines] == ["denormals float32", "denormals float64"]
+    assert result.stderr.count("hello") == 2
+
+
 def test_a_process_that_fails_says_why():
     job = Job("numpy", (("RECADAM_TEST", "1"),), (("nothing", Claim("exact", "exact", "float32", ())),))
     with pytest.raises(RecAdamError, match=r"conformance of 'numpy': the process failed: .*unknown variant"):
@@ -306,7 +416,20 @@ def test_a_process_that_fails_says_why():
 
 def test_nothing_left_to_show_is_an_error():
     with pytest.raises(RecAdamError, match="no claim is left"):
-        plan(NUMPY, levels=["exact"], kinds=["golden"])
+        plan(NUMPY, ["functional"], kinds=["coefficients"])
+    with pytest.raises(RecAdamError, match="claim 'golden' needs recorded trajectories; give their folder"):
+        plan(NUMPY, kinds=["golden"])
+    with pytest.raises(RecAdamError, match="unknown variant 'optax'"):
+        plan(NUMPY, ["optax"])
+    for case, message in {
+        "typo": "case 'typo': no claim that was asked for has it",
+        "bogus/sigmoid/plain/few/float32/8": "form 'bogus'",
+        "decoupled/sigmoid/plain/few/float32/0": "0 steps",
+        "decoupled/sigmoid/bare/few/float32/8": "no claim that was asked for has it",
+    }.items():
+        good = Case(dtype="float32", steps=8).name
+        with pytest.raises(RecAdamError, match=message):
+            plan(NUMPY, kinds=["step"], cases=[good, case])
     with pytest.raises(RecAdamError, match="unknown claim 'exakt': did you mean 'exact'"):
         plan(NUMPY, kinds=["exakt"])
     with pytest.raises(RecAdamError, match="unknown level 'fats'"):

@@ -378,3 +378,65 @@ def test_bad_input_is_named_in_one_line(make, message):
     with pytest.raises(RecAdamError) as caught:
         make()
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("fused", ["numba", "compiled", True])
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 2)])
+def test_fused_is_exact_alone_too(fused, shape):
+    def walk(**way):
+        p = torch.nn.Parameter(torch.full(shape, 0.3))
+        optimizer = RecAdam([{"params": [p], "anchored": False}], lr=0.1, gamma=0.0, **way)
+        for t in range(30):
+            p.grad = torch.full(shape, 0.1 + t * 0.0137)
+            optimizer.step()
+        return p.detach()
+
+    assert torch.equal(walk(fused=fused), walk(exact=True))
+
+
+def test_fused_tells_autograd_that_it_wrote():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = RecAdam([p], fused="numba")
+    loss = (p * p * p).sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fused": "nope"}, "fused is 'nope'; give True, False, or one of numba, compiled, triton"),
+        ({"fused": ["numba"]}, "fused is .* give True"),
+        ({"fused": "triton"}, "fused='triton' does not run on cpu; give fused=False there"),
+        ({"fused": True, "foreach": True}, "foreach and fused are both set; give one of them"),
+        ({"exact": "yes"}, "exact is 'yes'; give True or False"),
+    ],
+)
+def test_bad_ways_to_step(options, message):
+    with pytest.raises(RecAdamError, match=message):
+        RecAdam([torch.nn.Parameter(torch.ones(2))], **options)
+
+
+def test_states_of_older_releases_leave_the_way_to_step():
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = RecAdam([p], fused="numba", exact=True)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["fused"], group["exact"]
+    optimizer.load_state_dict(saved)
+    assert (optimizer.param_groups[0]["fused"], optimizer.param_groups[0]["exact"]) == ("numba", True)
+
+
+def test_a_way_that_does_not_run_here_changes_nothing():
+    first, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = RecAdam([{"params": [first]}, {"params": [second]}])
+    saved = optimizer.state_dict()
+    saved["param_groups"][1]["fused"] = "triton"
+    optimizer.load_state_dict(saved)
+    first.grad, second.grad = torch.ones(2), torch.ones(2)
+    with pytest.raises(RecAdamError, match="does not run on cpu"):
+        optimizer.step()
+    assert torch.equal(first, torch.ones(2))
+    assert [optimizer.state[p]["step"].item() for p in (first, second)] == [0, 0]

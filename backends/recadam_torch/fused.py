@@ -9,12 +9,15 @@ import os
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from shutil import which
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from recadam_core import Coefficients, RecAdamError
+
+from .kernel import kernel_
 
 __all__ = ["FUSED", "fused_kernel"]
 
@@ -42,18 +45,20 @@ def fused_kernel(name: str | bool, device: torch.device) -> Callable[..., None]:
             name = "triton"
         else:
             name = "numba" if find_spec("numba") else "compiled"
-    if name not in FUSED:
+    if not isinstance(name, str) or name not in FUSED:
         raise RecAdamError(f"RecAdam: fused is {name!r}; give True, False, or one of {', '.join(FUSED)}")
-    serves = {"numba": ("cpu",), "compiled": ("cpu", "cuda"), "triton": ("cuda",)}[str(name)]
+    serves = {"numba": ("cpu",), "compiled": ("cpu", "cuda"), "triton": ("cuda",)}[name]
     if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         serves = ("cpu", "cuda")
     if device.type not in serves:
         raise RecAdamError(f"RecAdam: fused={name!r} does not run on {device.type}; give fused=False there")
     if name == "numba":
         from recadam_numpy import one_pass  # noqa: F401  # says what to install
+    if name == "compiled" and device.type == "cpu" and not (which("g++") or which("clang++")):
+        raise RecAdamError("RecAdam: fused='compiled' needs a C++ compiler; install g++, or give fused=False")
     if name == "triton" and find_spec("triton") is None:
         raise RecAdamError("RecAdam: fused='triton' needs 'triton'; pip install triton")
-    return FUSED[str(name)]
+    return FUSED[name]
 
 
 def numba_(
@@ -74,6 +79,8 @@ def numba_(
         one_pass(t, g, m_new, v_new, None if star is None else star.to(m.dtype).numpy(), c)
         if work is not theta:
             theta.copy_(work)
+        # Written behind autograd's back: say so, for graphs that still hold the old values.
+        torch.autograd.graph.increment_version([theta, m, v])
 
 
 def compiled_(
@@ -85,15 +92,17 @@ def compiled_(
     c: Coefficients,
 ) -> None:
     """One step by inductor, over all tensors in one flat one."""
+    if sum(theta.numel() for theta in thetas) < 2:  # inductor would compile sizes 0 and 1 apart
+        kernel_(thetas, grads, ms, vs, anchors, c, exact=True)
+        return
 
     def run(flat: list[Tensor], star: Tensor | None) -> list[Tensor]:
         # 0-d tensors: another number each step compiles nothing anew.
         scalars: list[Any] = [flat[0].new_tensor(x) for x in (c.step, c.eps, c.recall, c.decay)]
-        formula = _formula if flat[0].numel() < 2 else _compiled()  # inductor would compile 0 and 1 apart
         if not c.decay:
             scalars[3] = None
         arguments: list[Any] = [*flat, star, c.beta1, c.beta2, *scalars]
-        return list(formula(*arguments))
+        return list(_compiled()(*arguments))
 
     _over_flat(run, thetas, grads, ms, vs, anchors)
 

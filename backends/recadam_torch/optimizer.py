@@ -176,6 +176,8 @@ class RecAdam(Optimizer):
                 raise RecAdamError(f"RecAdam: {name} is {settings[name]!r}; give True or False")
         if settings["foreach"] not in (True, False, None):
             raise RecAdamError(f"RecAdam: foreach is {settings['foreach']!r}; give True, False or None")
+        if settings["foreach"] and settings["fused"]:
+            raise RecAdamError("RecAdam: foreach and fused are both set; give one of them")
         if own is not None and not settings["anchored"]:
             raise RecAdamError("RecAdam: a group has anchors and says 'anchored': False; leave one out")
         super().add_param_group(group)
@@ -243,7 +245,7 @@ class RecAdam(Optimizer):
 
     def _plans(
         self, group: dict[str, Any]
-    ) -> Iterable[tuple[dict[str, Any], list[Tensor], Coefficients, bool]]:
+    ) -> Iterable[tuple[dict[str, Any], list[Tensor], Coefficients, bool, Callable[..., None]]]:
         """The group's parameters in lists that share their coefficients."""
         hp, release = _group_policy(group)
         lists: dict[Any, list[Tensor]] = {}
@@ -264,15 +266,24 @@ class RecAdam(Optimizer):
                     f"step {t}: the anchor was freed when the annealing had released it; "
                     "make a new optimizer to pull again"
                 )
-            yield group, params, c, anchored and release is not None and t >= release
+            kernel: Callable[..., None] = partial(kernel_, exact=group["exact"])
+            if group["fused"]:
+                kernel = fused_kernel(group["fused"], params[0].device)
+            yield group, params, c, anchored and release is not None and t >= release, kernel
 
-    def _execute(self, group: dict[str, Any], params: list[Tensor], c: Coefficients, release: bool) -> None:
+    def _execute(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        c: Coefficients,
+        release: bool,
+        kernel: Callable[..., None],
+    ) -> None:
         foreach = group["foreach"]
         if foreach is None:
             foreach = params[0].is_cuda
-        kernel: Callable[..., None] = partial(kernel_, exact=group["exact"])
         if group["fused"]:
-            kernel, foreach = fused_kernel(group["fused"], params[0].device), True
+            foreach = True
         for part in [params] if foreach else [[p] for p in params]:
             states = [self.state[p] for p in part]
             grads = [p.grad for p in part if p.grad is not None]
@@ -305,9 +316,13 @@ class RecAdam(Optimizer):
         """
         hooked: list[dict[str, Any]] = []
 
-        def check(_: Optimizer, saved: dict[str, Any]) -> None:
+        def check(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             self._check_saved(saved)
-            hooked.append(saved)
+            # What older states do not say stays as it was chosen here.
+            pairs = zip(self.param_groups, saved["param_groups"], strict=False)
+            chosen = [{**{k: group[k] for k in ("fused", "exact")}, **theirs} for group, theirs in pairs]
+            hooked.append({**saved, "param_groups": chosen + saved["param_groups"][len(chosen) :]})
+            return hooked[0]
 
         # As the last hook before and the first one after, so that users' hooks see and change what counts.
         before = self.register_load_state_dict_pre_hook(check)

@@ -161,6 +161,13 @@ def claims(backend: Backend, variant: Variant, level: str, golden: Path | None =
     if level not in LEVELS:
         raise unknown("level", level, LEVELS)
     dtypes = backend.capabilities.dtypes
+    for dtype in dtypes:
+        if dtype not in oracle.DIGITS:
+            raise unknown(f"dtype in the capabilities of {backend.name!r}:", dtype, oracle.DIGITS)
+    for missed in variant.misses:
+        kind, _, dtype = missed.partition(" ")
+        if kind not in MEASURES or (dtype and dtype not in oracle.DIGITS):
+            raise unknown(f"claim in the misses of {backend.name!r}:", missed, MEASURES)
     found = []
     if level == "exact":
         for dtype in EXACT:
@@ -226,8 +233,10 @@ def check(
             progress(case)
         try:
             measured = MEASURES[claim.kind](backend, variant, claim, case)
-        except RecAdamError as error:
-            measured = Measured(math.inf, f": {error}")
+        except Exception as error:
+            # Whatever a stranger's code raises is a miss, and no known one.
+            kind = "" if isinstance(error, RecAdamError) else f"{type(error).__name__}: "
+            measured, known = Measured(math.inf, f": {kind}{error}"), ""
         found.append((measured, case))
         if known and not found[-1][0].worst <= _bound(claim):
             break  # a known miss is shown by one case

@@ -237,7 +237,7 @@ def budget(
         With $M = |\beta_1 m| + |(1-\beta_1) g|$, $A = s M / (\sqrt{v'}+\varepsilon)$,
         $P = r|\theta^*-\theta|$ and $D = d|\theta|$:
         $|\Delta m'| \le 3uM$, $|\Delta v'| \le 4uv'$,
-        $|\Delta\theta'| \le u(|\theta'| + 5P + 16A + 3D)$, plus what the coefficients are off by.
+        $|\Delta\theta'| \le u(|\theta'| + 5P + 14A + 3D)$, plus what the coefficients are off by.
 
     Args:
         theta: parameter before the step.
@@ -274,7 +274,7 @@ def budget(
     adam, pull, wane = abs(step) * both * over, recall * np.abs(star - theta), decay * np.abs(theta)
     # Numbers below the smallest normal one may be lost on the way: a few of them in each result.
     lost = abs(step) * over * 3 * tiny + adam * over * np.sqrt(4 * tiny) + 4 * tiny
-    error = u * (new + 5 * pull + 16 * adam + 3 * wane) + lost
+    error = u * (new + 5 * pull + 14 * adam + 3 * wane) + lost
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = off.step / abs(step) if step else 0.0
     error += adam * ratio + (0 if step else off.step * both * over)

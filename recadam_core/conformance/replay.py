@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..annealing import Annealing, Constant, Linear, Sigmoid
-from ..backends import Backend, Specification
+from ..backends import Backend, Functional, Specification
 from ..errors import RecAdamError
 from ..hyperparameters import Hyperparameters
 from ..update import Moments
@@ -122,23 +122,26 @@ def load_recording(path: str | Path) -> Recording:
         # The released optimizer's pull is (weight - lambda): none at all when lambda is constant.
         return Constant(task=weight, recall=0.0)
 
-    groups = []
-    for i, group in enumerate(meta["groups"]):
-        hp = Hyperparameters(
-            lr=float(data["lr"].max()),
-            betas=tuple(meta["betas"]),
-            eps=meta["eps"],
-            weight_decay=group["weight_decay"],
-            gamma=meta["pretrain_cof"],
-            annealing=annealing(group["anneal_w"] or 1.0),
-            bias_correction=meta["correct_bias"],
-            form="released",
-        )
-        name = f"group{i}"
-        anchors = {name: data[f"anchor_{i}"]} if group["anchored"] else {}
-        theta0, grads, expected = ({name: data[f"{key}_{i}"]} for key in ("theta0", "grad", "theta"))
-        groups.append(Group(hp, theta0, anchors, grads, expected))
-    return Recording(meta["name"], meta["dtype"], data["lr"], tuple(groups))
+    try:
+        groups = []
+        for i, group in enumerate(meta["groups"]):
+            hp = Hyperparameters(
+                lr=float(data["lr"].max()),
+                betas=tuple(meta["betas"]),
+                eps=meta["eps"],
+                weight_decay=group["weight_decay"],
+                gamma=meta["pretrain_cof"],
+                annealing=annealing(group["anneal_w"] or 1.0),
+                bias_correction=meta["correct_bias"],
+                form="released",
+            )
+            name = f"group{i}"
+            anchors = {name: data[f"anchor_{i}"]} if group["anchored"] else {}
+            theta0, grads, expected = ({name: data[f"{key}_{i}"]} for key in ("theta0", "grad", "theta"))
+            groups.append(Group(hp, theta0, anchors, grads, expected))
+        return Recording(meta["name"], meta["dtype"], data["lr"], tuple(groups))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RecAdamError(f"{path}: damaged golden file (it lacks {error}); fetch it again") from error
 
 
 class Frame(NamedTuple):
@@ -196,12 +199,25 @@ def walk(
                 }
 
             params, anchors = place(group.theta0, 0), place(group.anchors, 2)
+            if not all(map(backend.owns, params.values())):
+                raise RecAdamError(f"backend {backend.name!r} does not own what it made itself; mend owns")
             stepper = backend.stepper(variant, params, anchors, group.hp, exact)
+            kinds = {name: (x.dtype, tuple(x.shape)) for name, x in params.items()}
             for t in range(len(recording.lr) + 1):
                 lr = float(recording.lr[t - 1]) if t else 0.0
                 grads = {n: g[t - 1] for n, g in group.grads.items()} if t else {}
                 if t:
-                    params = stepper(place(grads, 1), lr)
+                    given, old = place(grads, 1), params
+                    read = (given, old if isinstance(stepper, Functional) else {}) if t <= 2 else ()
+                    held = _copies(backend, *read)
+                    params = stepper(given, lr)
+                    _check_arguments(t, held, _copies(backend, *read))
+                for name, x in params.items():
+                    if (x.dtype, tuple(x.shape)) != kinds[name]:
+                        raise RecAdamError(
+                            f"step {t}: {name!r} came back as {x.dtype} of shape {tuple(x.shape)}, not "
+                            f"{kinds[name][0]} of {kinds[name][1]}; round the sum to the parameter's dtype"
+                        )
                 states = stepper.moments() if moments else {}
                 yield Frame(
                     index,
@@ -211,6 +227,18 @@ def walk(
                     {n: backend.to_numpy(x) for n, x in params.items()},
                     {n: Moments(*map(backend.to_numpy, state)) for n, state in states.items()},
                 )
+
+
+def _copies(backend: Backend, *arrays: Mapping[str, Any]) -> list[dict[str, Array]]:
+    return [{n: backend.to_numpy(x) for n, x in some.items()} for some in arrays]
+
+
+def _check_arguments(t: int, before: list[dict[str, Array]], after: list[dict[str, Array]]) -> None:
+    """A step changes neither gradients nor, where it is pure, parameters."""
+    for what, old, new in zip(("gradient", "parameter"), before, after, strict=False):
+        for name, x in old.items():
+            if not np.array_equal(x, new[name], equal_nan=True):
+                raise RecAdamError(f"step {t}: {what} {name!r} was changed by the step; copy before writing")
 
 
 def _place(backend: Backend, x: Array, dtype: str, layout: str) -> Any:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from ..backends import Backend, Variant, get_backend
 from ..errors import RecAdamError, unknown
+from .cases import Case
 from .claims import LEVELS, MEASURES, Claim, Result, check, claims
 
-__all__ = ["Job", "certify", "environment", "is_here", "plan"]
+__all__ = ["Job", "certify", "environment", "is_here", "plan", "plan_all"]
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,78 @@ def plan(
         >>> [job.backend for job in plan(get_backend("numpy"), levels=["exact"])]
         ['numpy']
     """
+    return plan_all([backend], variants, levels, kinds, cases, golden)
+
+
+def plan_all(
+    backends: Sequence[Backend],
+    variants: Sequence[str] = (),
+    levels: Sequence[str] = LEVELS,
+    kinds: Sequence[str] = (),
+    cases: Sequence[str] = (),
+    golden: Path | None = None,
+) -> list[Job]:
+    """`plan` for several backends; a choice that one of them lacks leaves it out.
+
+    Args:
+        backends: the backends.
+        variants: names of variants; empty for all.
+        levels: some of `LEVELS`.
+        kinds: kinds of claim; empty for all.
+        cases: names of cases, of annealings or of golden files; empty for those of each claim.
+        golden: a folder of golden trajectories to replay too; None for none.
+
+    Returns:
+        The jobs.
+
+    Raises:
+        RecAdamError: for a name that there is not in any of them, or when no claim is left.
+
+    Example:
+        >>> [job.backend for job in plan_all([get_backend("numpy")], levels=["exact"])]
+        ['numpy']
+    """
     for kind in kinds:
         if kind not in MEASURES:
             raise unknown("claim", kind, MEASURES)
-    chosen = [backend.capabilities.variant(name) for name in variants] or backend.capabilities.variants
+    if "golden" in kinds and golden is None:
+        raise RecAdamError("claim 'golden' needs recorded trajectories; give their folder with --golden")
+    names = {v.name for backend in backends for v in backend.capabilities.variants}
+    for name in variants:
+        if name not in names:
+            raise unknown("variant", name, names)
+    jobs = [
+        Job(backend.name, key, tuple(found))
+        for backend in backends
+        for key, found in _by_environment(backend, variants, levels, kinds, cases, golden).items()
+    ]
+    for case in cases:
+        if not any(
+            case in (given, Path(given).name) for job in jobs for _, c in job.claims for given in c.cases
+        ):
+            if "/" in case:
+                Case.named(case)
+            raise RecAdamError(
+                f"case {case!r}: no claim that was asked for has it; name one as the table does, "
+                "or leave out --variant, --level or --claim"
+            )
+    if not jobs:
+        raise RecAdamError("no claim is left of what was asked for; leave out --variant, --level or --claim")
+    return jobs
+
+
+def _by_environment(
+    backend: Backend,
+    variants: Sequence[str],
+    levels: Sequence[str],
+    kinds: Sequence[str],
+    cases: Sequence[str],
+    golden: Path | None,
+) -> dict[tuple[tuple[str, str], ...], list[tuple[str, Claim]]]:
     jobs: dict[tuple[tuple[str, str], ...], list[tuple[str, Claim]]] = {}
-    for variant in chosen:
+    for variant in backend.capabilities.variants:
+        if variants and variant.name not in variants:
+            continue
         for level in levels:
             for claim in claims(backend, variant, level, golden):
                 if kinds and claim.kind not in kinds:
@@ -92,12 +159,7 @@ def plan(
                 if claim.cases:
                     key = tuple(sorted(environment(variant, level).items()))
                     jobs.setdefault(key, []).append((variant.name, claim))
-    if not jobs:
-        raise RecAdamError(
-            f"backend {backend.name!r}: no claim is left of what was asked for; leave out --variant, "
-            "--level, --claim or --case"
-        )
-    return [Job(backend.name, key, tuple(found)) for key, found in jobs.items()]
+    return jobs
 
 
 def _chosen(claim: Claim, cases: Sequence[str]) -> Iterator[str]:
@@ -107,8 +169,13 @@ def _chosen(claim: Claim, cases: Sequence[str]) -> Iterator[str]:
             yield from (path for path in claim.cases if Path(path).name == case)
         elif claim.kind == "coefficients":
             yield from (name for name in claim.cases if name == case)
-        elif case.count("/") == 5 and case.split("/")[4] == claim.dtype:
-            yield case
+        elif "/" in case:
+            parsed = Case.named(case)
+            # Denormal numbers are a claim of their own; with eps 0 a zero gradient has no exact step.
+            denormal = parsed.arrays == "denormal"
+            fits = denormal == (claim.kind == "denormals") or claim.kind not in ("exact", "denormals")
+            if parsed.dtype == claim.dtype and fits and (claim.kind != "step" or parsed.settings != "bare"):
+                yield case
 
 
 def certify(
@@ -140,26 +207,25 @@ def certify(
     tell = progress or (lambda result: None)
     results: dict[Job, list[Result]] = {}
     processes: list[subprocess.Popen[str]] = []
+    pool = ThreadPoolExecutor(workers)
     try:
-        with ThreadPoolExecutor(workers) as pool:
-            futures = {}
-            # The slow ones first: those with an environment of their own, and NumPy last.
-            for job in sorted(jobs, key=lambda job: (not job.environment, job.backend == "numpy")):
-                if workers == 1 and is_here(job):
-                    results[job] = [_tell(result, tell) for result in _results(job)]
-                else:
-                    futures[pool.submit(_elsewhere, job, processes, tell)] = job
-            try:
-                for future in as_completed(futures):
-                    results[futures[future]] = future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in processes:
-                    process.terminate()
-                raise
+        if workers == 1:
+            results = {job: [_tell(result, tell) for result in _results(job)] for job in jobs if is_here(job)}
+        # The slow ones first: those with an environment of their own, and NumPy last.
+        waiting = sorted(
+            (job for job in jobs if job not in results),
+            key=lambda job: (not job.environment, job.backend == "numpy"),
+        )
+        futures = {pool.submit(_elsewhere, job, processes, tell): job for job in waiting}
+        for future in as_completed(futures):
+            results[futures[future]] = future.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
     finally:
         for process in processes:
             process.terminate()
+        pool.shutdown()
     return [result for job in jobs for result in results[job]]
 
 
@@ -229,12 +295,14 @@ def _elsewhere(
 
 
 def _main() -> None:
-    """Take a job as JSON; write a result a line."""
+    """Take a job as JSON; write a result a line, to where only results go."""
+    results = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a backend prints is no result
     fields = json.loads(sys.argv[1])
     found = ((name, Claim(**{**claim, "cases": tuple(claim["cases"])})) for name, claim in fields["claims"])
     job = Job(fields["backend"], tuple(map(tuple, fields["environment"])), tuple(found))
     for result in _results(job):
-        print(json.dumps(dataclasses.asdict(result)), flush=True)
+        print(json.dumps(dataclasses.asdict(result)), file=results, flush=True)
 
 
 if __name__ == "__main__":

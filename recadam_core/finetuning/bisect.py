@@ -244,7 +244,8 @@ def explain(
 ) -> tuple[tuple[str, ...], int]:
     """The fewest operations that, rounded otherwise than specified, give what a kernel wrote.
 
-    Tried are: the square root off by one ulp in some elements, and a product and a sum in one rounding.
+    Tried are: Adam's fraction off by an ulp of the root in some elements, and a product and a sum in one
+    rounding. Several changes may write the same numbers: what is named is the shortest reading, no proof.
 
     Args:
         before: what the kernel read.
@@ -276,7 +277,7 @@ def explain(
     return best[2], best[0]
 
 
-ROOT = "sqrt(v'), one ulp off in places"
+ROOT = "m' / (sqrt(v') + eps), an ulp off in places: a root or a division that is not correctly rounded"
 
 SITES: dict[str, tuple[str, ...]] = {
     "m": ("", "beta1 m + ... in one rounding", "... + (1 - beta1) g in one rounding"),
