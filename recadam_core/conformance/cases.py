@@ -258,7 +258,7 @@ def _exact(dtype: str) -> Iterator[Case]:
     # Every form with every other setting.
     for form, settings in _pairs(OTHERS, whole):
         yield Case(form, settings=settings, dtype=dtype, steps=8)
-    yield Case(arrays="solo", dtype=dtype, steps=100)
+    yield Case(arrays="solo", dtype=dtype, steps=300)
     yield Case(arrays="large", dtype=dtype, steps=2)
     if whole:
         yield Case(arrays="many", dtype=dtype, steps=2)

@@ -450,6 +450,7 @@ SOME = np.unique(np.concatenate([np.arange(1, 101), np.geomspace(100, STEPS, 100
 """Steps at which the oracle computes them."""
 
 
+@np.errstate(all="ignore")
 def _coefficients(backend: Backend, variant: Variant, claim: Claim, case: str) -> Measured:
     """The largest error of a coefficient over many steps, as a share of its bound."""
     worst, where, largest, total, count = 0.0, "", 0.0, 0.0, 0
