@@ -79,7 +79,6 @@ class Variant:
         needs: modules that must be installed.
         programs: programs that must be on the path, one of each tuple.
         environment: variables that must be set before the process starts, whatever the level.
-        device: the kind of device on which the kit runs it.
         traced: whether its coefficients are computed in the parameters' precision, on the device.
         rounds_update: whether the update is rounded to the parameter's dtype before it is added.
         misses: claims of the conformance kit that it is known to miss, and why. A claim that is
@@ -96,7 +95,6 @@ class Variant:
     needs: tuple[str, ...] = ()
     programs: tuple[tuple[str, ...], ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    device: str = "cpu"
     traced: bool = False
     rounds_update: bool = False
     misses: Mapping[str, str] = field(default_factory=dict)

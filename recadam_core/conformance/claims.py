@@ -20,7 +20,7 @@ from ..hyperparameters import FORMS, Hyperparameters
 from . import oracle
 from .cases import ANNEALINGS, DENORMALS, EXACT, FAST, Case
 from .oracle import Spread
-from .replay import Frame, Recording, load_recording, replay, trajectory_deviation, walk
+from .replay import Frame, Recording, load_recording, replay, trajectories, trajectory_deviation, walk
 
 __all__ = ["BOUNDS", "LEVELS", "Claim", "Result", "check", "claims"]
 
@@ -205,7 +205,6 @@ def check(
     backend: Backend,
     variant: Variant,
     claim: Claim,
-    progress: Callable[[str], None] | None = None,
 ) -> Result:
     """Hold one variant to one claim, in this process.
 
@@ -213,7 +212,6 @@ def check(
         backend: the backend.
         variant: one of its variants.
         claim: the claim.
-        progress: called with the name of each case.
 
     Returns:
         The result, with the worst case.
@@ -229,8 +227,6 @@ def check(
     known = variant.misses.get(claim.kind, "") or variant.misses.get(claim.name, "")
     found: list[tuple[Measured, str]] = []
     for case in claim.cases:
-        if progress:
-            progress(case)
         try:
             measured = MEASURES[claim.kind](backend, variant, claim, case)
         except Exception as error:
@@ -335,10 +331,8 @@ def _step(backend: Backend, variant: Variant, claim: Claim, case: str) -> Measur
     """The largest error of one step, from where the backend itself stands, as a share of its bound."""
     recording = _recording(case)
     worst, where, largest, total, count = 0.0, "", 0.0, 0.0, 0
-    precise = claim.dtype if variant.traced and claim.dtype == "float64" else "float64"
-    if variant.traced and claim.dtype != "float64":
-        precise = "float32"
     inner = claim.dtype if claim.dtype in ("float64", "float32") else "float32"
+    precise = inner if variant.traced else "float64"
     before: Frame | None = None
     for frame in _walked(backend, variant.name, case):
         group = recording.groups[frame.group]
@@ -420,20 +414,9 @@ def _joined(arrays: Any, names: list[str]) -> Any:
 def _trajectory(backend: Backend, variant: Variant, claim: Claim, case: str) -> Measured:
     """The largest distance from the specification's trajectory, as a share of the way."""
     recording = _recording(case)
-    ours, theirs = (_paths(frames) for frames in (_walked(backend, variant.name, case), _reference(case)))
+    ours, theirs = map(trajectories, (_walked(backend, variant.name, case), _reference(case)))
     worst = trajectory_deviation(recording, ours, theirs)
     return Measured(worst.share, f", {worst.name}, step {worst.step}")
-
-
-def _paths(frames: list[Frame]) -> list[dict[str, Any]]:
-    """Frames as `replay` returns them."""
-    groups: dict[int, list[Frame]] = {}
-    for frame in frames:
-        groups.setdefault(frame.group, []).append(frame)
-    return [
-        {name: np.stack([frame.params[name] for frame in walked[1:]]) for name in walked[0].params}
-        for walked in groups.values()
-    ]
 
 
 def _golden_way(backend: Backend, variant: Variant, claim: Claim, case: str) -> Measured:

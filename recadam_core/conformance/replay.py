@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ __all__ = [
     "load_recording",
     "replay",
     "to_bfloat16",
+    "trajectories",
     "trajectory_deviation",
     "walk",
 ]
@@ -275,11 +276,25 @@ def replay(
         >>> replay(Case(steps=3).recording())[0]["head"].shape
         (3, 5, 2)
     """
-    paths: list[dict[str, list[Array]]] = [{n: [] for n in g.theta0} for g in recording.groups]
-    for frame in walk(recording, backend, variant, exact):
-        for name, x in frame.params.items() if frame.t else ():
+    return trajectories(walk(recording, backend, variant, exact))
+
+
+def trajectories(frames: Iterable[Frame]) -> list[dict[str, Array]]:
+    """The frames of a walk as `replay` returns them.
+
+    Example:
+        >>> from recadam_core.conformance import Case
+        >>> trajectories(walk(Case(steps=3).recording()))[0]["vector"].shape
+        (3, 40)
+    """
+    paths: list[dict[str, list[Array]]] = []
+    for frame in frames:
+        if frame.t == 0:
+            paths.append({name: [] for name in frame.params})
+            continue
+        for name, x in frame.params.items():
             paths[frame.group][name].append(x)
-    return [{n: np.stack(steps) for n, steps in path.items()} for path in paths]
+    return [{name: np.stack(steps) for name, steps in path.items()} for path in paths]
 
 
 def to_bfloat16(x: Array) -> Array:

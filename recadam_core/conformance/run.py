@@ -69,7 +69,7 @@ def plan(
         golden: a folder of golden trajectories to replay too; None for none.
 
     Returns:
-        The jobs, one for each environment, and one for each variant that takes long to start.
+        The jobs, one for each environment.
 
     Raises:
         RecAdamError: for a name that there is not, or when no claim is left.
@@ -219,10 +219,8 @@ def certify(
         futures = {pool.submit(_elsewhere, job, processes, tell): job for job in waiting}
         for future in as_completed(futures):
             results[futures[future]] = future.result()
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
     finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # first, or the next job would start
         for process in processes:
             process.terminate()
         pool.shutdown()
