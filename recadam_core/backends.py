@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import shutil
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -79,9 +80,12 @@ class Variant:
         needs: modules that must be installed.
         programs: programs that must be on the path, one of each tuple.
         environment: variables that must be set before the process starts, whatever the level.
-        traced: whether its coefficients are computed in the parameters' precision, on the device.
+        traced: whether its coefficients are computed in the parameters' precision, on the device. The
+            backend then has `traced_coefficients(t, hp, anchored, dtype)`, which gives those of an array
+            of steps in NumPy, for the claim on coefficients.
         rounds_update: whether the update is rounded to the parameter's dtype before it is added.
-        misses: claims of the conformance kit that it is known to miss, and why. A claim that is
+        misses: claims of the conformance kit that it is known to miss, and why; of a kind ("exact") or one
+            alone ("exact float32"). A claim that is
             listed and holds fails, too.
 
     Example:
@@ -98,6 +102,11 @@ class Variant:
     traced: bool = False
     rounds_update: bool = False
     misses: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("needs", "programs"):
+            if isinstance(getattr(self, name), str):
+                raise RecAdamError(f"Variant {self.name!r}: {name} is a string; give a tuple of names")
 
     def lacks(self) -> str:
         """What must be installed before this variant runs here; empty when nothing.
@@ -318,6 +327,7 @@ class Functional:
     ) -> None:
         from .optimizer import RecAdam
 
+        self.backend = backend
         self.optimizer = RecAdam(hp, backend)
         self.params, self.state = params, self.optimizer.init(params, anchors)
 
@@ -345,16 +355,30 @@ def _installed(module: str) -> bool:
 @cache
 def _load(name: str) -> Backend:
     point = _announced()[name]
+    ours = point.dist is not None and point.dist.name == "recadam-core"
     try:
         loaded = point.load()
     except ImportError as error:
-        missing = error.name or name
+        if not ours or error.name is None:
+            raise _broken(name, point, f"{type(error).__name__}: {error}") from error
         raise RecAdamError(
-            f"backend {name!r} needs {missing!r}, which is not installed; pip install 'recadam-core[{name}]'"
+            f"backend {name!r} needs {error.name!r}, which is not installed; "
+            f"pip install 'recadam-core[{name}]'"
         ) from error
+    except Exception as error:
+        raise _broken(name, point, f"{type(error).__name__}: {error}") from error
+    if isinstance(loaded, type):
+        raise _broken(name, point, "it is a class; announce an instance")
     if not isinstance(loaded, Backend):
-        raise RecAdamError(f"backend {name!r}: {point.value} lacks members of recadam_core.Backend; add them")
+        raise _broken(name, point, "it lacks members of recadam_core.Backend; add them")
+    if loaded.name != name:
+        raise _broken(name, point, f"its name is {loaded.name!r}; give it the entry point's")
     return loaded
+
+
+def _broken(name: str, point: EntryPoint, what: str) -> RecAdamError:
+    where = f" of {point.dist.name}" if point.dist else ""
+    return RecAdamError(f"backend {name!r} ({point.value}{where}) does not load: {what}".replace("\n", " "))
 
 
 def available_backends() -> list[str]:
@@ -416,8 +440,15 @@ def backend_for(array: Any) -> Backend:
     """
     for name in _announced():
         # An array of a library exists only where that library is loaded.
-        if name in sys.modules and _load(name).owns(array):
-            return _load(name)
+        if name not in sys.modules:
+            continue
+        try:
+            backend = _load(name)
+        except RecAdamError as error:  # a stranger's, which must not keep other libraries from theirs
+            warnings.warn(str(error), stacklevel=2)
+            continue
+        if backend.owns(array):
+            return backend
     if is_array_api_obj(array):
         return Specification(array_namespace(array))
     raise RecAdamError(

@@ -6,38 +6,50 @@ import signal
 import sys
 from typing import NoReturn
 
-from .errors import RecAdamError
+from .errors import Interrupted, RecAdamError
 
 __all__ = ["main"]
+
+EXTRAS = {"conformance": "conformance", "backends": "conformance"}
+"""What a sub-command needs, where that is less than the extra `finetune`."""
 
 
 def main() -> None:
     """Run the command line; bad input ends it with one line and exit code 2."""
     try:
-        import typer
-
-        from .commands import app
-    except ModuleNotFoundError as error:
-        _fail(f"the command line needs {error.name!r}; pip install 'recadam-core[finetune]'")
-    try:
         # A supervisor's SIGTERM ends a run as Ctrl-C does: child processes with it, directories true.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        sys.exit(app(standalone_mode=False))
+        _run()
     except RecAdamError as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
-        _fail(f"{error.name!r} is not installed; pip install 'recadam-core[finetune]'")
+        extra = next((EXTRAS[word] for word in sys.argv[1:] if word in EXTRAS), "finetune")
+        _fail(f"{error.name!r} is not installed; pip install 'recadam-core[{extra}]'")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}; give a path that can be written and read")
-    except (KeyboardInterrupt, typer.Abort):
-        print("recadam: interrupted", file=sys.stderr)
+    except (KeyboardInterrupt, Interrupted) as error:
+        print("; ".join(filter(None, ("recadam: interrupted", str(error)))), file=sys.stderr)
         sys.exit(130)
+
+
+def _run() -> None:
+    import typer
+
+    from .commands import app
+
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
     except Exception as error:
         # Usage errors; typer's releases differ in which package their classes are of.
         if not hasattr(error, "format_message"):
             raise
         _fail(error.format_message().replace("\n", " "))
+    if code == 130:  # typer swallows the interrupt
+        raise KeyboardInterrupt
+    sys.exit(code)
 
 
 def _fail(message: str) -> NoReturn:

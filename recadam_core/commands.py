@@ -29,9 +29,9 @@ from . import __version__
 from .annealing import ANNEALINGS, Sigmoid, annealed_weights, annealing_from_dict, release_step
 from .backends import GROUP, available_backends, get_backend
 from .conformance.claims import LEVELS, MEASURES, Result
-from .conformance.run import certify, plan_all
+from .conformance.run import certify, plan
 from .conformance.tables import COLUMNS, LEGEND, cells, grouped, markdown, support
-from .errors import RecAdamError
+from .errors import Interrupted, RecAdamError
 from .finetuning.archives import ARCHIVES, fetch
 from .finetuning.compare import PREDICTIONS, compare_runs
 from .finetuning.engine import OPTIMIZERS
@@ -48,13 +48,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-out_console = Console()
-err_console = Console(stderr=True)
+# What is printed is text: names and messages may hold square brackets, which are no markup.
+PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+out_console = Console(**PLAIN)
+err_console = Console(stderr=True, **PLAIN)
 
 
 def _show(table: Table) -> None:
     """Print a table; a pipe gets it at full width, a terminal at its own."""
-    console = out_console if out_console.is_terminal else Console(width=200)
+    console = out_console if out_console.is_terminal else Console(width=200, **PLAIN)
     console.print(table)
 
 
@@ -70,7 +72,7 @@ def _bar(total: int, label: str) -> Iterator[Callable[[int, str], None]]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     ]
     if not err_console.is_terminal:
         yield _plain(total, label)
@@ -182,9 +184,8 @@ def finetune_command(
         with _bar(config.steps, f"{task}, {backend}, {optimizer}") as tell:
             run = finetune(config, directory, overwrite, tell)
     except KeyboardInterrupt:
-        says = f"; {directory} says so" if (directory / "status.json").exists() else ""
-        print(f"recadam: interrupted{says}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        says = f"{directory} says so" if (directory / "status.json").exists() else ""
+        raise Interrupted(says) from None
     _show(_summary([run]))
     print(run.path)
 
@@ -309,8 +310,7 @@ def demo(
         with _bar(len(plan), "demo") as tell:
             runs, comparisons, page = run_demo(plan, out, jobs, tell)
     except KeyboardInterrupt:
-        print(f"recadam: interrupted; the runs in {out} say so", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise Interrupted(f"the runs in {out} say so") from None
     _show(_summary(runs))
     table = Table(box=None, pad_edge=False)
     for name in ("task", "run", "against", "agree", "weights apart", "same predictions"):
@@ -348,8 +348,10 @@ def conformance(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
 ) -> None:
     """Hold every backend to its claims, against specification and oracle. Exit 1 on any miss."""
+    if as_json and as_markdown:
+        raise RecAdamError("conformance: --json and --markdown are both given; give one of them")
     loaded = [get_backend(name) for name in backend or available_backends()]
-    planned = plan_all(loaded, variant or (), level or LEVELS, claim or (), case or (), golden)
+    planned = plan(loaded, variant or (), level or LEVELS, claim or (), case or (), golden)
     total = sum(len(job.claims) for job in planned)
     done = 0
     with _bar(total, "conformance") as tell:
@@ -359,13 +361,9 @@ def conformance(
             done += 1
             tell(done, f"{result.backend} {result.variant} {result.claim}")
 
-        try:
-            results = certify(planned, jobs, count)
-        except KeyboardInterrupt:
-            print("recadam: interrupted", file=sys.stderr)
-            raise typer.Exit(130) from None
+        results = certify(planned, jobs, count)
     if as_json:
-        print(json.dumps([result.to_dict() for result in results], indent=2))
+        print(json.dumps([result.to_dict() for result in results], indent=2, allow_nan=False))
     elif as_markdown:
         print(markdown(results))
     else:
@@ -381,6 +379,8 @@ def conformance(
                 print(f"{result.verdict}: {result.command}")
     if not all(result.passes for result in results):
         raise typer.Exit(1)
+    if all(result.lacks for result in results):
+        raise RecAdamError(f"conformance: nothing was tried; install {results[0].lacks}")
 
 
 @app.command("fetch")
@@ -466,7 +466,11 @@ def backends(
             release = version(name)
         except PackageNotFoundError:
             release = ""
-        c = get_backend(name).capabilities
+        try:
+            c = get_backend(name).capabilities
+        except RecAdamError as error:
+            table.add_row(name, str(error), "", "", "", "")
+            continue
         ways = (f"{v.name} (needs {v.lacks()})" if v.lacks() else v.name for v in c.variants)
         columns = (c.dtypes, c.devices, ways, c.finetunes)
         table.add_row(name, f"{name} {release}", *map(", ".join, columns))

@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["RecAdamError", "check_number", "unknown"]
+__all__ = ["Interrupted", "RecAdamError", "check_number", "unknown"]
+
+
+class Interrupted(Exception):
+    """A command was interrupted, and left behind what the message says.
+
+    Example:
+        >>> str(Interrupted("the runs in runs/demo say so"))
+        'the runs in runs/demo say so'
+    """
 
 
 class RecAdamError(ValueError):

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
 from recadam_core import Backend, RecAdamError, available_backends, backend_for, get_backend
 from recadam_core import backends as registry
+from recadam_core.backends import Specification
 
 
 def python(code, *flags):
@@ -50,21 +51,28 @@ def test_an_unknown_name_and_a_thing_that_is_no_array():
         backend_for([1.0])
 
 
+class Elsewhere:
+    """The entry point of a stranger's backend."""
+
+    value = "mylib_recadam:backend"
+
+    def __init__(self, found, of="mylib-recadam"):
+        self.found, self.dist = found, SimpleNamespace(name=of)
+
+    def load(self):
+        if isinstance(self.found, Exception):
+            raise self.found
+        return self.found
+
+
 def test_a_backend_whose_library_is_missing_says_what_to_install(monkeypatch):
-    point = SimpleNamespace(name="nolib", value="nolib:backend", load=lambda: __import__("no_such_library"))
-    monkeypatch.setattr(registry, "_announced", lambda: {"nolib": point})
+    missing = ModuleNotFoundError("No module named 'no_such_library'", name="no_such_library")
+    monkeypatch.setattr(registry, "_announced", lambda: {"nolib": Elsewhere(missing, "recadam-core")})
     with pytest.raises(
         RecAdamError, match=r"backend 'nolib' needs 'no_such_library'.*pip install 'recadam-core\[nolib\]'"
     ):
         get_backend("nolib")
     assert available_backends() == []
-
-
-def test_an_incomplete_backend_is_refused(monkeypatch):
-    point = SimpleNamespace(name="half", value="half:backend", load=lambda: SimpleNamespace(name="half"))
-    monkeypatch.setattr(registry, "_announced", lambda: {"half": point})
-    with pytest.raises(RecAdamError, match="half:backend lacks members"):
-        get_backend("half")
 
 
 def test_a_library_of_the_standard_is_served_by_the_specification():
@@ -78,3 +86,25 @@ def test_a_library_of_the_standard_is_served_by_the_specification():
 def test_jax_refuses_to_make_float64_into_float32():
     with pytest.raises(RecAdamError, match="float64 into float32; set JAX_ENABLE_X64=1"):
         get_backend("jax").from_numpy(np.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (AttributeError("no 'backend'"), "AttributeError: no 'backend'"),
+        (ModuleNotFoundError("No module named 'x'", name="x"), "ModuleNotFoundError: No module named 'x'"),
+        (Specification, "it is a class; announce an instance"),
+        (object(), "it lacks members of recadam_core.Backend; add them"),
+        (Specification(np), "its name is 'numpy'; give it the entry point's"),
+    ],
+)
+def test_a_broken_backend_is_named_and_keeps_no_array_from_its_own(monkeypatch, found, says):
+    announced = {"mylib": Elsewhere(found), **registry._announced()}
+    monkeypatch.setattr(registry, "_announced", lambda: announced)
+    monkeypatch.setitem(sys.modules, "mylib", ModuleType("mylib"))
+    where = "backend 'mylib' (mylib_recadam:backend of mylib-recadam) does not load: "
+    with pytest.raises(RecAdamError) as caught:
+        get_backend("mylib")
+    assert str(caught.value) == where + says
+    with pytest.warns(UserWarning, match="does not load"):
+        assert backend_for(np.ones(2)).name == "numpy"

@@ -108,12 +108,9 @@ def test_frameworks_part_where_they_differentiate(runs, name, dtype):
     numpy_kernel, kernel = parting.kernels
     assert (numpy_kernel.operations, numpy_kernel.explained) == ((), 4096)
     assert kernel.explained == 4096
-    expected = {
-        ("torch", "float64"): (),
-        ("torch", "float32"): (ROOT,),
-        ("jax", "float64"): ("the coefficients, computed traced",),
-    }
-    assert kernel.operations in (expected[name, dtype], ())
+    # Which of torch's square roots are correctly rounded depends on the processor.
+    expected = {"torch": (ROOT,), "jax": ("the coefficients, computed traced",)}
+    assert kernel.operations in (expected[name], ())
     lines = parting.lines()
     assert lines[0].startswith("first difference: step 1, body.0.weight[")
     assert "so differentiation made the first difference" in lines[1]

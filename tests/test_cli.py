@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from recadam_core import Hyperparameters, Linear, Sigmoid
+from recadam_core import Hyperparameters, Linear, RecAdamError, Sigmoid, commands
+from recadam_core.backends import Variant
 from recadam_core.finetuning import load_run
 from recadam_core.finetuning.advice import schedule_advice
 
@@ -179,3 +180,30 @@ def test_a_demo_that_ends_early_takes_its_runs_along(tmp_path, number):
     while any(load_run(path.parent).status["state"] == "running" for path in started):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_what_is_printed_is_no_markup(monkeypatch, capsys):
+    """An extra in brackets, or a message with a slash in them, is text."""
+    monkeypatch.setattr(commands, "available_backends", list)
+    commands.backends()
+    assert "pip install 'recadam-core[jax]'" in capsys.readouterr().out
+    table = commands.Table("[/x]")
+    table.add_row("list[int] :smile:")
+    commands._show(table)
+    assert "list[int] :smile:" in capsys.readouterr().out
+
+
+def test_runs_that_part_are_compared_in_json_too(tmp_path, recadam):
+    for backend in ("numpy", "torch"):
+        recadam("finetune", "digits", "--backend", backend, "--steps", 3, "--out", tmp_path / backend)
+    result = recadam("compare", tmp_path / "numpy", tmp_path / "torch", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)[0]["parting"]["repeats"] is True
+
+
+def test_nothing_tried_is_no_success(monkeypatch):
+    monkeypatch.setattr(Variant, "lacks", lambda self: "numba")
+    with pytest.raises(RecAdamError, match="nothing was tried; install numba"):
+        commands.conformance(["numpy"], ["fused"], claim=["denormals"], jobs=1)
+    with pytest.raises(RecAdamError, match="give one of them"):
+        commands.conformance(as_json=True, as_markdown=True)

@@ -94,16 +94,16 @@ def test_the_strictest_array_api_walks_the_same_bits(dtype):
 def test_the_cases_cover_what_they_promise():
     for dtype, cases in EXACT.items():
         assert any(case.steps == 1000 for case in cases)
-        assert {case.arrays for case in cases} >= {"one", "mixed", "few", "large"}
+        assert {case.arrays for case in cases} >= {"one", "mixed", "few", "solo", "large"}
         for part in ("form", "annealing", "settings"):
             assert len({getattr(case, part) for case in cases}) >= 3, (dtype, part)
     pairs = {(case.form, case.annealing) for case in EXACT["float32"] if case.arrays == "mixed"}
     assert len(pairs) == 15
-    assert sum(case.steps == 1000 for case in EXACT["float32"]) == 3
     assert len(ARRAYS["many"]) == 1000
     assert ARRAYS["large"]["embedding"].shape[0] > 2**18
     assert {v.numbers for v in ARRAYS["mixed"].values()} == {"usual", "zeros", "at anchor", "huge"}
     assert set(FAST) == {"float32", "float64", "bfloat16", "float16"}
+    assert all({case.arrays for case in cases} == {"few", "mixed", "wide"} for cases in FAST.values())
 
 
 def test_special_numbers_are_what_they_are_called():
@@ -243,8 +243,13 @@ def test_a_known_miss_must_be_one(share, verdict):
 @pytest.mark.parametrize(
     ("declared", "message"),
     [
-        ({"misses": {"denormal": "why"}}, "unknown claim in the misses of 'off by 0.0': 'denormal'"),
+        (
+            {"misses": {"denormal": "why"}},
+            "unknown claim in the misses of 'off by 0.0' 'functional': 'denormal'",
+        ),
         ({"misses": {"step float46": "why"}}, "unknown claim in the misses"),
+        ({"misses": {"step bfloat16": "why"}}, "unknown claim in the misses"),
+        ({"misses": {"coefficients": "why"}}, "unknown claim in the misses"),
         ({"dtypes": ("float46",)}, "unknown dtype in the capabilities of 'off by 0.0': 'float46'"),
     ],
 )
@@ -303,6 +308,192 @@ def test_bad_manners_are_a_miss(manner, says):
     result = check(backend, variant, claim)
     assert result.verdict == "NO"
     assert says in result.where
+
+
+class Faulty(Specification):
+    """The specification over NumPy with one fault, which a subclass puts in."""
+
+    def __init__(self):
+        super().__init__(np)
+        self.capabilities = Capabilities(("float16", "float32", "float64"))
+
+
+class CopiesNothing(Faulty):
+    def copy(self, array):
+        return array
+
+
+class ReadsViews(Faulty):
+    def to_numpy(self, array):
+        return array
+
+
+class MakesViews(Faulty):
+    def from_numpy(self, array, dtype=None):
+        return np.asarray(array, dtype=dtype or array.dtype)
+
+
+class OwnsAll(Faulty):
+    def owns(self, array):
+        return True
+
+
+class WritesMoments(Faulty):
+    def step(self, params, grads, moments, anchors, c):
+        new, states = super().step(params, grads, moments, anchors, c)
+        for old, s in zip(moments, states, strict=True):
+            if old.m.shape:
+                old.m[...] = s.m
+        return new, states
+
+
+class ReusesResults(Faulty):
+    buffers: dict = {}  # noqa: RUF012
+
+    def step(self, params, grads, moments, anchors, c):
+        new, states = super().step(params, grads, moments, anchors, c)
+        for i, x in enumerate(new):
+            buffer = self.buffers.setdefault((i, x.shape, x.dtype.name), np.empty_like(x))
+            buffer[...] = x
+            new[i] = buffer
+        return new, states
+
+
+class WritesLate(Faulty):
+    calls = 0
+
+    def step(self, params, grads, moments, anchors, c):
+        result = super().step(params, grads, moments, anchors, c)
+        self.calls += 1
+        if self.calls > 4:
+            for grad in grads:
+                grad[...] = 0
+        return result
+
+
+class ByOrder(Faulty):
+    def stepper(self, variant, params, anchors, hp, exact=False):
+        inner = super().stepper("functional", params, anchors, hp)
+
+        class Zips(type(inner)):
+            def __call__(self, grads, lr):
+                return super().__call__(dict(zip(self.params, grads.values(), strict=True)), lr)
+
+        inner.__class__ = Zips
+        return inner
+
+
+class HidesNaN(Faulty):
+    def step(self, params, grads, moments, anchors, c):
+        return super().step(params, [np.nan_to_num(g) for g in grads], moments, anchors, c)
+
+
+class OneDtype(Faulty):
+    def step(self, params, grads, moments, anchors, c):
+        new, states = super().step(params, grads, moments, anchors, c)
+        return [x.astype(new[0].dtype) for x in new], states
+
+
+class SharesMoments(Faulty):
+    kept: dict = {}  # noqa: RUF012
+
+    def step(self, params, grads, moments, anchors, c):
+        moments = [self.kept.get((i, x.shape, float(c.step) > 1e-5), s) for i, (x, s) in
+                   enumerate(zip(params, moments, strict=True))]  # fmt: skip
+        new, states = super().step(params, grads, moments, anchors, c)
+        self.kept.update({(i, x.shape, True): s for i, (x, s) in enumerate(zip(new, states, strict=True))})
+        return new, states
+
+
+class WidensMoments(Faulty):
+    def step(self, params, grads, moments, anchors, c):
+        new, states = super().step(params, grads, moments, anchors, c)
+        return new, [type(s)(s.m.astype(np.float64), s.v.astype(np.float64)) for s in states]
+
+
+class Untouched(Faulty):
+    def stepper(self, variant, params, anchors, hp, exact=False):
+        return Specification(np).stepper(variant, params, anchors, hp)
+
+
+class LargeWrong(Faulty):
+    def step(self, params, grads, moments, anchors, c):
+        new, states = super().step(params, grads, moments, anchors, c)
+        return [x * (x.size < 1000) for x in new], states
+
+
+class Misreads(Faulty):
+    def step(self, params, grads, moments, anchors, c):
+        grads = [g if g.flags.c_contiguous else g.T.reshape(g.shape) for g in grads]
+        return super().step(params, grads, moments, anchors, c)
+
+
+@pytest.mark.parametrize(
+    ("faulty", "kind", "says"),
+    [
+        (CopiesNothing, "manners", "copy shares memory"),
+        (ReadsViews, "manners", "to_numpy shares memory"),
+        (MakesViews, "manners", "from_numpy shares memory"),
+        (OwnsAll, "manners", "owns accepts a builtins.float"),
+        (WritesMoments, "manners", "step 2 changed the m of step 1, 'vector'; copy before writing"),
+        (ReusesResults, "manners", "step 2 changed the parameter of step 1, 'scalar'"),
+        (WritesLate, "manners", "step 3 changed the gradient of step 3, 'scalar'"),
+        (ByOrder, "manners", "gradient of 'scalar' has shape (5, 2)"),
+        (HidesNaN, "manners", "NaN or infinity leaves its parameter finite"),
+        (OneDtype, "manners", "beside others a float32 parameter came back as float16"),
+        (SharesMoments, "manners", "gradients in another order change 'head'"),
+        (WidensMoments, "step", "m of 'scalar' is float64; keep the moments of float32 in float32"),
+        (Untouched, "step", "is not recadam_core.backends.Functional over this backend"),
+        (LargeWrong, "step", "wide/float32/2, embedding"),
+        (Misreads, "step", "transposed (m), step 1"),
+    ],
+)
+def test_a_fault_is_found_in_the_default_setting(faulty, kind, says):
+    backend = faulty()
+    variant = backend.capabilities.variants[0]
+    (claim,) = [c for c in claims(backend, variant, "fast") if (c.kind, c.dtype) == (kind, "float32")]
+    short = tuple(name for name in claim.cases if kind == "manners" or "/few/" not in name or "/45" in name)
+    found = check(backend, variant, dataclasses.replace(claim, cases=short))
+    assert found.verdict == "NO"
+    assert says in found.where
+
+
+def test_the_specification_has_no_such_fault():
+    for variant in (backend := Faulty()).capabilities.variants:
+        for claim in claims(backend, variant, "fast"):
+            if claim.kind == "manners":
+                assert check(backend, variant, claim).verdict == "yes"
+
+
+def test_a_mended_backend_of_the_same_name_is_looked_at_anew():
+    claim = Claim("step", "fast", "float32", (Case(dtype="float32", steps=4).name,))
+    off, mended = Off(1e-3), Off(0.0)
+    off.name = mended.name = "mended"
+    verdicts = [check(b, b.capabilities.variants[0], claim).verdict for b in (off, mended, off)]
+    assert verdicts == ["NO", "yes", "NO"]
+
+
+def test_values_that_overflow_alike_are_no_deviation():
+    case = Case("proximal", "pull", "sign", "mixed", "float32", 12).name
+    claim = Claim("trajectory", "fast", "float32", (case,))
+    assert check(NUMPY, NUMPY.capabilities.variant("specification"), claim).verdict == "yes"
+
+
+def test_json_has_no_infinity():
+    result = Result("x", "y", "fast", "step float32", 1, np.inf, 1.0)
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["worst"] is None
+
+
+def test_a_string_in_place_of_a_tuple_is_an_error():
+    with pytest.raises(RecAdamError, match="Variant 'x': needs is a string; give a tuple of names"):
+        Variant("x", needs="numba")
+
+    class Stringy(BackendConformance):
+        backend = "numpy"
+        kinds = "denormals"
+
+    with pytest.raises(RecAdamError, match="Stringy: kinds is a string; give a tuple of names"):
+        Stringy().jobs()
 
 
 def test_what_owns_nothing_is_a_miss():
@@ -508,7 +699,7 @@ def stranger(tmp_path_factory):
 
 def test_a_stranger_finds_its_backend_and_the_kit(stranger):
     result = stranger("pytest", "-q", "-p", "no:cacheprovider", "test_mine.py", "-k", "denormals")
-    assert "2 passed, 6 deselected" in result.stdout, result.stdout + result.stderr
+    assert "2 passed, 7 deselected" in result.stdout, result.stdout + result.stderr
     result = stranger("recadam_core", "conformance", "--backend", "dask", "--claim", "denormals", "--json")
     assert [r["verdict"] for r in json.loads(result.stdout)] == ["yes", "yes"], result.stderr
     where = stranger("pytest", "--collect-only", "-q", "test_mine.py")

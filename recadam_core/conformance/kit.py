@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..backends import get_backend
+from ..errors import RecAdamError
 from .claims import LEVELS, Claim, Result
 from .run import Job, certify, is_here, plan
 
@@ -51,6 +52,9 @@ class BackendConformance:
     def jobs(self) -> list[Job]:
         """What is to be shown."""
         backend = get_backend(self.backend)
+        for name in ("variants", "levels", "kinds", "cases"):
+            if isinstance(getattr(self, name), str):
+                raise RecAdamError(f"{type(self).__name__}: {name} is a string; give a tuple of names")
         return plan(backend, self.variants, self.levels, self.kinds, self.cases, self.golden)
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
@@ -69,7 +73,8 @@ class BackendConformance:
             pytest.skip(f"needs {result.lacks}")
         if result.verdict == "known":
             pytest.xfail(result.known)
-        measured = f"{result.worst:.3g}, bound {result.bound:g}; {result.where}; {result.command}"
+        measured = f"{result.worst:.3g}, bound {result.bound:g}"
+        measured = "; ".join(filter(None, (measured, result.where, result.command)))
         assert result.verdict != "STALE", f"declared as missed ({result.known}), but holds: {measured}"
         assert result.passes, measured
 

@@ -11,12 +11,17 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import mpmath
 import numpy as np
 
 from ..annealing import RECALL_FLOOR, Constant, Linear, Sigmoid
 from ..coefficients import Coefficients
+from ..errors import RecAdamError
 from ..hyperparameters import Hyperparameters
+
+try:
+    import mpmath
+except ModuleNotFoundError:
+    raise RecAdamError("the kit needs 'mpmath'; pip install 'recadam-core[conformance]'") from None
 
 __all__ = ["Exactly", "Spread", "budget", "exact_coefficients", "exact_step", "spread", "ulp"]
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..annealing import Annealing, Constant, Linear, Sigmoid
-from ..backends import Backend, Functional, Specification
+from ..backends import Backend, Functional, Specification, Stepper
 from ..errors import RecAdamError
 from ..hyperparameters import Hyperparameters
 from ..update import Moments
@@ -203,6 +203,11 @@ def walk(
             if not all(map(backend.owns, params.values())):
                 raise RecAdamError(f"backend {backend.name!r} does not own what it made itself; mend owns")
             stepper = backend.stepper(variant, params, anchors, group.hp, exact)
+            if variant == "functional" and not _is_functional(stepper, backend):
+                raise RecAdamError(
+                    "stepper('functional', ...) is not recadam_core.backends.Functional over this backend; "
+                    "return that, so that Backend.step is what is tried"
+                )
             kinds = {name: (x.dtype, tuple(x.shape)) for name, x in params.items()}
             for t in range(len(recording.lr) + 1):
                 lr = float(recording.lr[t - 1]) if t else 0.0
@@ -220,6 +225,8 @@ def walk(
                             f"{kinds[name][0]} of {kinds[name][1]}; round the sum to the parameter's dtype"
                         )
                 states = stepper.moments() if moments else {}
+                for name, state in states.items():
+                    _check_moments(backend, name, recording.dtype, state)
                 yield Frame(
                     index,
                     t,
@@ -228,6 +235,10 @@ def walk(
                     {n: backend.to_numpy(x) for n, x in params.items()},
                     {n: Moments(*map(backend.to_numpy, state)) for n, state in states.items()},
                 )
+
+
+def _is_functional(stepper: Stepper, backend: Backend) -> bool:
+    return isinstance(stepper, Functional) and type(stepper.backend) is type(backend)
 
 
 def _copies(backend: Backend, *arrays: Mapping[str, Any]) -> list[dict[str, Array]]:
@@ -240,6 +251,13 @@ def _check_arguments(t: int, before: list[dict[str, Array]], after: list[dict[st
         for name, x in old.items():
             if not np.array_equal(x, new[name], equal_nan=True):
                 raise RecAdamError(f"step {t}: {what} {name!r} was changed by the step; copy before writing")
+
+
+def _check_moments(backend: Backend, name: str, dtype: str, state: Moments) -> None:
+    wanted = dtype if dtype in ("float64", "float32") else "float32"
+    for letter, x in zip("mv", state, strict=True):
+        if (told := backend.to_numpy(x).dtype.name) != wanted:
+            raise RecAdamError(f"{letter} of {name!r} is {told}; keep the moments of {dtype} in {wanted}")
 
 
 def _place(backend: Backend, x: Array, dtype: str, layout: str) -> Any:
@@ -348,11 +366,14 @@ def trajectory_deviation(
             raise RecAdamError(f"{recording.name}: no recorded weights; give a trajectory to compare with")
         for name, path in reference.items():
             axes = tuple(range(1, path.ndim))
-            exact, start = path.astype(np.float64), group.theta0[name].astype(np.float64)
-            gap = np.sqrt(np.square(ours[index][name].astype(np.float64) - exact).sum(axis=axes))
-            # The furthest so far: an array that comes back to its start has still travelled.
-            travelled = np.maximum.accumulate(np.sqrt(np.square(exact - start).sum(axis=axes)))
+            exact, got, start = (x.astype(np.float64) for x in (path, ours[index][name], group.theta0[name]))
             with np.errstate(divide="ignore", invalid="ignore"):
+                # Where both overflowed alike there is no gap, and where one did, an infinite one.
+                apart = np.where((got == exact) | (np.isnan(got) & np.isnan(exact)), 0.0, got - exact)
+                way = np.where(np.isfinite(exact), exact - start, 0.0)
+                gap = np.sqrt(np.square(apart).sum(axis=axes))
+                # The furthest so far: an array that comes back to its start has still travelled.
+                travelled = np.maximum.accumulate(np.sqrt(np.square(way).sum(axis=axes)))
                 share = np.where(gap == 0, 0.0, gap / travelled)
             share = np.where(np.isnan(share), np.inf, share)
             t = int(np.argmax(share))

@@ -18,7 +18,7 @@ from ..errors import RecAdamError, unknown
 from .cases import Case
 from .claims import LEVELS, MEASURES, Claim, Result, check, claims
 
-__all__ = ["Job", "certify", "environment", "is_here", "plan", "plan_all"]
+__all__ = ["Job", "certify", "environment", "is_here", "plan"]
 
 
 @dataclass(frozen=True)
@@ -51,64 +51,34 @@ def environment(variant: Variant, level: str) -> dict[str, str]:
 
 
 def plan(
-    backend: Backend,
+    backends: Backend | Sequence[Backend],
     variants: Sequence[str] = (),
     levels: Sequence[str] = LEVELS,
     kinds: Sequence[str] = (),
     cases: Sequence[str] = (),
     golden: Path | None = None,
 ) -> list[Job]:
-    """The claims about a backend, by the environment that they need.
+    """The claims about backends, by the environment that they need.
 
     Args:
-        backend: the backend.
-        variants: names of its variants; empty for all.
-        levels: some of `LEVELS`.
-        kinds: kinds of claim; empty for all.
-        cases: names of cases, of annealings or of golden files; empty for those of each claim.
-        golden: a folder of golden trajectories to replay too; None for none.
-
-    Returns:
-        The jobs, one for each environment.
-
-    Raises:
-        RecAdamError: for a name that there is not, or when no claim is left.
-
-    Example:
-        >>> [job.backend for job in plan(get_backend("numpy"), levels=["exact"])]
-        ['numpy']
-    """
-    return plan_all([backend], variants, levels, kinds, cases, golden)
-
-
-def plan_all(
-    backends: Sequence[Backend],
-    variants: Sequence[str] = (),
-    levels: Sequence[str] = LEVELS,
-    kinds: Sequence[str] = (),
-    cases: Sequence[str] = (),
-    golden: Path | None = None,
-) -> list[Job]:
-    """`plan` for several backends; a choice that one of them lacks leaves it out.
-
-    Args:
-        backends: the backends.
+        backends: the backend, or several; a choice that one of them lacks leaves that one out.
         variants: names of variants; empty for all.
         levels: some of `LEVELS`.
         kinds: kinds of claim; empty for all.
-        cases: names of cases, of annealings or of golden files; empty for those of each claim.
+        cases: names of cases, of annealings, of manners or of golden files; empty for those of each claim.
         golden: a folder of golden trajectories to replay too; None for none.
 
     Returns:
-        The jobs.
+        The jobs, one for each backend and environment.
 
     Raises:
         RecAdamError: for a name that there is not in any of them, or when no claim is left.
 
     Example:
-        >>> [job.backend for job in plan_all([get_backend("numpy")], levels=["exact"])]
+        >>> [job.backend for job in plan(get_backend("numpy"), levels=["exact"])]
         ['numpy']
     """
+    backends = backends if isinstance(backends, Sequence) else [backends]
     for kind in kinds:
         if kind not in MEASURES:
             raise unknown("claim", kind, MEASURES)
@@ -167,7 +137,7 @@ def _chosen(claim: Claim, cases: Sequence[str]) -> Iterator[str]:
     for case in cases:
         if claim.kind == "golden":
             yield from (path for path in claim.cases if Path(path).name == case)
-        elif claim.kind == "coefficients":
+        elif claim.kind in ("coefficients", "manners"):
             yield from (name for name in claim.cases if name == case)
         elif "/" in case:
             parsed = Case.named(case)

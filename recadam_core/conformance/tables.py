@@ -27,6 +27,7 @@ COLUMNS = {
 LEGEND = """\
 worst, of exact and denormals: how many values differ in any bit from the specification's
 worst, of step and coefficients: largest error against the oracle, as a share of its derived bound
+worst, of manners: 0, or infinity where one was amiss
 worst, of trajectory and golden: largest distance between trajectories, as a share of the distance travelled
 ulps, mean: largest and mean error in ulps of the largest operand
 a worst case alone: recadam conformance --backend BACKEND --variant VARIANT --claim CLAIM --case CASE"""

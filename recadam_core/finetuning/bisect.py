@@ -136,7 +136,7 @@ def bisect_runs(reference: Run, other: Run, progress: Callable[[int], None] | No
         for t, records, weights in _together(runs):
             tell(t)
             for run, record in zip(runs, records, strict=True):
-                repeats &= record.loss == run.steps["loss"][t - 1]
+                repeats = repeats and bool(record.loss == run.steps["loss"][t - 1])
             found = _difference(*weights)
             if found is not None:
                 break
