@@ -709,4 +709,4 @@ def test_a_stranger_finds_its_backend_and_the_kit(stranger):
 @pytest.mark.heavy
 def test_a_stranger_passes_the_whole_kit(stranger):
     result = stranger("pytest", "-q", "-p", "no:cacheprovider", "test_mine.py")
-    assert "8 passed" in result.stdout, result.stdout + result.stderr
+    assert "9 passed" in result.stdout, result.stdout + result.stderr
