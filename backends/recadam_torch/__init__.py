@@ -5,8 +5,21 @@ from recadam_torch import RecAdam
 optimizer = RecAdam(model.named_parameters(), lr=2e-5)     # anchored where the model is now
 """
 
+from .anchors import Anchors, Coverage, CoverageWarning
 from .backend import TorchBackend, backend
+from .groups import param_groups
 from .kernel import kernel_
 from .optimizer import RecAdam
+from .telemetry import Drift
 
-__all__ = ["RecAdam", "TorchBackend", "backend", "kernel_"]
+__all__ = [
+    "Anchors",
+    "Coverage",
+    "CoverageWarning",
+    "Drift",
+    "RecAdam",
+    "TorchBackend",
+    "backend",
+    "kernel_",
+    "param_groups",
+]

@@ -2,54 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache, partial
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
-from recadam_core import (
-    Coefficients,
-    Hyperparameters,
-    RecAdamError,
-    Sigmoid,
-    annealing_from_dict,
-    annealing_to_dict,
-    coefficients,
-    release_step,
-)
-from recadam_core.annealing import ANNEALINGS
+from recadam_core import RecAdamError, Sigmoid, coefficients
+from recadam_core.annealing import annealed_weights
 from recadam_core.optimizer import check_anchors
 
+from .anchors import Anchors, bare
+from .checkpoints import anchor_of, check_saved, from_file, saved_anchors, take_hashes
 from .fused import fused_kernel
 from .kernel import kernel_
+from .settings import FLAGS, check_settings, group_policy, named, plain, rate_of
+from .shards import is_sharded, like, local, summed
+from .stepping import Work, execute
+from .telemetry import Drift, drift_of, squares
 
 __all__ = ["RecAdam"]
-
-_POLICY = ("betas", "eps", "weight_decay", "gamma", "bias_correction", "form")
-
-
-def _policy(annealing: Any, values: tuple[Any, ...]) -> tuple[Hyperparameters, int | None]:
-    if isinstance(annealing, tuple):
-        annealing = annealing_from_dict(dict(annealing))
-    hp = Hyperparameters(annealing=annealing, **dict(zip(_POLICY, values, strict=True)))
-    return hp, release_step(annealing)
-
-
-_cached_policy = lru_cache(maxsize=256)(_policy)
-
-
-def _group_policy(group: Mapping[str, Any]) -> tuple[Hyperparameters, int | None]:
-    """The settings of a parameter group, and the step that releases its anchors."""
-    annealing = group["annealing"]
-    values = tuple(tuple(v) if isinstance(v, list) else v for v in map(group.get, _POLICY))
-    if isinstance(annealing, dict):
-        return _cached_policy(tuple(annealing.items()), values)
-    return _policy(annealing, values)  # a stranger's object, which may change
 
 
 class RecAdam(Optimizer):
@@ -60,7 +37,7 @@ class RecAdam(Optimizer):
         with the coefficients of `recadam_core.coefficients`.
 
     Args:
-        params: parameters, groups of them, or `model.named_parameters()`.
+        params: parameters, groups of them (as `param_groups` makes), or `model.named_parameters()`.
         lr: learning rate; a float or a 0-d tensor. Schedulers set it as in every torch optimizer.
         betas: decay rates of Adam's moments.
         eps: under Adam's fraction.
@@ -68,9 +45,9 @@ class RecAdam(Optimizer):
             pretrained weights.
         gamma: strength of the pull; lr * gamma is the share of the way home in one step.
         annealing: `Sigmoid`, `Linear`, `Constant`, or any object with their method `weights`.
-        anchors: pretrained values by parameter name, copied. A parameter without one is a new head
-            and gets plain Adam(W). None anchors every parameter where it is now, except in groups
-            that say `"anchored": False`.
+        anchors: pretrained values by parameter name: `Anchors`, or a state dict, which is copied. A
+            parameter without one is a new head and gets plain Adam(W). None anchors every parameter
+            where it is now, except in groups that say `"anchored": False`.
         bias_correction: whether the moments are corrected for their start at zero.
         form: "decoupled" (the paper's algorithm), "released" (the authors' code) or "proximal"
             (stable at any lr * gamma).
@@ -81,6 +58,13 @@ class RecAdam(Optimizer):
         exact: whether to give the bits of `recadam_core.update`: on the CPU, where torch's square root is
             not correctly rounded, NumPy takes it. Slower there; on other devices and with `fused` free.
         maximize: whether to climb instead of descend; the pull stays a pull.
+        capturable: whether step counts and coefficients stay on the parameters' device, so that a CUDA
+            graph can hold the step. Anchors are not freed then, and a diverging pull is not refused.
+        differentiable: whether autograd may go through the step, as in meta-learning.
+        rounding: of 16-bit parameters: "nearest"; "stochastic" (bfloat16: up or down by chance, right on
+            average); or "compensated" (what is lost is kept in the state, two bytes a parameter).
+        save_anchors: whether checkpoints hold the anchors. Otherwise they hold a hash of each, and the
+            name of the file it came from.
 
     Every argument but `anchors`, `params` and `maximize` may differ from group to group.
 
@@ -95,7 +79,7 @@ class RecAdam(Optimizer):
         >>> model(torch.ones(1, 2)).sum().backward()
         >>> optimizer.step()
         >>> sorted(optimizer.state[model.weight])
-        ['anchor', 'exp_avg', 'exp_avg_sq', 'step']
+        ['anchor', 'anchor_hash', 'exp_avg', 'exp_avg_sq', 'step']
 
     Source: arXiv 2004.12651, Algorithm 1.
     """
@@ -117,6 +101,10 @@ class RecAdam(Optimizer):
         fused: bool | str = False,
         exact: bool = False,
         maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        rounding: str = "nearest",
+        save_anchors: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -132,10 +120,17 @@ class RecAdam(Optimizer):
             "fused": fused,
             "exact": exact,
             "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "rounding": rounding,
+            "save_anchors": save_anchors,
+            "anchor_source": "",
         }
-        defaults = {name: _plain(value) for name, value in defaults.items()}
+        defaults = {name: plain(value) for name, value in defaults.items()}
         # Read by add_param_group, which the base class calls for each group.
         self._anchors = anchors
+        self._names: dict[Tensor, str] = {}
+        self._last: list[Work] = []
         super().__init__(params, defaults)
         self._anchors = None
         if anchors is not None:
@@ -145,15 +140,18 @@ class RecAdam(Optimizer):
             if len(set(names)) < len(names):
                 twice = next(name for name in names if names.count(name) > 1)
                 raise RecAdamError(f"anchors: two parameters are named {twice!r}; give the groups full names")
-            check_anchors(dict(zip(names, shapes, strict=True)), anchors)
+            if not isinstance(anchors, Anchors):
+                check_anchors(dict(zip(names, shapes, strict=True)), anchors)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle."""
         super().__setstate__(state)
-        self._anchors = None
+        self._anchors, self._last = None, []
+        self._names = {}
         for group in self.param_groups:
-            for name in ("fused", "exact"):
-                group.setdefault(name, False)
+            for name, value in {"fused": False, **FLAGS}.items():
+                group.setdefault(name, value)
+            self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -166,63 +164,65 @@ class RecAdam(Optimizer):
         Raises:
             RecAdamError: as the constructor; then nothing is added.
         """
-        group = {key: _plain(value) for key, value in param_group.items()}
+        group = {key: plain(value) for key, value in param_group.items()}
         own = group.pop("anchors", None)
         settings = {**self.defaults, **group}
-        hp, _ = _group_policy(settings)
-        _rate(settings["lr"], hp)
-        for name in ("bias_correction", "anchored", "maximize", "exact"):
-            if not isinstance(settings[name], bool):
-                raise RecAdamError(f"RecAdam: {name} is {settings[name]!r}; give True or False")
-        if settings["foreach"] not in (True, False, None):
-            raise RecAdamError(f"RecAdam: foreach is {settings['foreach']!r}; give True, False or None")
-        if settings["foreach"] and settings["fused"]:
-            raise RecAdamError("RecAdam: foreach and fused are both set; give one of them")
+        hp, _ = group_policy(settings)
+        rate_of(settings["lr"], hp)
+        check_settings(settings)
         if own is not None and not settings["anchored"]:
             raise RecAdamError("RecAdam: a group has anchors and says 'anchored': False; leave one out")
+        anchors = self._anchors if own is None else own
+        if isinstance(anchors, Anchors):
+            group.setdefault("anchor_source", anchors.source.path)
         super().add_param_group(group)
         group = self.param_groups[-1]
         try:
-            states = self._initial_states(group, self._anchors if own is None else own)
-            if own is not None:
+            states = self._initial_states(group, anchors)
+            if own is not None and not isinstance(own, Anchors):
                 shapes = [p.shape for p in group["params"]]
                 check_anchors(dict(zip(group["param_names"], shapes, strict=True)), own)
         except BaseException:
             self.param_groups.pop()
             raise
-        for p, state in zip(group["params"], states, strict=True):
-            self.state[p] = state
+        self.state.update(zip(group["params"], states, strict=True))
+        self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
 
     def _initial_states(self, group: dict[str, Any], anchors: Mapping[str, Tensor] | None) -> list[Any]:
-        names = group.get("param_names")
-        if anchors is not None and names is None:
+        if anchors is not None and "param_names" not in group:
             raise RecAdamError(
                 "anchors are matched by name; pass model.named_parameters() instead of model.parameters()"
             )
         states = []
-        for index, p in enumerate(group["params"]):
-            name = names[index] if names else f"params[{index}]"
+        for name, p in named(group):
             if not p.is_floating_point():
                 raise RecAdamError(f"parameter {name!r} has dtype {p.dtype}; give a real floating tensor")
             if group["fused"]:
                 fused_kernel(group["fused"], p.device)
+            small = p.dtype in (torch.bfloat16, torch.float16)
+            if group["rounding"] == "stochastic" and p.dtype == torch.float16:
+                raise RecAdamError(
+                    f"parameter {name!r} is float16; rounding='stochastic' is for bfloat16, give another"
+                )
             dtype = torch.promote_types(p.dtype, torch.float32)
             state: dict[str, Any] = {
-                "step": torch.tensor(0.0, dtype=torch.float32),
+                "step": torch.zeros((), device=p.device if group["capturable"] else "cpu"),
                 "exp_avg": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
             }
+            if small and group["rounding"] == "compensated":
+                state["residual"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             if group["anchored"]:
-                if anchors is None:
-                    state["anchor"] = p.detach().clone()
-                elif name in anchors:
-                    check_anchors({name: p.shape}, {name: anchors[name]})
-                    _check_anchor(name, anchors[name])
-                    state["anchor"] = anchors[name].detach().to(p.device, copy=True)
+                anchor = p.detach().clone() if anchors is None else anchor_of(anchors, name, p)
+                if anchor is not None:
+                    state["anchor"] = anchor
+                    state["anchor_hash"] = torch.zeros((), dtype=torch.int64)
             states.append(state)
+        # Where the hash takes all processes it is taken now, when all of them are here.
+        take_hashes([state for state in states if is_sharded(state.get("anchor"))])
         return states
 
-    @torch.no_grad()
+    @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step for every parameter that has a gradient.
 
@@ -239,164 +239,308 @@ class RecAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for plan in [plan for group in self.param_groups for plan in self._plans(group)]:
-            self._execute(*plan)
+        work = self._plan(torch.compiler.is_compiling())
+        for some in work:
+            execute(some)
+        self._finish(work)
         return loss
 
-    def _plans(
-        self, group: dict[str, Any]
-    ) -> Iterable[tuple[dict[str, Any], list[Tensor], Coefficients, bool, Callable[..., None]]]:
-        """The group's parameters in lists that share their coefficients."""
-        hp, release = _group_policy(group)
-        lists: dict[Any, list[Tensor]] = {}
-        for index, p in enumerate(group["params"]):
+    # A compiler steps over these two: they look into dictionaries, which change.
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _plan(self, traced: bool) -> list[Work]:
+        """The parameters that have a gradient, in lists that share their coefficients."""
+        return [work for group in self.param_groups for work in self._plan_group(group, traced)]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _finish(self, work: list[Work]) -> None:
+        """Free the anchors that the annealing has released."""
+        for some in work:
+            release = group_policy(some.group)[1]
+            if some.anchored and some.t is not None and release is not None and some.t >= release:
+                for p in some.params:
+                    self.state[p]["anchor"] = None
+        self._last = work
+
+    def _plan_group(self, group: dict[str, Any], traced: bool) -> Iterator[Work]:
+        hp, _ = group_policy(group)
+        traced = traced or group["capturable"]
+        lists: dict[Any, tuple[list[str], list[Tensor]]] = {}
+        for name, p in named(group):
             if p.grad is None:
                 continue
             if p.grad.is_sparse:
-                name = group["param_names"][index] if "param_names" in group else f"params[{index}]"
                 raise RecAdamError(f"gradient of {name!r} is sparse; RecAdam needs dense gradients")
+            if p not in self.state:
+                self._adopt()
             state = self.state[p]
-            key = (int(state["step"]) + 1, "anchor" in state, p.dtype, p.device)
-            lists.setdefault(key, []).append(p)
-        lr = _rate(group["lr"], hp)
-        for (t, anchored, _, _), params in lists.items():
-            c = coefficients(t, hp, lr, anchored)
-            if anchored and c.recall and any(self.state[p]["anchor"] is None for p in params):
+            t = None if traced else int(state["step"]) + 1
+            freed = "anchor" in state and state["anchor"] is None
+            names, params = lists.setdefault((t, "anchor" in state, freed, p.dtype, p.device), ([], []))
+            names.append(bare(name))
+            params.append(p)
+        lr = rate_of(group["lr"], hp) if not traced else torch.as_tensor(group["lr"], dtype=torch.float64)
+        for (t, anchored, freed, _, device), (names, params) in lists.items():
+            c = None if traced else coefficients(t, hp, lr, anchored)
+            if freed and c is not None and c.recall:
                 raise RecAdamError(
                     f"step {t}: the anchor was freed when the annealing had released it; "
                     "make a new optimizer to pull again"
                 )
-            kernel: Callable[..., None] = partial(kernel_, exact=group["exact"])
-            if group["fused"]:
-                kernel = fused_kernel(group["fused"], params[0].device)
-            yield group, params, c, anchored and release is not None and t >= release, kernel
-
-    def _execute(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        c: Coefficients,
-        release: bool,
-        kernel: Callable[..., None],
-    ) -> None:
-        foreach = group["foreach"]
-        if foreach is None:
-            foreach = params[0].is_cuda
-        if group["fused"]:
-            foreach = True
-        for part in [params] if foreach else [[p] for p in params]:
-            states = [self.state[p] for p in part]
-            grads = [p.grad for p in part if p.grad is not None]
-            if group["maximize"]:
-                grads = list(torch._foreach_neg(grads))
-            kernel(
-                part,
-                grads,
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [state["anchor"] for state in states] if c.recall else None,
-                c,
+            kernel: Callable[..., None] = partial(kernel_, exact=group["exact"] and not traced)
+            if group["fused"] and not traced:
+                kernel = fused_kernel(group["fused"], device)
+            states = [self.state[p] for p in params]
+            yield Work(
+                params=params,
+                names=names,
+                thetas=[local(p) for p in params],
+                grads=[local(p.grad, p) for p in params if p.grad is not None],
+                ms=[local(state["exp_avg"]) for state in states],
+                vs=[local(state["exp_avg_sq"]) for state in states],
+                anchors=[local(state["anchor"]) for state in states] if anchored and not freed else None,
+                residuals=[local(state["residual"]) if "residual" in state else None for state in states],
+                steps=[state["step"] for state in states],
+                t=t,
+                hp=hp,
+                lr=lr,
+                c=c,
+                anchored=anchored,
+                group=group,
+                kernel=kernel,
             )
-            for state in states:
-                state["step"] += 1
-                if release:
-                    state["anchor"] = None
+
+    # Parameters that a wrapper has put in the place of others.
+
+    def _adopt(self) -> None:
+        """Give the states of parameters that are gone to those of the same names, sharded as those are."""
+        current = {p for group in self.param_groups for p in group["params"]}
+        orphans = {self._names.get(p): p for p in self.state if p not in current}
+        for group in self.param_groups:
+            for name, p in named(group):
+                if p in self.state:
+                    continue
+                if name not in orphans:
+                    raise RecAdamError(
+                        f"parameter {name!r} has no state: the optimizer's parameters were replaced after it "
+                        "was made; pass model.named_parameters(), or make it after the model is wrapped"
+                    )
+                old = self.state.pop(orphans[name])
+                del self._names[orphans[name]]
+                self.state[p] = {key: _sharded_as(p, key, value) for key, value in old.items()}
+                self._names[p] = name
+
+    # Checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as plain tensors and scalars; for each anchor a hash, unless `save_anchors` is set."""
+        if any(p not in self.state for group in self.param_groups for p in group["params"]):
+            self._adopt()
+        take_hashes([state for state in self.state.values() if state.get("anchor") is not None])
+        saved: dict[str, Any] = super().state_dict()
+        groups = {index: group for group in saved["param_groups"] for index in group["params"]}
+
+        def kept(index: int, state: dict[str, Any]) -> dict[str, Any]:
+            keep = groups[index]["save_anchors"] and state.get("anchor") is not None
+            state = {key: value for key, value in state.items() if key != "anchor" or keep}
+            # A copy, since distributed checkpoints are loaded into what this returns.
+            return {key: value.clone() if key == "anchor_hash" else value for key, value in state.items()}
+
+        saved["state"] = {index: kept(index, state) for index, state in saved["state"].items()}
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume where `state_dict()` was taken, bit for bit.
 
-        The base class casts all floating state to the parameter's dtype, which would round the
-        float32 moments and anchors of a 16-bit parameter; here they keep the dtype they were saved in.
+        Moments keep the dtype they were saved in; the base class would round the float32 ones of a 16-bit
+        parameter. Anchors are this optimizer's own, if they are those of the checkpoint; else they are read
+        again from the file that the checkpoint names, or taken from the checkpoint if it has them.
 
         Args:
             state_dict: what `state_dict()` returned.
 
         Raises:
-            RecAdamError: when it is another optimizer's, or of other parameters; nothing is loaded then.
+            RecAdamError: when it is another optimizer's, of other parameters or of other anchors; nothing is
+                loaded then.
         """
-        hooked: list[dict[str, Any]] = []
+        found: list[tuple[dict[str, Any], dict[Tensor, dict[str, Any]]]] = []
+        if any(p not in self.state for group in self.param_groups for p in group["params"]):
+            self._adopt()
 
         def check(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            self._check_saved(saved)
+            check_saved(self.param_groups, saved)
             # What older states do not say stays as it was chosen here.
             pairs = zip(self.param_groups, saved["param_groups"], strict=False)
-            chosen = [{**{k: group[k] for k in ("fused", "exact")}, **theirs} for group, theirs in pairs]
-            hooked.append({**saved, "param_groups": chosen + saved["param_groups"][len(chosen) :]})
-            return hooked[0]
+            chosen = [{**{k: group[k] for k in ("fused", *FLAGS)}, **theirs} for group, theirs in pairs]
+            anchors = saved_anchors(self, saved, chosen)
+            found.append(({**saved, "param_groups": chosen + saved["param_groups"][len(chosen) :]}, anchors))
+            return found[0][0]
 
         # As the last hook before and the first one after, so that users' hooks see and change what counts.
         before = self.register_load_state_dict_pre_hook(check)
-        after = self.register_load_state_dict_post_hook(lambda _: self._restore(hooked[0]), prepend=True)
+        after = self.register_load_state_dict_post_hook(lambda _: self._restore(*found[0]), prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
             before.remove()
             after.remove()
 
-    def _restore(self, state_dict: dict[str, Any]) -> None:
+    def _restore(self, state_dict: dict[str, Any], anchors: dict[Tensor, dict[str, Any]]) -> None:
         """Put back the tensors that the base class has cast, in the dtypes they were saved in."""
+        for group in self.param_groups:
+            for name in FLAGS:
+                group.setdefault(name, FLAGS[name])
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for index, p in zip(saved, params, strict=True):
+        owners = [(group, name, p) for group in self.param_groups for name, p in named(group)]
+        for index, (group, name, p) in zip(saved, owners, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
-                    # Step counts stay where they are; the base class would share them, too.
-                    device = value.device if key == "step" else p.device
-                    self.state[p][key] = value.to(device, copy=True)
+                    # Step counts are where the flag wants them; the base class would share them, too.
+                    on_host = key == "anchor_hash" or (key == "step" and not group["capturable"])
+                    self.state[p][key] = value.to("cpu" if on_host else p.device, copy=True)
+                elif isinstance(value, dict) and not value:  # what a flattened checkpoint has for no value
+                    self.state[p].pop(key, None)
+            self.state[p].pop("anchor", None)
+            if p in anchors:
+                kept = anchors[p]
+                if any(kept["anchor"] is value for value in state_dict["state"].get(index, {}).values()):
+                    kept = {**kept, "anchor": kept["anchor"] if kept["anchor"] is None else
+                            kept["anchor"].to(p.device, copy=True)}  # fmt: skip
+                self.state[p].update(kept)
+            if "param_names" in group:
+                self._names[p] = name
+        take_hashes([s for s in self.state.values() if is_sharded(s.get("anchor"))])
 
-    def _check_saved(self, state_dict: dict[str, Any]) -> None:
-        saved_groups = state_dict["param_groups"]
-        if any(name not in group for group in saved_groups for name in ("gamma", "annealing", "form")):
-            raise RecAdamError(
-                "load_state_dict: the state is another optimizer's; give one that RecAdam saved"
-            )
-        for saved_group, group in zip(saved_groups, self.param_groups, strict=False):
-            theirs, ours = (
-                [_bare(name) for name in names] if (names := g.get("param_names")) else None
-                for g in (saved_group, group)
-            )
-            if theirs is not None and ours is not None and theirs != ours:
-                name, other = next(
-                    ((a, b) for a, b in zip(ours, theirs, strict=False) if a != b), (ours, theirs)
-                )
-                raise RecAdamError(
-                    f"load_state_dict: parameter {name!r} was saved as {other!r}; make the groups as then"
-                )
-            for index, p in zip(saved_group["params"], group["params"], strict=False):
-                saved = state_dict["state"].get(index, {})
-                if {"step", "exp_avg", "exp_avg_sq"} - saved.keys() or saved["exp_avg"].shape != p.shape:
-                    raise RecAdamError(
-                        f"load_state_dict: no state for parameter {index} of shape {tuple(p.shape)}; "
-                        "give one that was saved with this model"
-                    )
+    # Telemetry.
+
+    @torch.no_grad()
+    def drift(self) -> Drift:
+        r"""How far the weights are from their anchors, and what share the pull had in the last update.
+
+        Math:
+            The last step's pull $r(\theta^*-\theta)$ is found from where it led: with
+            $a = s\,m'/(\sqrt{v'}+\varepsilon)$ it was $\theta = (\theta' - r\theta^* + a) / (1 - r - d)$, so
+            that the step itself keeps no record and waits for nothing. The share is
+            $\|r(\theta^*-\theta)\| / (\|r(\theta^*-\theta)\| + \|a\|)$.
+
+        Returns:
+            The figures of all anchored parameters together, and in `parameters` of each.
+
+        Example:
+            >>> w = torch.nn.Parameter(torch.zeros(2))
+            >>> optimizer = RecAdam([("w", w)], anchors={"w": torch.tensor([3.0, 4.0])})
+            >>> optimizer.drift().distance
+            5.0
+        """
+        last = {p: work for work in self._last for p in work.params}
+        parts: list[Tensor] = []
+        owners: list[Tensor] = []
+        figures: dict[str, tuple[float, float, float]] = {}
+        for group in self.param_groups:
+            for name, p in named(group):
+                state = self.state[p]
+                if state.get("anchor") is None:
+                    continue
+                c, figures[name] = None, (math.nan, math.nan, math.nan)
+                if p in last:
+                    t, hp, lr = int(state["step"]), last[p].hp, float(last[p].lr)
+                    c = coefficients(t, hp, lr)
+                    figures[name] = (*annealed_weights(hp.annealing, t), lr * hp.gamma)
+                parts += squares(p, state, c)
+                owners += [p] * 4
+        sums = torch.tensor([float(x) for x in summed(parts, owners)], dtype=torch.float64).reshape(-1, 4)
+        rows = zip(figures.items(), sums, strict=True)
+        found = {name: drift_of(name, row, *figure) for (name, figure), row in rows}
+        known = [figure for figure in figures.values() if figure[0] == figure[0]]
+        first = known[0] if known else (math.nan, math.nan, math.nan)
+        return drift_of("", sums.sum(0), *first)._replace(parameters=found)
+
+    @torch.no_grad()
+    def interpolate(self, alpha: float, anchors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        r"""Weights between the anchors and where they are now, as in WiSE-FT.
+
+        Math:
+            $(1-\alpha)\,\theta^* + \alpha\,\theta$; what has no anchor stays $\theta$.
+
+        Args:
+            alpha: 0 is the anchor, 1 the tuned weights.
+            anchors: pretrained values by name, for anchors that were freed. None reads those from the file
+                they came from.
+
+        Returns:
+            New tensors by parameter name, in the parameters' dtypes, sharded as they are.
+
+        Raises:
+            RecAdamError: when an anchor was freed and cannot be read again, or a parameter has no name.
+
+        Example:
+            >>> w = torch.nn.Parameter(torch.ones(2))
+            >>> RecAdam([("w", w)], anchors={"w": torch.zeros(2)}).interpolate(0.25)["w"]
+            tensor([0.2500, 0.2500])
+
+        Source: arXiv 2109.01903, eq. (1).
+        """
+        found = {}
+        for group in self.param_groups:
+            if "param_names" not in group:
+                raise RecAdamError("interpolate: the parameters have no names; pass model.named_parameters()")
+            pairs = named(group)
+            freed = [(n, p) for n, p in pairs if self.state[p].get("anchor", p) is None]
+            again: Mapping[Tensor, Tensor | None] = {}
+            if anchors is not None:
+                again = {p: anchor_of(anchors, n, p) for n, p in freed}
+            elif freed:
+                again = from_file(group["anchor_source"], freed)
+            for name, p in pairs:
+                anchor = self.state[p].get("anchor")
+                if "anchor" in self.state[p] and anchor is None:
+                    anchor = again.get(p)
+                    if anchor is None:
+                        raise RecAdamError(
+                            f"interpolate: the anchor of {name!r} was freed; give the pretrained weights "
+                            "as anchors=..."
+                        )
+                new = p.detach().clone()
+                if anchor is not None:
+                    mine, star = local(new), local(anchor).to(p.device)
+                    wide = torch.promote_types(p.dtype, torch.float32)
+                    mine.copy_((1 - alpha) * star.to(wide) + alpha * mine.to(wide))
+                found[name] = new
+        return found
+
+    @contextmanager
+    def interpolated(self, alpha: float, anchors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """The model with interpolated weights, for as long as the context lasts.
+
+        Args:
+            alpha: as in `interpolate`.
+            anchors: as in `interpolate`.
+
+        Example:
+            >>> w = torch.nn.Parameter(torch.ones(1))
+            >>> with RecAdam([("w", w)], anchors={"w": torch.zeros(1)}).interpolated(0.5):
+            ...     print(w.item())
+            0.5
+            >>> w.item()
+            1.0
+        """
+        between = self.interpolate(alpha, anchors)
+        held = {p: local(p).detach().clone() for group in self.param_groups for p in group["params"]}
+        try:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for name, p in named(group):
+                        local(p).copy_(local(between[name]))
+            yield
+        finally:
+            with torch.no_grad():
+                for p, weights in held.items():
+                    local(p).copy_(weights)
 
 
-def _rate(lr: Any, hp: Hyperparameters) -> float:
-    """The learning rate as a checked number."""
-    try:
-        rate = float(lr)
-    except (TypeError, ValueError, RuntimeError):
-        raise RecAdamError(f"RecAdam: lr is {lr!r}; give a number or a 0-d tensor") from None
-    hp.replace(lr=rate)
-    return rate
-
-
-def _check_anchor(name: str, anchor: Any) -> None:
-    if not isinstance(anchor, Tensor) or not anchor.is_floating_point():
-        raise RecAdamError(f"anchors: {name!r} is {getattr(anchor, 'dtype', anchor)}; give a floating tensor")
-    if not anchor.is_meta and not bool(torch.isfinite(anchor).all()):
-        raise RecAdamError(f"anchors: {name!r} holds NaN or infinity; give the pretrained values")
-
-
-def _bare(name: str) -> str:
-    """A parameter's name without what wrappers of the model put into it."""
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
-
-
-def _plain(value: Any) -> Any:
-    """A setting as plain scalars, which weights-only loading accepts; a stranger's annealing as it is."""
-    if type(value) in ANNEALINGS.values():
-        return {key: _plain(x) for key, x in annealing_to_dict(value).items()}
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):
-        return tuple(_plain(x) for x in value)
-    return value.item() if isinstance(value, np.generic) else value
+def _sharded_as(p: Tensor, key: str, value: Any) -> Any:
+    """An entry of the state of a parameter whose place another, sharded one has taken."""
+    if value is None or key in ("step", "anchor_hash"):
+        return value
+    device = value.device if key == "anchor" and value.device.type == "cpu" else p.device
+    return like(p, lambda where: local(value)[where].to(device, copy=True))

@@ -1,0 +1,370 @@
+"""Anchors: pretrained values matched to a model's parameters by name, and where they are kept."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from recadam_core import RecAdamError
+
+from .shards import like
+from .sources import Source, Tensors, open_source
+
+__all__ = ["Anchors", "Coverage", "CoverageWarning", "Match", "bare"]
+
+PLACES = ("device", "host", "file")
+"""Where anchors may be kept."""
+
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
+_OLD_NORMS = {"gamma": "weight", "beta": "bias"}
+
+
+class CoverageWarning(UserWarning):
+    """Some parameters have no anchor, and nobody said that they are new.
+
+    Example:
+        >>> issubclass(CoverageWarning, UserWarning)
+        True
+    """
+
+
+class Match(NamedTuple):
+    """What was found for one parameter.
+
+    Example:
+        >>> Match("head.weight", (2, 8), 16, "new").stored
+        ''
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    size: int  # number of elements
+    status: str  # "anchored", "new", "frozen" (needs none), "shape" or "ambiguous" (has none, a mistake?)
+    stored: str = ""  # name of its value in the source
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which parameters are anchored, which are new, and what did not match.
+
+    Args:
+        matches: what was found, parameter by parameter.
+        unused: names in the source that no parameter took, each with the parameter nearest by name.
+        source: where the values are from.
+        expected_new: patterns of the parameters that the user called new.
+
+    Example:
+        >>> net = torch.nn.Linear(2, 1)
+        >>> print(Anchors.of(net, {"weight": torch.ones(1, 2)}, new=["bias"]).coverage)
+        1 of 2 parameters anchored (66.7% of 3 numbers) in memory; new: bias
+    """
+
+    matches: tuple[Match, ...]
+    unused: Mapping[str, str]
+    source: str
+    expected_new: tuple[str, ...] = ()
+
+    def having(self, *statuses: str) -> list[Match]:
+        """The matches of these statuses.
+
+        Example:
+            >>> Coverage((), {}, "").having("new")
+            []
+        """
+        return [match for match in self.matches if match.status in statuses]
+
+    @property
+    def surprises(self) -> list[Match]:
+        """Parameters without an anchor that nobody called new."""
+        lacking = self.having("new", "shape", "ambiguous")
+        return [m for m in lacking if not any(fnmatch.fnmatch(m.parameter, p) for p in self.expected_new)]
+
+    def __str__(self) -> str:
+        anchored = self.having("anchored")
+        trained = [match for match in self.matches if match.status != "frozen"]
+        size = sum(match.size for match in trained)
+        share = sum(match.size for match in anchored) / max(1, size)
+        text = (
+            f"{len(anchored)} of {len(trained)} parameters anchored ({share:.1%} of {size:,} numbers) "
+            f"in {self.source or 'memory'}"
+        )
+        lacking = [match.parameter for match in trained if match.status != "anchored"]
+        return f"{text}; new: {_some(lacking)}" if lacking else text
+
+    def __rich__(self) -> Any:
+        """A table, for `rich.print`: the parameters, and what of the source was not used."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False)
+        for column in ("parameter", "shape", "status", "from", "note"):
+            table.add_column(column)
+        for match in self.matches:
+            shape = "×".join(map(str, match.shape)) or "scalar"
+            table.add_row(*map(Text, (match.parameter, shape, match.status, match.stored, match.note)))
+        for name, near in self.unused.items():
+            note = f"nearest parameter: {near}" if near else ""
+            table.add_row(*map(Text, ("", "", "not used", name, note)))
+        return Group(Text(str(self)), table)
+
+
+class Anchors(Mapping[str, Tensor]):
+    """Pretrained values by parameter name, read from their source when they are asked for.
+
+    Made by `Anchors.of`. As a mapping it gives whole tensors; `RecAdam` takes each process's part.
+
+    Args:
+        source: where they are read from.
+        coverage: what was matched.
+        dtype: the dtype to keep them in; None for the source's own.
+        place: "device" (each parameter's), "host" (pinned where there is CUDA; copied over step by step) or
+            "file" (pages of the file, read by the operating system when a step needs them).
+    """
+
+    def __init__(
+        self, source: Source, coverage: Coverage, dtype: torch.dtype | None = None, place: str = "device"
+    ) -> None:
+        if place not in PLACES:
+            raise RecAdamError(f"anchors: place is {place!r}; give one of {', '.join(PLACES)}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise RecAdamError(f"anchors: dtype is {dtype}; give a floating one, as torch.bfloat16")
+        if place == "file" and not source.mapped:
+            raise RecAdamError("anchors: place='file' needs a .safetensors file; save the weights as one")
+        if place == "file" and dtype is not None:
+            raise RecAdamError("anchors: place='file' keeps the file's dtype; leave out one of them")
+        self.source, self.coverage, self.dtype, self.place = source, coverage, dtype, place
+        self._stored = {m.parameter: m.stored for m in coverage.having("anchored")}
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        source: str | Path | Mapping[str, Tensor] | nn.Module | None = None,
+        *,
+        new: Iterable[str] = (),
+        dtype: torch.dtype | None = None,
+        place: str = "device",
+        strict: bool = False,
+    ) -> Anchors:
+        """Anchors of a model's trainable parameters.
+
+        Names match exactly, or but for what wrappers put into them (`module.`, `_orig_mod.`), but for the
+        prefix of a base model on either side (`bert.`), or under another name of a tied weight.
+
+        Args:
+            model: the model that is to be trained. Parameters that need no gradient need no anchor.
+            source: what `recadam_torch.sources.open_source` takes; None for the model as it is now, which
+                is copied.
+            new: names of new parameters, or patterns as "classifier.*": no anchor, and no surprise.
+            dtype: the dtype to keep anchors in; None for the source's own.
+            place: "device", "host" or "file".
+            strict: whether a parameter that has no anchor and is not called new is an error. Otherwise
+                it is a warning.
+
+        Returns:
+            The anchors; `.coverage` says what was matched.
+
+        Raises:
+            RecAdamError: when nothing matches, a pattern in `new` matches no parameter, or `strict` asks.
+
+        Warns:
+            CoverageWarning: naming parameters without an anchor.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+            >>> anchors = Anchors.of(model, new=["1.*"])
+            >>> sorted(anchors)
+            ['0.bias', '0.weight']
+        """
+        patterns = (new,) if isinstance(new, str) else tuple(new)
+        if source is None:
+            copies = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+            opened: Source = Tensors(copies)
+        else:
+            opened = open_source(source)
+        names: dict[int, list[str]] = {}
+        for name, p in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(p), []).append(name)
+        parameters = {found[0]: (found, p) for found, p in
+                      ((names[id(p)], p) for _, p in model.named_parameters())}  # fmt: skip
+        for pattern in patterns:
+            if not fnmatch.filter(parameters, pattern):
+                near = difflib.get_close_matches(pattern, parameters, n=1)
+                hint = f"the nearest is {near[0]!r}" if near else "see model.named_parameters()"
+                raise RecAdamError(f"anchors: new={pattern!r} matches no parameter; {hint}")
+        coverage = _match(parameters, opened, patterns)
+        if not coverage.having("anchored") and coverage.having("new", "shape", "ambiguous"):
+            raise RecAdamError(
+                f"anchors: nothing in {opened.path or 'the state dict'} matches a parameter; it has "
+                f"{_some(list(opened))}, the model {_some(list(parameters))}"
+            )
+        anchors = cls(opened, coverage, dtype, place)
+        if coverage.surprises:
+            lacking = _some([m.parameter + (f" ({m.note})" if m.note else "") for m in coverage.surprises])
+            text = f"anchors: no anchor for {lacking}; name them in new=[...] if they are new"
+            if strict:
+                raise RecAdamError(text)
+            warnings.warn(text, CoverageWarning, stacklevel=2)
+        return anchors
+
+    @classmethod
+    def named(cls, names: Iterable[tuple[str, Tensor]], source: str | Path, place: str = "device") -> Anchors:
+        """Anchors for parameters of which only the names are known, from a file.
+
+        Args:
+            names: parameters by name.
+            source: the file.
+            place: where to keep them.
+
+        Returns:
+            The anchors of those that match.
+        """
+        opened = open_source(source)
+        coverage = _match({name: ([name], p) for name, p in names}, opened, ())
+        return cls(opened, coverage, place=place if opened.mapped or place != "file" else "device")
+
+    def _key(self, name: str) -> str:
+        """The name as the model had it that was matched, of one that a wrapper may have changed."""
+        return name if name in self._stored else bare(name)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._key(name) in self._stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self._stored[self._key(name)]
+        whole = tuple(slice(0, n) for n in self.source.shape(stored))
+        tensor = self.source.read(stored, whole)
+        return tensor if self.dtype is None else tensor.to(self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def part(self, name: str, p: Tensor) -> Tensor:
+        """The anchor of a parameter, sharded as it is, in its place.
+
+        Args:
+            name: the parameter's name, one of this mapping.
+            p: the parameter.
+
+        Returns:
+            A tensor that nobody else writes to: in memory of its own, or on the file's pages.
+        """
+        stored = self._stored[self._key(name)]
+
+        def read(where: tuple[slice, ...]) -> Tensor:
+            found = self.source.read(stored, where)
+            if self.place == "file":
+                return found
+            if self.place == "device":
+                return found.to(p.device, self.dtype, copy=True)
+            kept = found.to("cpu", self.dtype, copy=True)
+            return kept.pin_memory() if torch.cuda.is_available() else kept
+
+        return like(p, read)
+
+
+def bare(name: str) -> str:
+    """A parameter's name without what wrappers of the model put into it.
+
+    Example:
+        >>> bare("module._orig_mod.encoder.weight")
+        'encoder.weight'
+    """
+    name = name.removeprefix("base_model.model.")
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _match(
+    parameters: Mapping[str, tuple[list[str], Tensor]], source: Source, patterns: tuple[str, ...]
+) -> Coverage:
+    stored: dict[str, list[str]] = {}
+    for name in source:
+        for key in {bare(name), _renamed(bare(name))}:
+            stored.setdefault(key, []).append(name)
+    ours = [bare(name) for names, _ in parameters.values() for name in names]
+    to_drop, to_add = _prefixes(ours, set(stored)), _prefixes(stored, set(ours))
+    matches, taken = [], set()
+    for name, (aliases, p) in parameters.items():
+        match = Match(name, tuple(p.shape), p.numel(), "new")
+        if not p.requires_grad:
+            matches.append(match._replace(status="frozen"))
+            continue
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+            matches.append(match)
+            continue
+        found: list[str] = []
+        for keys in zip(*(_keys(bare(alias), to_drop, to_add) for alias in aliases), strict=True):
+            found = list(dict.fromkeys(n for some in keys for key in some for n in stored.get(key, ())))
+            if found:
+                break
+        if len(found) > 1 and len({source.shape(n) for n in found}) > 1:
+            found = [n for n in found if source.shape(n) == match.shape] or found
+        if len(found) > 1:
+            match = match._replace(status="ambiguous", note=f"several match: {_some(found)}")
+        elif found:
+            taken.add(found[0])
+            match = match._replace(stored=found[0])
+            if source.shape(found[0]) != match.shape:
+                there = "×".join(map(str, source.shape(found[0]))) or "scalar"
+                match = match._replace(status="shape", note=f"is {there} in the source")
+            elif not source.floating(found[0]):
+                match = match._replace(status="shape", note="is no floating tensor in the source")
+            else:
+                match = match._replace(status="anchored")
+        matches.append(match)
+    lacking = [m.parameter for m in matches if m.status == "new"]
+    for i, match in enumerate(matches):
+        if match.status == "new" and not any(fnmatch.fnmatch(match.parameter, p) for p in patterns):
+            near = difflib.get_close_matches(match.parameter, [n for n in source if n not in taken], n=1)
+            matches[i] = match._replace(note=f"nearest in the source: {near[0]}" if near else "")
+    frozen = {n for names, p in parameters.values() if not p.requires_grad for n in map(bare, names)}
+    unused = {}
+    for name in source:
+        if name not in taken and bare(name) not in frozen and source.floating(name):
+            near = difflib.get_close_matches(bare(name), lacking, n=1)
+            unused[name] = near[0] if near else ""
+    return Coverage(tuple(matches), unused, source.path, patterns)
+
+
+def _keys(name: str, to_drop: set[str], to_add: set[str]) -> Iterator[list[str]]:
+    """The stored names that a parameter may have, the likeliest first."""
+    yield [name]
+    first, _, rest = name.partition(".")
+    yield [rest] if first in to_drop and rest else []
+    yield [f"{prefix}.{name}" for prefix in sorted(to_add)]
+
+
+def _prefixes(names: Iterable[str], others: set[str]) -> set[str]:
+    """First parts of names without which most of the names that have them are among the others.
+
+    A base model's, that is; not a head's, one of whose names may agree by chance.
+    """
+    found: dict[str, list[bool]] = {}
+    for name in names:
+        first, dot, rest = name.partition(".")
+        if dot:
+            found.setdefault(first, []).append(rest in others)
+    return {first for first, among in found.items() if sum(among) * 2 > len(among)}
+
+
+def _renamed(name: str) -> str:
+    """Norms of old checkpoints have a gamma and a beta."""
+    stem, _, last = name.rpartition(".")
+    return f"{stem}.{_OLD_NORMS[last]}" if stem.endswith("Norm") and last in _OLD_NORMS else name
+
+
+def _some(names: list[str], count: int = 4) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -1,0 +1,75 @@
+"""How the sum of a 16-bit parameter and its change is rounded, where plain rounding would lose the change."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .shards import mix, part, positions
+
+__all__ = ["ROUNDINGS", "noise", "round_", "widened"]
+
+ROUNDINGS = ("nearest", "stochastic", "compensated")
+"""Ways to round: to the nearest; up or down by chance, right on average; keeping what was lost for later."""
+
+
+def widened(theta: Tensor, residual: Tensor | None) -> Tensor:
+    """A 16-bit parameter in float32, with what rounding has left over.
+
+    Example:
+        >>> widened(torch.ones(1, dtype=torch.bfloat16), torch.full((1,), 0.001, dtype=torch.bfloat16))
+        tensor([1.0010])
+    """
+    wide = theta.detach().float()
+    return wide if residual is None else wide.add_(residual)
+
+
+def round_(theta: Tensor, new: Tensor, residual: Tensor | None, chance: Tensor | None) -> None:
+    r"""Round a float32 sum to the parameter, in place.
+
+    Math:
+        With chance $u$ uniform in [0, 1) of a unit in bfloat16's last place, $\lfloor x + u \rfloor$ has the
+        mean $x$. With a residual, $\theta = \mathrm{round}(x)$ and $\rho = \mathrm{round}(x - \theta)$, so
+        that $\theta + \rho$ has the digits of both.
+
+    Args:
+        theta: parameter, 16-bit; overwritten.
+        new: what it should be, float32.
+        residual: of theta's dtype; overwritten with what rounding leaves over. None keeps nothing.
+        chance: int32 in [0, 2^16), theta's shape, for bfloat16; None rounds to the nearest.
+
+    Example:
+        >>> theta = torch.ones(1, dtype=torch.bfloat16)
+        >>> round_(theta, torch.tensor([1.001]), None, torch.tensor([65000], dtype=torch.int32))
+        >>> theta
+        tensor([1.0078], dtype=torch.bfloat16)
+
+    Source: Zamirai and others, Revisiting BFloat16 Training, arXiv 2010.06192.
+    """
+    if chance is not None:
+        new = ((new.view(torch.int32) + chance) & -65536).view(torch.float32)
+    theta.copy_(new)
+    if residual is not None:
+        residual.copy_(new.sub_(theta))
+
+
+def noise(p: Tensor, name: str, t: Any) -> Tensor:
+    """Chance that depends on parameter, element and step alone: the same after a resume, however sharded.
+
+    Args:
+        p: the parameter.
+        name: its name, or its place among the others.
+        t: the step; an int or a 0-d integer tensor.
+
+    Returns:
+        int32 in [0, 2^16), of the shape of this process's part.
+
+    Example:
+        >>> noise(torch.ones(3), "w", 1).tolist()
+        [58930, 48770, 46165]
+    """
+    key = mix(torch.as_tensor(t, device=p.device).long() + (zlib.crc32(name.encode()) << 31))
+    return (mix(positions(part(p), p.shape, p.device) + key) & 0xFFFF).int()

@@ -1,0 +1,221 @@
+"""Tensors that may be spread over processes: their local parts, and hashes that no sharding changes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["fingerprints", "is_sharded", "like", "local", "mix", "part", "positions", "summed"]
+
+_SEED = -0x61C8864680B583EB  # splitmix64's increment, as a signed number
+_FIRST, _SECOND = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+_CHUNK = 2**16  # elements at once: what a core's cache holds
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether the tensor is a DTensor, without importing what would be slow to import.
+
+    Example:
+        >>> is_sharded(torch.ones(2))
+        False
+    """
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(x, tensors.DTensor)
+
+
+def local(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """This process's part of a tensor: its own memory, not a copy.
+
+    Args:
+        x: any tensor.
+        like: a parameter whose sharding the part is to have; `x` is redistributed where its own differs,
+            as a gradient that is still to be summed is.
+
+    Returns:
+        A plain tensor; `x` itself when it is one.
+
+    Example:
+        >>> x = torch.ones(2)
+        >>> local(x) is x
+        True
+    """
+    if not is_sharded(x):
+        return x
+    sharded: Any = x
+    target: Any = like
+    if target is not None and sharded.placements != target.placements:
+        sharded = sharded.redistribute(target.device_mesh, target.placements)
+    part: Tensor = sharded._local_tensor
+    return part
+
+
+def part(p: Tensor) -> tuple[slice, ...]:
+    """Where this process's part of a parameter lies in the whole.
+
+    Args:
+        p: parameter; the whole is its part where it is not sharded.
+
+    Returns:
+        A slice for each dimension.
+
+    Example:
+        >>> part(torch.ones(2, 3))
+        (slice(0, 2, None), slice(0, 3, None))
+    """
+    if not is_sharded(p):
+        return tuple(slice(0, n) for n in p.shape)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sharded: Any = p
+    sizes, offsets = compute_local_shape_and_global_offset(
+        sharded.shape, sharded.device_mesh, sharded.placements
+    )
+    return tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
+
+
+def like(p: Tensor, read: Callable[[tuple[slice, ...]], Tensor]) -> Tensor:
+    """A tensor that is sharded as a parameter is, from what reads parts of the whole.
+
+    Args:
+        p: the parameter.
+        read: gives the part in these slices, on any device, in any dtype.
+
+    Returns:
+        A plain tensor for a plain parameter, else a DTensor with the same placements.
+
+    Example:
+        >>> like(torch.ones(2), lambda where: torch.arange(2.0)[where])
+        tensor([0., 1.])
+    """
+    mine = read(part(p))
+    if not is_sharded(p):
+        return mine
+    from torch.distributed.tensor import DTensor
+
+    sharded: Any = p
+    whole = {"shape": sharded.shape, "stride": sharded.stride()}
+    return DTensor.from_local(mine, sharded.device_mesh, sharded.placements, run_check=False, **whole)
+
+
+def mix(x: Tensor) -> Tensor:
+    """Thoroughly mixed bits (splitmix64's finalizer), elementwise.
+
+    Args:
+        x: int64, any shape.
+
+    Returns:
+        int64 of the same shape.
+
+    Example:
+        >>> mix(torch.tensor([1, 2])).tolist()
+        [6238072747940578789, -2606959012126976886]
+
+    Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, 2014.
+    """
+    for shift, factor in ((30, _FIRST), (27, _SECOND)):
+        x = (x ^ _shifted(x, shift)) * factor
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """Bits moved right, zeros coming in: int64 has the arithmetic shift only."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+def positions(where: Sequence[slice], shape: Sequence[int], device: torch.device) -> Tensor:
+    """Positions in the flattened whole of a part's elements.
+
+    Args:
+        where: the part, as `part` gives it.
+        shape: shape of the whole.
+        device: where to make them.
+
+    Returns:
+        int64, of the part's shape.
+
+    Example:
+        >>> positions((slice(1, 2), slice(0, 3)), (2, 3), torch.device("cpu"))
+        tensor([[3, 4, 5]])
+    """
+    found = torch.zeros((), dtype=torch.int64, device=device)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        along = torch.arange(where[axis].start, where[axis].stop, device=device) * stride
+        found = found + along.reshape(-1, *(1,) * (len(shape) - 1 - axis))
+        stride *= shape[axis]
+    return found
+
+
+def _hash(x: Tensor, where: Sequence[slice], shape: Sequence[int]) -> Tensor:
+    """The sum over the part's elements of a hash of position and value, mod 2^64."""
+    total = torch.zeros((), dtype=torch.int64, device=x.device)
+    if not shape:
+        return mix(x.double().view(torch.int64) + _SEED)
+    rows = max(1, _CHUNK // max(1, x[:1].numel()))
+    for start in range(0, x.shape[0], rows):
+        values = x[start : start + rows].contiguous()
+        first = where[0].start + start
+        block = (slice(first, first + values.shape[0]), *where[1:])
+        at = positions(block, shape, x.device)
+        total += mix(values.double().view(torch.int64) + _SEED * (at + 1)).sum()
+    return total
+
+
+@torch.no_grad()
+def fingerprints(tensors: Iterable[Tensor]) -> list[int]:
+    r"""Content hashes of tensors, the same however they are sharded and in whatever dtype they fit.
+
+    Math:
+        $\sum_i h(i, x_i) \bmod 2^{64}$, with $h$ a mix of the position and the value's float64 bits. A sum
+        takes no order, so each process adds up its own part.
+
+    A checkpoint that pulls towards other weights is found out by it; an adversary is not.
+
+    Args:
+        tensors: floating tensors; sharded ones make this a collective call.
+
+    Returns:
+        A number for each, never 0.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0])
+        >>> fingerprints([x]) == fingerprints([x.double()]), fingerprints([x]) == fingerprints([x.flip(0)])
+        (True, False)
+    """
+    tensors = list(tensors)
+    parts = [_hash(local(x), part(x), x.shape) for x in tensors]
+    return [int(total) or 1 for total in summed(parts, tensors)]
+
+
+def summed(parts: Sequence[Tensor], owners: Sequence[Tensor]) -> list[Tensor]:
+    """Sums over the processes among which tensors are spread.
+
+    Args:
+        parts: each process's own part of each sum, 0-d, of one dtype.
+        owners: the tensors that they are of; of plain ones the part is the sum.
+
+    Returns:
+        The sums, on the CPU.
+
+    Example:
+        >>> summed([torch.tensor(2)], [torch.ones(3)])
+        [tensor(2)]
+    """
+    sums = [x.cpu() for x in parts]
+    shared: dict[Any, list[int]] = {}
+    for index, x in enumerate(owners):
+        if is_sharded(x):
+            sharded: Any = x
+            dims = tuple(d for d, place in enumerate(sharded.placements) if place.is_shard())
+            shared.setdefault((sharded.device_mesh, dims), []).append(index)
+    for (mesh, dims), indices in shared.items():
+        together = torch.stack([sums[i] for i in indices]).to(mesh.device_type)
+        for dim in dims:
+            torch.distributed.all_reduce(together, group=mesh.get_group(dim))
+        for i, total in zip(indices, together.cpu(), strict=True):
+            sums[i] = total
+    return sums
