@@ -235,6 +235,10 @@ def test_the_report_is_a_table_that_can_be_read(pretrained):
     lines = console.export_text().splitlines()
     assert lines[0] == str(coverage)
     assert any(line.split()[:3] == ["encoder.dense.weight", "4×3", "anchored"] for line in lines)
+    layers = nn.ModuleList([nn.Linear(3, 3) for _ in range(12)])
+    console.print(Anchors.of(layers, layers).coverage)
+    assert any(line.split() == ["*.weight", "3×3", "×12", "anchored"]
+               for line in console.export_text().splitlines())  # fmt: skip
     assert any("not used" in line and "pooler.weight" in line for line in lines)
 
 

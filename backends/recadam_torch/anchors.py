@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,20 +103,24 @@ class Coverage:
         return f"{text}; new: {_some(lacking)}" if lacking else text
 
     def __rich__(self) -> Any:
-        """A table, for `rich.print`: the parameters, and what of the source was not used."""
+        """A table, for `rich.print`: layers that are alike in one row, and what was not used."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
+        found = [
+            (m.parameter, "×".join(map(str, m.shape)) or "scalar", m.status, m.note or _under(m))
+            for m in self.matches
+        ]
+        found += [
+            (name, "", "not used", f"nearest: {near}" if near else "") for name, near in self.unused.items()
+        ]
+        rows = Counter(tuple(re.sub(r"\b\d+\.", "*.", cell) for cell in row) for row in found)
         table = Table(box=None, pad_edge=False)
-        for column in ("parameter", "shape", "status", "from", "note"):
-            table.add_column(column)
-        for match in self.matches:
-            shape = "×".join(map(str, match.shape)) or "scalar"
-            table.add_row(*map(Text, (match.parameter, shape, match.status, match.stored, match.note)))
-        for name, near in self.unused.items():
-            note = f"nearest parameter: {near}" if near else ""
-            table.add_row(*map(Text, ("", "", "not used", name, note)))
+        for column in ("name", "shape", "", "", "note"):
+            table.add_column(column, overflow="fold")
+        for (name, shape, status, note), count in rows.items():
+            table.add_row(*map(Text, (name, shape, f"×{count}" if count > 1 else "", status, note)))
         return Group(Text(str(self)), table)
 
 
@@ -364,6 +370,10 @@ def _renamed(name: str) -> str:
     """Norms of old checkpoints have a gamma and a beta."""
     stem, _, last = name.rpartition(".")
     return f"{stem}.{_OLD_NORMS[last]}" if stem.endswith("Norm") and last in _OLD_NORMS else name
+
+
+def _under(match: Match) -> str:
+    return f"as {match.stored}" if match.stored not in ("", match.parameter) else ""
 
 
 def _some(names: list[str], count: int = 4) -> str:
