@@ -167,9 +167,9 @@ class RecAdam(Optimizer):
         group = {key: plain(value) for key, value in param_group.items()}
         own = group.pop("anchors", None)
         settings = {**self.defaults, **group}
+        check_settings(settings)
         hp, _ = group_policy(settings)
         rate_of(settings["lr"], hp)
-        check_settings(settings)
         if own is not None and not settings["anchored"]:
             raise RecAdamError("RecAdam: a group has anchors and says 'anchored': False; leave one out")
         anchors = self._anchors if own is None else own

@@ -62,6 +62,11 @@ def check_settings(settings: Mapping[str, Any]) -> None:
                  "save_anchors"):  # fmt: skip
         if not isinstance(settings[name], bool):
             raise RecAdamError(f"RecAdam: {name} is {settings[name]!r}; give True or False")
+    for name in ("betas", "eps", "weight_decay", "gamma"):
+        if any(isinstance(x, Tensor) for x in (settings[name], *_items(settings[name]))):
+            raise RecAdamError(
+                f"RecAdam: {name} is {settings[name]!r}; give plain numbers, only lr may be a tensor"
+            )
     if settings["foreach"] not in (True, False, None):
         raise RecAdamError(f"RecAdam: foreach is {settings['foreach']!r}; give True, False or None")
     if settings["rounding"] not in ROUNDINGS:
@@ -81,10 +86,14 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise RecAdamError("RecAdam: differentiable needs rounding='nearest'; give one of them")
 
 
+def _items(x: Any) -> tuple[Any, ...]:
+    return tuple(x) if isinstance(x, (tuple, list)) else ()
+
+
 def rate_of(lr: Any, hp: Hyperparameters) -> float:
     """The learning rate as a checked number."""
     try:
-        rate = float(lr)
+        rate = float(lr.detach() if isinstance(lr, Tensor) else lr)
     except (TypeError, ValueError, RuntimeError):
         raise RecAdamError(f"RecAdam: lr is {lr!r}; give a number or a 0-d tensor") from None
     hp.replace(lr=rate)
