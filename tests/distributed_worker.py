@@ -1,0 +1,144 @@
+"""One process of a distributed run: `python distributed_worker.py CASE RANK WORLD FOLDER [option=value ...]`.
+
+Trains a small model on the same batch in every process, so that the averaged gradient is each one's own and
+the trajectory must be that of one process, bit for bit. Rank 0 leaves the weights in FOLDER/out.pt.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from recadam_core import Sigmoid
+from recadam_torch import Anchors, RecAdam, param_groups
+
+SETTINGS = {"lr": 1e-2, "gamma": 10.0, "annealing": Sigmoid(k=0.3, t0=15)}
+
+
+def pretrained():
+    """Sizes that two processes cannot share evenly."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def batch(t):
+    return torch.randn(8, 5, generator=torch.Generator().manual_seed(t))
+
+
+def train(model, optimizer, steps, backward=torch.Tensor.backward):
+    for t in steps:
+        optimizer.zero_grad()
+        backward(model(batch(t)).square().mean())
+        optimizer.step()
+
+
+def make(model, option):
+    """From the file, or as the model is."""
+    if "anchors" in option:
+        anchors = Anchors.of(model, option["anchors"], place=option.get("place", "device"))
+        return RecAdam(param_groups(model, anchors), **SETTINGS)
+    return RecAdam(model.named_parameters(), **SETTINGS, save_anchors="save" in option)
+
+
+def single(rank, folder, option):
+    model = pretrained()
+    return model, make(model, option)
+
+
+def ddp(rank, folder, option):
+    model = nn.parallel.DistributedDataParallel(pretrained())
+    return model, make(model, option)
+
+
+def fsdp2(rank, folder, option):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = pretrained()
+    for module in (model[0], model[2], model):
+        fully_shard(module, mesh=mesh)
+    return model, make(model, option)
+
+
+def accelerated(rank, folder, option):
+    """The optimizer is made before the model is sharded, and its parameters are replaced."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=10, cpu_ram_efficient_loading=False
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    model = pretrained()
+    model, optimizer = accelerator.prepare(model, make(model, option))
+    optimizer.recadam = optimizer.optimizer
+    return model, optimizer
+
+
+def full(model):
+    return {
+        name.removeprefix("module."): p.full_tensor() if hasattr(p, "full_tensor") else p.detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def main(case, rank, world, folder, **option):
+    rank, world, folder = int(rank), int(world), Path(folder)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world)
+    )
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=option.get("port", "29500"))
+    if case != "single":
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    model, optimizer = globals()[case](rank, folder, option)
+    inner = getattr(optimizer, "recadam", optimizer)
+    start, stop = (int(option.get(key, value)) for key, value in (("start", 0), ("stop", 12)))
+    options = StateDictOptions(flatten_optimizer_state_dict="flat" in option)
+    if "load" in option:
+        state = {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, inner, options=options),
+        }
+        dcp.load(state, checkpoint_id=option["load"])
+        set_model_state_dict(model, state["model"])
+        set_optimizer_state_dict(model, inner, state["optimizer"], options=options)
+    train(model, optimizer, range(start, stop))
+    if "checkpoint" in option:
+        state = {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, inner, options=options),
+        }
+        dcp.save(copy.copy(state), checkpoint_id=option["checkpoint"])
+    parts = {}
+    for p, entry in inner.state.items():
+        anchor = entry.get("anchor")
+        if anchor is not None:
+            parts[inner._names[p].removeprefix("module.")] = (
+                anchor.to_local() if hasattr(anchor, "to_local") else anchor
+            ).numel()
+    weights, drift = full(model), inner.drift()
+    between = {n: getattr(x, "full_tensor", lambda x=x: x)() for n, x in inner.interpolate(0.5).items()}
+    found = {"weights": weights, "anchors": parts, "distance": drift.distance, "share": drift.pull_share}
+    found["between"] = {name.removeprefix("module."): x for name, x in between.items()}
+    torch.save(found, folder / f"out{rank}.pt")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:5], **dict(word.split("=", 1) for word in sys.argv[5:]))

@@ -1,0 +1,124 @@
+"""Runs on two processes walk the path of one: DDP, FSDP2, accelerate, and checkpoints that change the number."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+FOLDERS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """Runs a case on some processes; returns what each left."""
+
+    def run(case, world=2, **option):
+        folder = tmp_path_factory.mktemp(f"{case}{next(FOLDERS)}")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            option["port"] = free.getsockname()[1]
+        words = [f"{key}={value}" for key, value in option.items()]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", WORKER, case, str(rank), str(world), folder, *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(world)
+        ]
+        try:
+            printed = [process.communicate(timeout=240)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert not any(process.returncode for process in processes), "\n".join(printed)[-4000:]
+        return [torch.load(folder / f"out{rank}.pt") for rank in range(world)]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(launch):
+    return launch("single", 1)[0]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The pretrained weights as a file."""
+    sys.path.insert(0, str(WORKER.parent))
+    try:
+        import distributed_worker
+    finally:
+        sys.path.pop(0)
+    path = tmp_path_factory.mktemp("pretrained") / "model.safetensors"
+    save_file(distributed_worker.pretrained().state_dict(), path)
+    return path
+
+
+def assert_same(found, expected):
+    for name, weights in expected["weights"].items():
+        assert torch.equal(found["weights"][name], weights), name
+        torch.testing.assert_close(found["between"][name], expected["between"][name], rtol=0, atol=0)
+    assert found["distance"] == pytest.approx(expected["distance"], rel=1e-9)
+    assert found["share"] == pytest.approx(expected["share"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("case", "anchors", "sharded"),
+    [
+        ("ddp", "now", False),
+        ("ddp", "file", False),
+        ("fsdp2", "now", True),
+        ("fsdp2", "file", True),
+        ("fsdp2", "mapped file", True),
+        ("accelerated", "now", True),
+        ("accelerated", "file", True),
+    ],
+)
+def test_two_processes_walk_the_path_of_one(launch, alone, checkpoint, case, anchors, sharded):
+    option = {} if anchors == "now" else {"anchors": checkpoint}
+    if anchors == "mapped file":
+        option["place"] = "file"
+    found = launch(case, **option)
+    for process in found:
+        assert_same(process, alone)
+    # Sharded, no process holds the whole: 7 rows are 4 and 3.
+    held = [sum(process["anchors"].values()) for process in found]
+    assert held == ([4 * 5 + 4 + 2 * 7 + 2, 3 * 5 + 3 + 1 * 7 + 1] if sharded else [66, 66])
+
+
+@pytest.mark.parametrize(
+    ("case", "before", "after", "option"),
+    [
+        ("fsdp2", 2, 1, {}),
+        ("fsdp2", 1, 2, {}),
+        ("fsdp2", 2, 2, {"save": 1}),
+        ("fsdp2", 2, 1, {"flat": 1}),
+    ],
+)
+def test_distributed_checkpoints_are_resumed_on_another_number(
+    launch, alone, tmp_path, case, before, after, option
+):
+    where = tmp_path / "checkpoint"
+    launch(case, before, stop=5, checkpoint=where, **option)
+    for process in launch(case, after, start=5, load=where, **option):
+        assert_same(process, alone)
+
+
+def test_a_distributed_checkpoint_holds_no_anchors(launch, tmp_path):
+    sizes = {}
+    for name, option in (("hashes", {}), ("anchors", {"save": 1})):
+        launch("fsdp2", stop=2, checkpoint=tmp_path / name, **option)
+        metadata = torch.distributed.checkpoint.FileSystemReader(tmp_path / name).read_metadata()
+        sizes[name] = {key for key in metadata.state_dict_metadata if key.endswith(".anchor")}
+    assert len(sizes["hashes"]) == 0
+    assert len(sizes["anchors"]) == 4
