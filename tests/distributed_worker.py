@@ -77,12 +77,14 @@ def fsdp2(rank, folder, option):
 
 def accelerated(rank, folder, option):
     """The optimizer is made before the model is sharded, and its parameters are replaced."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=10, cpu_ram_efficient_loading=False
     )
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    accelerator = Accelerator(cpu=True)
+    # accelerate shards on accelerators only; its code for that runs here, too.
+    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
     model = pretrained()
     model, optimizer = accelerator.prepare(model, make(model, option))
     optimizer.recadam = optimizer.optimizer

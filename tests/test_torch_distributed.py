@@ -1,4 +1,4 @@
-"""Runs on two processes walk the path of one: DDP, FSDP2, accelerate, and checkpoints that change the number."""
+"""Runs on two processes walk the path of one: DDP, FSDP2, accelerate; checkpoints change their number."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -76,12 +77,12 @@ def assert_same(found, expected):
     ("case", "anchors", "sharded"),
     [
         ("ddp", "now", False),
-        ("ddp", "file", False),
-        ("fsdp2", "now", True),
+        pytest.param("ddp", "file", False, marks=pytest.mark.heavy),
+        pytest.param("fsdp2", "now", True, marks=pytest.mark.heavy),
         ("fsdp2", "file", True),
-        ("fsdp2", "mapped file", True),
+        pytest.param("fsdp2", "mapped file", True, marks=pytest.mark.heavy),
         ("accelerated", "now", True),
-        ("accelerated", "file", True),
+        pytest.param("accelerated", "file", True, marks=pytest.mark.heavy),
     ],
 )
 def test_two_processes_walk_the_path_of_one(launch, alone, checkpoint, case, anchors, sharded):
@@ -100,9 +101,9 @@ def test_two_processes_walk_the_path_of_one(launch, alone, checkpoint, case, anc
     ("case", "before", "after", "option"),
     [
         ("fsdp2", 2, 1, {}),
-        ("fsdp2", 1, 2, {}),
-        ("fsdp2", 2, 2, {"save": 1}),
-        ("fsdp2", 2, 1, {"flat": 1}),
+        pytest.param("fsdp2", 1, 2, {}, marks=pytest.mark.heavy),
+        pytest.param("fsdp2", 2, 2, {"save": 1}, marks=pytest.mark.heavy),
+        pytest.param("fsdp2", 2, 1, {"flat": 1}, marks=pytest.mark.heavy),
     ],
 )
 def test_distributed_checkpoints_are_resumed_on_another_number(
@@ -114,11 +115,12 @@ def test_distributed_checkpoints_are_resumed_on_another_number(
         assert_same(process, alone)
 
 
+@pytest.mark.heavy
 def test_a_distributed_checkpoint_holds_no_anchors(launch, tmp_path):
     sizes = {}
     for name, option in (("hashes", {}), ("anchors", {"save": 1})):
         launch("fsdp2", stop=2, checkpoint=tmp_path / name, **option)
-        metadata = torch.distributed.checkpoint.FileSystemReader(tmp_path / name).read_metadata()
+        metadata = dcp.FileSystemReader(tmp_path / name).read_metadata()
         sizes[name] = {key for key in metadata.state_dict_metadata if key.endswith(".anchor")}
     assert len(sizes["hashes"]) == 0
     assert len(sizes["anchors"]) == 4

@@ -5,7 +5,7 @@ from recadam_torch import RecAdam
 optimizer = RecAdam(model.named_parameters(), lr=2e-5)     # anchored where the model is now
 """
 
-from .anchors import Anchors, Coverage, CoverageWarning
+from .anchors import Anchors, Coverage, CoverageWarning, lora_anchors
 from .backend import TorchBackend, backend
 from .groups import param_groups
 from .kernel import kernel_
@@ -21,5 +21,6 @@ __all__ = [
     "TorchBackend",
     "backend",
     "kernel_",
+    "lora_anchors",
     "param_groups",
 ]

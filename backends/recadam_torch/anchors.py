@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from recadam_core import RecAdamError
 from .shards import like
 from .sources import Source, Tensors, open_source
 
-__all__ = ["Anchors", "Coverage", "CoverageWarning", "Match", "bare"]
+__all__ = ["Anchors", "Coverage", "CoverageWarning", "Match", "bare", "lora_anchors"]
 
 PLACES = ("device", "host", "file")
 """Where anchors may be kept."""
@@ -208,7 +209,7 @@ class Anchors(Mapping[str, Tensor]):
                 near = difflib.get_close_matches(pattern, parameters, n=1)
                 hint = f"the nearest is {near[0]!r}" if near else "see model.named_parameters()"
                 raise RecAdamError(f"anchors: new={pattern!r} matches no parameter; {hint}")
-        coverage = _match(parameters, opened, patterns)
+        coverage = _match(parameters, opened, patterns, _renaming(model))
         if not coverage.having("anchored") and coverage.having("new", "shape", "ambiguous"):
             raise RecAdamError(
                 f"anchors: nothing in {opened.path or 'the state dict'} matches a parameter; it has "
@@ -236,7 +237,7 @@ class Anchors(Mapping[str, Tensor]):
             The anchors of those that match.
         """
         opened = open_source(source)
-        coverage = _match({name: ([name], p) for name, p in names}, opened, ())
+        coverage = _match({name: ([name], p) for name, p in names}, opened, (), _renamed)
         return cls(opened, coverage, place=place if opened.mapped or place != "file" else "device")
 
     def _key(self, name: str) -> str:
@@ -282,6 +283,48 @@ class Anchors(Mapping[str, Tensor]):
         return like(p, read)
 
 
+def lora_anchors(model: nn.Module) -> dict[str, Tensor]:
+    r"""Anchors of a model with LoRA adapters: zero for the factor that starts at zero.
+
+    Math:
+        The weight is $W^* + BA$ with $W^*$ frozen, so the distance to the pretrained weights is $\|BA\|$, and
+        the product's anchor is zero. Pulling $B$ to 0 pulls the product there, whatever $A$ is; $A$, which
+        starts at random, is a new parameter.
+
+    Args:
+        model: a model of peft, or any whose parameters are called like its.
+
+    Returns:
+        Zeros by parameter name, for `RecAdam` or `param_groups`.
+
+    Raises:
+        RecAdamError: when there is no such factor, or one is not zero.
+
+    Example:
+        >>> model = nn.ParameterDict({"lora_A": torch.ones(1, 2), "lora_B": torch.zeros(3, 1)})
+        >>> lora_anchors(model)
+        {'lora_B': tensor([[0.],
+                [0.],
+                [0.]])}
+
+    Source: LoRA is arXiv 2106.09685; that B starts at zero, its section 4.1.
+    """
+    found = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad and re.search(r"(^|\.)lora_(embedding_)?B(\.|$)", name):
+            if bool(p.detach().count_nonzero()):
+                raise RecAdamError(
+                    f"lora_anchors: {name!r} is not zero; call it before training, with an initialisation "
+                    "that leaves the pretrained weights in place (init_lora_weights=True)"
+                )
+            found[name] = torch.zeros_like(p)
+    if not found:
+        raise RecAdamError(
+            "lora_anchors: no trainable parameter is called lora_B; give a model with LoRA adapters"
+        )
+    return found
+
+
 def bare(name: str) -> str:
     """A parameter's name without what wrappers of the model put into it.
 
@@ -293,12 +336,30 @@ def bare(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def _renaming(model: nn.Module) -> Callable[[str], str]:
+    """How transformers renames what is stored when it loads a checkpoint of older names into this model."""
+    library = sys.modules.get("transformers")
+    if library is None or not isinstance(model, library.PreTrainedModel):
+        return _renamed
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    except ImportError:  # a release that keeps names, or has its rules elsewhere
+        return _renamed
+    return lambda name: str(rename_source_key(name, rules, [])[0])
+
+
 def _match(
-    parameters: Mapping[str, tuple[list[str], Tensor]], source: Source, patterns: tuple[str, ...]
+    parameters: Mapping[str, tuple[list[str], Tensor]],
+    source: Source,
+    patterns: tuple[str, ...],
+    renaming: Callable[[str], str],
 ) -> Coverage:
     stored: dict[str, list[str]] = {}
     for name in source:
-        for key in {bare(name), _renamed(bare(name))}:
+        for key in {bare(name), renaming(bare(name))}:
             stored.setdefault(key, []).append(name)
     ours = [bare(name) for names, _ in parameters.values() for name in names]
     to_drop, to_add = _prefixes(ours, set(stored)), _prefixes(stored, set(ours))

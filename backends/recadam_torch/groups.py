@@ -58,7 +58,7 @@ def param_groups(
         if not p.requires_grad:
             continue
         anchored = anchors is None or name in anchors
-        decays = p.ndim > 1 and id(p) not in norms
+        decays = p.ndim > 1 and id(p) not in norms and not name.endswith("bias")
         decay = (anchored_weight_decay if anchored else weight_decay) if decays else 0.0
         group = groups.setdefault(
             (anchored, decay), {"params": [], "anchored": anchored, "weight_decay": decay}
