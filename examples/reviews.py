@@ -1,0 +1,52 @@
+"""What the examples share: MiniLM with three layers, movie reviews, and the figures they end with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from recadam_core.finetuning.archives import model_folder
+from recadam_core.finetuning.tasks.movie_reviews import read_reviews, tokenize
+
+LENGTH = 32
+
+
+class Reviews(Dataset[dict[str, Any]]):
+    """Sentences and whether they are kind, as a BERT takes them."""
+
+    def __init__(self, folder: Path, start: int, count: int) -> None:
+        texts, labels = read_reviews()
+        rows = tokenize(folder, texts[start : start + count], LENGTH)
+        self.ids, self.mask = torch.tensor(rows["ids"]), torch.tensor(rows["mask"]).long()
+        self.labels = torch.tensor(labels[start : start + count])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"input_ids": self.ids[i], "attention_mask": self.mask[i], "labels": self.labels[i]}
+
+
+def load(train: int = 512, test: int = 500) -> tuple[Path, PreTrainedModel, Reviews, Reviews]:
+    """The encoder's folder, the model with a new head, and rows to train and to test on."""
+    folder = model_folder("minilm-l3")
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    return folder, model, Reviews(folder, 2000, train), Reviews(folder, 0, test)
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, rows: Reviews) -> float:
+    """Share of the rows that the model gets right."""
+    was, right = model.training, 0
+    model.eval()
+    for start in range(0, len(rows), 100):
+        part = slice(start, start + 100)
+        logits = model(input_ids=rows.ids[part], attention_mask=rows.mask[part]).logits
+        right += int((logits.argmax(-1) == rows.labels[part]).sum())
+    model.train(was)
+    return right / len(rows)

@@ -1,0 +1,58 @@
+"""The examples run, and end with a figure."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+pytestmark = pytest.mark.heavy
+
+
+def run(*words):
+    command = [sys.executable, "-W", "ignore", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, env=environment, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plain_loop.py"],
+        ["plain_loop.py", "--bfloat16", "--rounding", "compensated"],
+        ["trainer.py"],
+        ["lora.py"],
+    ],
+    ids=" ".join,
+)
+def test_an_example_ends_with_its_accuracy(words):
+    script, *options = words
+    last = run(EXAMPLES / script, "--steps", 8, *options).strip().splitlines()[-1]
+    found = re.search(r"test accuracy: (0\.\d{3})$", last)
+    assert 0.4 < float(found[1]) < 0.9
+
+
+def test_the_example_on_two_processes():
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", 2, EXAMPLES / "fsdp2.py", "--steps", 6]
+    printed = run(*words)
+    held = [int(number.replace(",", "")) for number in re.findall(r"holds ([\d,]+) of", printed)]
+    assert len(held) == 2
+    assert sum(held) == 17241984
+    assert re.search(r"test accuracy: 0\.\d{3}", printed)
+
+
+def test_the_plain_loop_resumes(tmp_path):
+    """Half of it, then the rest with the same line; the checkpoint is there."""
+    words = [EXAMPLES / "plain_loop.py", "--folder", tmp_path, "--every", 3]
+    run(*words, "--steps", 6)
+    assert "resumed at step 6" in run(*words, "--steps", 9)
