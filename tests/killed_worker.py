@@ -1,7 +1,7 @@
 """Training that may be killed at any time: `python killed_worker.py FOLDER STEPS`.
 
-Digits, an anchored body from a file, a new head. Says each step when it is taken, leaves a checkpoint every few
-steps and the final weights in FOLDER/final.pt.
+Digits, an anchored body from a file, a new head. Says each step when it is taken, leaves a checkpoint every
+few steps and the final weights in FOLDER/final.pt.
 """
 
 from __future__ import annotations

@@ -1,11 +1,4 @@
-"""RecAdam in Hugging Face's Trainer: a factory of the optimizer, and a callback that logs what it does.
-
-trainer = Trainer(
-    model, args, train_dataset=data,
-    optimizer_cls_and_kwargs=(RecAdamFactory, {"anchors": "org/model", "new": ["classifier.*"], "lr": 2e-5}),
-)
-RecAdamCallback.add_to(trainer)
-"""
+"""RecAdam in Hugging Face's Trainer: a factory of the optimizer, and a callback that logs what it does."""
 
 from __future__ import annotations
 
