@@ -55,7 +55,8 @@ class Exact:
     """How a variant gives the specification's bits.
 
     Args:
-        how: what a user does to have them.
+        how: what a user does to have them; "always" or "never" where nothing does. Of what is never exact
+            no bits are claimed, unless as a declared miss.
         price: what it costs.
         environment: variables that must be set before the process starts.
 

@@ -42,7 +42,7 @@ class TestNumpy(BackendConformance):
 
 class TestTorch(BackendConformance):
     backend = "torch"
-    variants = ("functional", "single", "foreach", "fused", "compiled")
+    variants = ("functional", "single", "foreach", "capturable", "fused", "compiled")
     golden = GOLDEN
 
 

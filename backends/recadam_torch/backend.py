@@ -38,10 +38,13 @@ class TorchBackend:
     capabilities = Capabilities(
         dtypes=("bfloat16", "float16", "float32", "float64"),
         devices=("cpu", "cuda"),
+        sharding=True,
         variants=(
             Variant("functional", "recadam_core.RecAdam", Exact("TorchBackend(exact=True)", BY_NUMPY.price)),
             Variant("single", "RecAdam(..., foreach=False)", BY_NUMPY),
             Variant("foreach", "RecAdam(..., foreach=True)", BY_NUMPY),
+            # Coefficients come from the device's exp, square roots from torch.
+            Variant("capturable", "RecAdam(..., capturable=True)", Exact("never", "")),
             Variant("fused", 'RecAdam(..., fused="numba")', needs=("numba",)),
             Variant("compiled", 'RecAdam(..., fused="compiled")', programs=(("g++", "clang++"),)),
             Variant(
@@ -92,10 +95,11 @@ class TorchBackend:
         ways: dict[str, dict[str, Any]] = {
             "single": {"foreach": False},
             "foreach": {"foreach": True},
+            "capturable": {"capturable": True},
             "fused": {"fused": "numba"},
         }
         way = ways.get(variant) or {"fused": variant}
-        return _Stepper(params, anchors, hp, exact=exact, **way)
+        return _Stepper(params, anchors, hp, exact=exact and variant != "capturable", **way)
 
     def from_numpy(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> Tensor:
         """A copy on the CPU."""
