@@ -185,3 +185,31 @@ def test_roundings_resume_bit_for_bit(rounding):
     other.load_state_dict(state["model"])
     resumed.load_state_dict(state["optimizer"])
     assert_same(straight, train(other, resumed, range(5, 10)))
+
+
+def test_a_state_without_residuals_gets_them():
+    model = net(dtype=torch.bfloat16)
+    optimizer = RecAdam(model.named_parameters(), **SETTINGS)
+    state = loaded(saved(optimizer=optimizer))["optimizer"]
+    for group in state["param_groups"]:
+        del group["rounding"]
+    other = RecAdam(net(dtype=torch.bfloat16).named_parameters(), **SETTINGS, rounding="compensated")
+    other.load_state_dict(state)
+    fresh = net(dtype=torch.bfloat16)
+    expected = RecAdam(fresh.named_parameters(), **SETTINGS, rounding="compensated")
+    for p, q in zip(other.param_groups[0]["params"], fresh.parameters(), strict=True):
+        p.grad = q.grad = torch.full_like(q, 0.01)
+    other.step()
+    expected.step()
+    assert_same(
+        [s["residual"] for s in other.state.values()], [s["residual"] for s in expected.state.values()]
+    )
+
+
+def test_drift_says_nothing_of_a_step_before_the_load():
+    model = net()
+    optimizer = RecAdam(model.named_parameters(), **SETTINGS)
+    train(model, optimizer, range(2))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.drift().distance > 0
+    assert optimizer.drift().pull_share != optimizer.drift().pull_share  # NaN until the next step

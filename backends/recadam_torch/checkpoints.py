@@ -99,8 +99,9 @@ def saved_anchors(
         for index, (name, p) in zip(group["params"], named(ours), strict=True):
             saved, mine = state_dict["state"][index], optimizer.state[p]
             if "anchor" in saved and not isinstance(saved["anchor"], dict):
-                found[p] = {"anchor": saved["anchor"]}
-                found[p]["anchor_hash"] = saved.get("anchor_hash", torch.zeros((), dtype=torch.int64))
+                kept = saved["anchor"]
+                found[p] = {"anchor": None if kept is None else kept.to(p.device, copy=True)}
+                found[p]["anchor_hash"] = saved.get("anchor_hash", torch.zeros((), dtype=torch.int64)).clone()
                 continue
             if "anchor_hash" not in saved:
                 if mine.get("anchor") is not None:

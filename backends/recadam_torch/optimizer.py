@@ -199,7 +199,6 @@ class RecAdam(Optimizer):
                 raise RecAdamError(f"parameter {name!r} has dtype {p.dtype}; give a real floating tensor")
             if group["fused"]:
                 fused_kernel(group["fused"], p.device)
-            small = p.dtype in (torch.bfloat16, torch.float16)
             if group["rounding"] == "stochastic" and p.dtype == torch.float16:
                 raise RecAdamError(
                     f"parameter {name!r} is float16; rounding='stochastic' is for bfloat16, give another"
@@ -210,8 +209,7 @@ class RecAdam(Optimizer):
                 "exp_avg": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
             }
-            if small and group["rounding"] == "compensated":
-                state["residual"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            _residual(p, state, group)
             if group["anchored"]:
                 anchor = p.detach().clone() if anchors is None else anchor_of(anchors, name, p)
                 if anchor is not None:
@@ -299,7 +297,7 @@ class RecAdam(Optimizer):
                 ms=[local(state["exp_avg"]) for state in states],
                 vs=[local(state["exp_avg_sq"]) for state in states],
                 anchors=[local(state["anchor"]) for state in states] if anchored and not freed else None,
-                residuals=[local(state["residual"]) if "residual" in state else None for state in states],
+                residuals=[_residual(p, state, group) for p, state in zip(params, states, strict=True)],
                 steps=[state["step"] for state in states],
                 t=t,
                 hp=hp,
@@ -394,21 +392,17 @@ class RecAdam(Optimizer):
         owners = [(group, name, p) for group in self.param_groups for name, p in named(group)]
         for index, (group, name, p) in zip(saved, owners, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and key != "anchor":
                     # Step counts are where the flag wants them; the base class would share them, too.
                     on_host = key == "anchor_hash" or (key == "step" and not group["capturable"])
                     self.state[p][key] = value.to("cpu" if on_host else p.device, copy=True)
                 elif isinstance(value, dict) and not value:  # what a flattened checkpoint has for no value
                     self.state[p].pop(key, None)
             self.state[p].pop("anchor", None)
-            if p in anchors:
-                kept = anchors[p]
-                if any(kept["anchor"] is value for value in state_dict["state"].get(index, {}).values()):
-                    kept = {**kept, "anchor": kept["anchor"] if kept["anchor"] is None else
-                            kept["anchor"].to(p.device, copy=True)}  # fmt: skip
-                self.state[p].update(kept)
+            self.state[p].update(anchors.get(p, {}))
             if "param_names" in group:
                 self._names[p] = name
+        self._last = []
         take_hashes([s for s in self.state.values() if is_sharded(s.get("anchor"))])
 
     # Telemetry.
@@ -544,3 +538,12 @@ def _sharded_as(p: Tensor, key: str, value: Any) -> Any:
         return value
     device = value.device if key == "anchor" and value.device.type == "cpu" else p.device
     return like(p, lambda where: local(value)[where].to(device, copy=True))
+
+
+def _residual(p: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> Tensor | None:
+    """This process's part of what rounding has left over; None where that is not kept."""
+    if group["rounding"] != "compensated" or p.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if "residual" not in state:
+        state["residual"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    return local(state["residual"])
