@@ -216,8 +216,47 @@ def test_frozen_parameters_need_no_anchor(pretrained):
     model = net()
     model["encoder"]["dense"].requires_grad_(False)
     anchors = Anchors.of(model, pretrained, new=["head.*"], strict=True)
-    assert set(anchors) == {"encoder.LayerNorm.weight", "encoder.LayerNorm.bias"}
+    assert {m.parameter for m in anchors.coverage.having("frozen")} == set(BODY[:2])
     assert not anchors.coverage.unused
+    # But they have one, when they are trained later.
+    model.requires_grad_(True)
+    assert [group["anchored"] for group in param_groups(model, anchors)] == [True, False]
+    assert set(anchors) == set(BODY)
+    del pretrained["encoder.dense.weight"]
+    model["encoder"]["dense"].requires_grad_(False)
+    assert "encoder.dense.weight" not in Anchors.of(model, pretrained, new=["head.*"], strict=True)
+
+
+def test_anchors_of_another_model_are_refused(pretrained):
+    anchors = Anchors.of(nn.DataParallel(net()), pretrained, new=["module.head.*"], strict=True)
+    assert len(RecAdam(net().named_parameters(), anchors=anchors).state) == 6  # the same but for a wrapper
+    other = nn.ModuleDict({"body": nn.Linear(3, 4)})
+    for make in (
+        lambda: param_groups(other, anchors),
+        lambda: RecAdam(other.named_parameters(), anchors=anchors),
+    ):
+        with pytest.raises(RecAdamError, match=r"matched to a model without a parameter 'body.weight'"):
+            make()
+    wide = net()
+    wide["encoder"]["dense"] = nn.Linear(5, 4)
+    with pytest.raises(RecAdamError, match=r"was matched as \(4, 3\), and is \(4, 5\) now"):
+        RecAdam(param_groups(wide, anchors))
+    with pytest.raises(RecAdamError, match=r"anchors: 'bert.encoder.dense.weight' matches no parameter"):
+        param_groups(net(), renamed(pretrained, lambda n: f"bert.{n}"))
+
+
+def test_a_module_called_like_a_wrapper_is_none():
+    model = nn.ModuleDict({"module": nn.Linear(2, 2), "base_layer": nn.Linear(2, 2)})
+    anchors = Anchors.of(
+        model, {n: torch.full_like(p, i) for i, (n, p) in enumerate(model.named_parameters())}
+    )
+    assert [anchors[n].unique().item() for n, _ in model.named_parameters()] == [0, 1, 2, 3]
+
+
+def test_checkpoints_of_torch_before_1_6_are_read(pretrained, tmp_path):
+    torch.save(pretrained, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    anchors = Anchors.of(net(), tmp_path / "old.bin", new=["head.*"], strict=True)
+    assert torch.equal(anchors[BODY[0]], pretrained[BODY[0]])
 
 
 def test_the_report_is_a_table_that_can_be_read(pretrained):

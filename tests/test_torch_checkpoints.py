@@ -213,3 +213,50 @@ def test_drift_says_nothing_of_a_step_before_the_load():
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer.drift().distance > 0
     assert optimizer.drift().pull_share != optimizer.drift().pull_share  # NaN until the next step
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"place": "file"}])
+def test_anchors_from_a_file_are_had_again_as_they_were(options, tmp_path):
+    """With one that did not move, so that it agrees by chance; under a prefix; in their dtype."""
+    path = tmp_path / "pretrained.safetensors"
+    save_file({f"bert.{name}": x for name, x in net().state_dict().items()}, path)
+    model = net()
+    optimizer = RecAdam(param_groups(model, Anchors.of(model, path, **options)), **SETTINGS)
+    for t in range(3):
+        backward = torch.randn(16, 4, generator=torch.Generator().manual_seed(t))
+        optimizer.zero_grad()
+        model(backward).square().sum().backward()
+        model[2].bias.grad = None
+        optimizer.step()
+    state = loaded(saved(model=model, optimizer=optimizer))
+    before = optimizer.interpolate(0.0)
+    tuned = net()
+    tuned.load_state_dict(state["model"])
+    resumed = RecAdam(param_groups(tuned, None), **SETTINGS)
+    resumed.load_state_dict(state["optimizer"])
+    for a, b in zip(optimizer.state.values(), resumed.state.values(), strict=True):
+        assert torch.equal(a["anchor"], b["anchor"])
+        assert a["anchor"].dtype == b["anchor"].dtype
+
+    train(tuned, resumed, range(120))
+    assert all(s["anchor"] is None for s in resumed.state.values())
+    for name, x in resumed.interpolate(0.0).items():
+        assert torch.equal(x, before[name])
+    save_file({f"bert.{n}": x.detach().clone() for n, x in tuned.state_dict().items()}, path)  # trained on
+    with pytest.raises(RecAdamError, match="was freed, and is not to be had again"):
+        resumed.interpolate(0.0)
+
+
+def test_settings_of_a_checkpoint_are_checked():
+    optimizer = RecAdam(net(dtype=torch.bfloat16).named_parameters(), **SETTINGS, rounding="stochastic")
+    state = loaded(saved(optimizer=optimizer))["optimizer"]
+    other = RecAdam(net(dtype=torch.float16).named_parameters(), **SETTINGS)
+    with pytest.raises(RecAdamError, match="is float16; rounding='stochastic' is for bfloat16"):
+        other.load_state_dict(state)
+    fewer = RecAdam(list(net().parameters())[:2], **SETTINGS)
+    with pytest.raises(RecAdamError, match="a group was saved with 4 parameters and has 2; make the groups"):
+        fewer.load_state_dict(state)
+    kept = loaded(saved(optimizer=RecAdam(net().named_parameters(), save_anchors=True)))["optimizer"]
+    kept["state"][0]["anchor"] = kept["state"][0]["anchor"][:1]
+    with pytest.raises(RecAdamError, match=r"the anchor of '0.weight' was saved as \(1, 4\), its parameter"):
+        RecAdam(net().named_parameters()).load_state_dict(kept)

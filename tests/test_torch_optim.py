@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -422,7 +423,9 @@ def test_drift_forgets_what_was_freed():
         w.grad = torch.ones(2)
         optimizer.step()
     assert optimizer.drift().parameters == {}
-    with pytest.raises(RecAdamError, match="the anchor of 'w' was freed; give the pretrained weights"):
+    with pytest.raises(
+        RecAdamError, match="the anchor of 'w' was freed, and is not to be had again; give the pre"
+    ):
         optimizer.interpolate(0.5)
     between = optimizer.interpolate(0.5, {"w": torch.zeros(2)})
     assert torch.equal(between["w"], w.detach() / 2)
@@ -472,3 +475,54 @@ def test_states_follow_parameters_that_were_replaced_by_name():
         RecAdamError, match=r"parameter 'params\[0\]' has no state: .* pass model.named_parameters"
     ):
         unnamed.step()
+
+
+def test_names_that_two_groups_share_mix_nothing_up():
+    """As `module.named_parameters()` of two modules gives them."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    for groups in (
+        [{"params": module.named_parameters()} for module in model],
+        [{"params": module.parameters()} for module in model],
+    ):
+        optimizer = RecAdam(groups, gamma=10.0)
+        before = [p.detach().clone() for p in model.parameters()]
+        with optimizer.interpolated(1.0):
+            assert gap(before, list(model.parameters())) == 0
+        assert len(optimizer.drift().parameters) == 4
+        with pytest.raises(RecAdamError, match="parameters need names, each its own"):
+            optimizer.interpolate(0.5)
+
+
+def test_gradients_do_not_outlive_the_step():
+    model, loss = regression()
+    optimizer = RecAdam(model.named_parameters(), gamma=10.0)
+    loss().backward()
+    held = [weakref.ref(p.grad) for p in model.parameters()]
+    optimizer.step()
+    optimizer.zero_grad()
+    assert not any(ref() is not None for ref in held)
+
+
+def test_stochastic_rounding_keeps_what_is_no_number():
+    from recadam_torch.rounding import round_
+
+    bits = torch.tensor([0x7FFFFFFF, 0x7F800000, -0x800000, -1], dtype=torch.int32)
+    theta = torch.zeros(4, dtype=torch.bfloat16)
+    round_(theta, bits.view(torch.float32), None, torch.full((4,), 65535, dtype=torch.int32))
+    assert theta.isnan().tolist() == [True, False, False, True]
+    assert theta[1:3].tolist() == [math.inf, -math.inf]
+
+
+def test_drift_where_little_can_be_told():
+    w, idle = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    settings = {"lr": 0.1, "gamma": 10.0, "annealing": Constant(1.0, 1.0)}  # all the way home in one step
+    optimizer = RecAdam([("w", w), ("idle", idle)], **settings)
+    assert math.isnan(optimizer.drift().task)
+    w.grad = torch.ones(2, dtype=torch.float64)
+    optimizer.step()
+    assert math.isnan(optimizer.drift().parameters["w"].pull_share)
+    optimizer.param_groups[0]["gamma"] = 5.0
+    optimizer.step()
+    found = optimizer.drift()
+    assert 0 < found.pull_share == found.parameters["w"].pull_share  # idle has taken no step
+    assert math.isnan(found.parameters["idle"].pull_share)

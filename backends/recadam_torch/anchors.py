@@ -54,6 +54,11 @@ class Match(NamedTuple):
     stored: str = ""  # name of its value in the source
     note: str = ""
 
+    @property
+    def has_anchor(self) -> bool:
+        """Whether there is a value for it; a frozen one may be trained later."""
+        return bool(self.stored) and self.status in ("anchored", "frozen")
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -150,7 +155,8 @@ class Anchors(Mapping[str, Tensor]):
         if place == "file" and dtype is not None:
             raise RecAdamError("anchors: place='file' keeps the file's dtype; leave out one of them")
         self.source, self.coverage, self.dtype, self.place = source, coverage, dtype, place
-        self._stored = {m.parameter: m.stored for m in coverage.having("anchored")}
+        self._matches = {bare(m.parameter): m for m in coverage.matches}
+        self._matches.update({m.parameter: m for m in coverage.matches})
 
     @classmethod
     def of(
@@ -195,7 +201,7 @@ class Anchors(Mapping[str, Tensor]):
         """
         patterns = (new,) if isinstance(new, str) else tuple(new)
         if source is None:
-            copies = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+            copies = {n: p.detach().clone() for n, p in model.named_parameters()}
             opened: Source = Tensors(copies)
         else:
             opened = open_source(source)
@@ -224,40 +230,38 @@ class Anchors(Mapping[str, Tensor]):
             warnings.warn(text, CoverageWarning, stacklevel=2)
         return anchors
 
-    @classmethod
-    def named(cls, names: Iterable[tuple[str, Tensor]], source: str | Path, place: str = "device") -> Anchors:
-        """Anchors for parameters of which only the names are known, from a file.
+    def match(self, name: str) -> Match:
+        """What was found for a parameter, under its name or what a wrapper made of it.
 
-        Args:
-            names: parameters by name.
-            source: the file.
-            place: where to keep them.
-
-        Returns:
-            The anchors of those that match.
+        Raises:
+            RecAdamError: when the model that was matched has no such parameter.
         """
-        opened = open_source(source)
-        coverage = _match({name: ([name], p) for name, p in names}, opened, (), _renamed)
-        return cls(opened, coverage, place=place if opened.mapped or place != "file" else "device")
-
-    def _key(self, name: str) -> str:
-        """The name as the model had it that was matched, of one that a wrapper may have changed."""
-        return name if name in self._stored else bare(name)
+        found = self._matches.get(name) or self._matches.get(bare(name))
+        if found is None:
+            near = difflib.get_close_matches(name, self._matches, n=1)
+            hint = f" (the nearest is {near[0]!r})" if near else ""
+            raise RecAdamError(
+                f"anchors: they were matched to a model without a parameter {name!r}{hint}; "
+                "give the model's own names, or Anchors.of this model"
+            )
+        return found
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._key(name) in self._stored
+        return isinstance(name, str) and self.match(name).has_anchor
 
     def __getitem__(self, name: str) -> Tensor:
-        stored = self._stored[self._key(name)]
-        whole = tuple(slice(0, n) for n in self.source.shape(stored))
-        tensor = self.source.read(stored, whole)
+        match = self.match(name)
+        if not match.has_anchor:
+            raise KeyError(name)
+        whole = tuple(slice(0, n) for n in match.shape)
+        tensor = self.source.read(match.stored, whole)
         return tensor if self.dtype is None else tensor.to(self.dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
+        return (m.parameter for m in self.coverage.matches if m.has_anchor)
 
     def __len__(self) -> int:
-        return len(self._stored)
+        return sum(1 for _ in self)
 
     def part(self, name: str, p: Tensor) -> Tensor:
         """The anchor of a parameter, sharded as it is, in its place.
@@ -269,18 +273,28 @@ class Anchors(Mapping[str, Tensor]):
         Returns:
             A tensor that nobody else writes to: in memory of its own, or on the file's pages.
         """
-        stored = self._stored[self._key(name)]
+        match = self.match(name)
+        if match.shape != tuple(p.shape):
+            raise RecAdamError(
+                f"anchors: {name!r} was matched as {match.shape}, and is {tuple(p.shape)} now; "
+                "make them from the model as it is"
+            )
+        return placed(self.source, match.stored, p, self.dtype, self.place)
 
-        def read(where: tuple[slice, ...]) -> Tensor:
-            found = self.source.read(stored, where)
-            if self.place == "file":
-                return found
-            if self.place == "device":
-                return found.to(p.device, self.dtype, copy=True)
-            kept = found.to("cpu", self.dtype, copy=True)
-            return kept.pin_memory() if torch.cuda.is_available() else kept
 
-        return like(p, read)
+def placed(source: Source, stored: str, p: Tensor, dtype: torch.dtype | None, place: str) -> Tensor:
+    """A stored tensor as the anchor of a parameter: sharded as that is, in its dtype and place."""
+
+    def read(where: tuple[slice, ...]) -> Tensor:
+        found = source.read(stored, where)
+        if place == "file":
+            return found
+        if place == "device":
+            return found.to(p.device, dtype, copy=True)
+        kept = found.to("cpu", dtype, copy=True)
+        return kept.pin_memory() if torch.cuda.is_available() else kept
+
+    return like(p, read)
 
 
 def lora_anchors(model: nn.Module) -> dict[str, Tensor]:
@@ -358,6 +372,7 @@ def _match(
     renaming: Callable[[str], str],
 ) -> Coverage:
     stored: dict[str, list[str]] = {}
+    exact = set(source)
     for name in source:
         for key in {bare(name), renaming(bare(name))}:
             stored.setdefault(key, []).append(name)
@@ -366,19 +381,16 @@ def _match(
     matches, taken = [], set()
     for name, (aliases, p) in parameters.items():
         match = Match(name, tuple(p.shape), p.numel(), "new")
-        if not p.requires_grad:
-            matches.append(match._replace(status="frozen"))
-            continue
         if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
             matches.append(match)
             continue
-        found: list[str] = []
-        for keys in zip(*(_keys(bare(alias), to_drop, to_add) for alias in aliases), strict=True):
+        found = [alias for alias in aliases if alias in exact][:1]
+        for keys in (
+            () if found else zip(*(_keys(bare(alias), to_drop, to_add) for alias in aliases), strict=True)
+        ):
             found = list(dict.fromkeys(n for some in keys for key in some for n in stored.get(key, ())))
             if found:
                 break
-        if len(found) > 1 and len({source.shape(n) for n in found}) > 1:
-            found = [n for n in found if source.shape(n) == match.shape] or found
         if len(found) > 1:
             match = match._replace(status="ambiguous", note=f"several match: {_some(found)}")
         elif found:
@@ -391,16 +403,17 @@ def _match(
                 match = match._replace(status="shape", note="is no floating tensor in the source")
             else:
                 match = match._replace(status="anchored")
+        if not p.requires_grad:
+            match = match._replace(status="frozen", stored=match.stored if match.status == "anchored" else "")
         matches.append(match)
     lacking = [m.parameter for m in matches if m.status == "new"]
     for i, match in enumerate(matches):
         if match.status == "new" and not any(fnmatch.fnmatch(match.parameter, p) for p in patterns):
             near = difflib.get_close_matches(match.parameter, [n for n in source if n not in taken], n=1)
             matches[i] = match._replace(note=f"nearest in the source: {near[0]}" if near else "")
-    frozen = {n for names, p in parameters.values() if not p.requires_grad for n in map(bare, names)}
     unused = {}
     for name in source:
-        if name not in taken and bare(name) not in frozen and source.floating(name):
+        if name not in taken and source.floating(name):
             near = difflib.get_close_matches(bare(name), lacking, n=1)
             unused[name] = near[0] if near else ""
     return Coverage(tuple(matches), unused, source.path, patterns)

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from recadam_core import RecAdamError
 from recadam_core.optimizer import check_anchors
 
-from .anchors import Anchors, bare
-from .settings import group_policy, named
+from .anchors import Anchors, bare, placed
+from .settings import FROM, group_policy, named
 from .shards import fingerprints, is_sharded, like, local
-from .sources import Tensors
+from .sources import Tensors, open_source
 
 __all__ = ["anchor_of", "check_saved", "from_file", "saved_anchors", "take_hashes"]
 
@@ -45,15 +45,32 @@ def check_values(name: str, anchor: Any) -> None:
         raise RecAdamError(f"anchors: {name!r} holds NaN or infinity; give the pretrained values")
 
 
-def from_file(path: str, named: list[tuple[str, Tensor]]) -> dict[Tensor, Tensor]:
-    """Anchors read again from the file that they came from; those that it has."""
-    if not path:
+def from_file(group: Mapping[str, Any], wanted: list[tuple[Tensor, int]]) -> dict[Tensor, dict[str, Any]]:
+    """Anchors of a group's parameters, read again from the file that they came from.
+
+    Args:
+        group: the group's settings, which say where its anchors came from.
+        wanted: parameters and their places in the group.
+
+    Returns:
+        By parameter, "anchor" and "anchor_hash" of those that could be read; the caller compares.
+    """
+    if not group["anchor_source"]:
         return {}
     try:
-        anchors = Anchors.named(named, path)
+        source = open_source(group["anchor_source"])
     except RecAdamError:
         return {}
-    return {p: anchors.part(name, p) for name, p in named if name in anchors}
+    dtype = getattr(torch, group["anchor_dtype"]) if group["anchor_dtype"] else None
+    shapes = {name: source.shape(name) for name in set(source) & set(group["anchor_names"])}
+    found = {}
+    for p, index in wanted:
+        stored = group["anchor_names"][index] if index < len(group["anchor_names"]) else ""
+        if shapes.get(stored) == tuple(p.shape):
+            anchor = placed(source, stored, p, dtype, group["anchor_place"])
+            found[p] = {"anchor": anchor, "anchor_hash": torch.zeros((), dtype=torch.int64)}
+    take_hashes(list(found.values()))
+    return found
 
 
 def take_hashes(states: list[dict[str, Any]]) -> None:
@@ -78,7 +95,12 @@ def check_saved(param_groups: Sequence[dict[str, Any]], state_dict: dict[str, An
             raise RecAdamError(
                 f"load_state_dict: parameter {name!r} was saved as {other!r}; make the groups as then"
             )
-        for index, p in zip(saved_group["params"], group["params"], strict=False):
+        if len(saved_group["params"]) != len(group["params"]):
+            raise RecAdamError(
+                f"load_state_dict: a group was saved with {len(saved_group['params'])} parameters and has "
+                f"{len(group['params'])}; make the groups as then"
+            )
+        for index, p in zip(saved_group["params"], group["params"], strict=True):
             saved = state_dict["state"].get(index, {})
             if {"step", "exp_avg", "exp_avg_sq"} - saved.keys() or saved["exp_avg"].shape != p.shape:
                 raise RecAdamError(
@@ -93,15 +115,21 @@ def saved_anchors(
     """The anchors of a checkpoint by parameter: what it has, ours, or those of the file that it names."""
     take_hashes([state for state in optimizer.state.values() if state.get("anchor") is not None])
     found: dict[Tensor, dict[str, Any]] = {}
-    wanted: list[tuple[dict[str, Any], dict[str, Any], str, Tensor, int]] = []
     for group, ours in zip(groups, optimizer.param_groups, strict=True):
         _, release = group_policy(group)
-        for index, (name, p) in zip(group["params"], named(ours), strict=True):
+        wanted: list[tuple[str, Tensor, int, int]] = []
+        for place, (index, (name, p)) in enumerate(zip(group["params"], named(ours), strict=True)):
             saved, mine = state_dict["state"][index], optimizer.state[p]
             if "anchor" in saved and not isinstance(saved["anchor"], dict):
                 kept = saved["anchor"]
+                if kept is not None and kept.shape != p.shape:
+                    raise RecAdamError(
+                        f"load_state_dict: the anchor of {name!r} was saved as {tuple(kept.shape)}, its "
+                        f"parameter is {tuple(p.shape)}; give the state of this model"
+                    )
                 found[p] = {"anchor": None if kept is None else kept.to(p.device, copy=True)}
-                found[p]["anchor_hash"] = saved.get("anchor_hash", torch.zeros((), dtype=torch.int64)).clone()
+                number = saved.get("anchor_hash", torch.zeros((), dtype=torch.int64))
+                found[p]["anchor_hash"] = number.clone()
                 continue
             if "anchor_hash" not in saved:
                 if mine.get("anchor") is not None:
@@ -115,25 +143,20 @@ def saved_anchors(
                 found[p] = {"anchor": None, "anchor_hash": saved["anchor_hash"].clone()}
             elif mine.get("anchor") is not None and int(mine["anchor_hash"]) == sought:
                 found[p] = {key: mine[key] for key in ("anchor", "anchor_hash")}
-                group["anchor_source"] = ours["anchor_source"]
             else:
-                wanted.append((group, mine, name, p, sought))
-    sources = {id(group): group["anchor_source"] for group, *_ in wanted}
-    read = {path: from_file(path, [(n, p) for g, _, n, p, _ in wanted if g["anchor_source"] == path])
-            for path in set(sources.values())}  # fmt: skip
-    states = [
-        {"anchor": read[sources[id(group)]].get(p), "anchor_hash": torch.zeros((), dtype=torch.int64)}
-        for group, _, _, p, _ in wanted
-    ]
-    take_hashes([state for state in states if state["anchor"] is not None])
-    for state, (group, mine, name, p, sought) in zip(states, wanted, strict=True):
-        if state["anchor"] is None or state["anchor_hash"] != sought:
-            path = group["anchor_source"]
-            theirs = f"the checkpoint's ({path})" if path else "the checkpoint's"
-            what = "is another than" if mine.get("anchor") is not None else "is missing here, unlike"
-            raise RecAdamError(
-                f"load_state_dict: the anchor of {name!r} {what} {theirs}; make the optimizer with the "
-                "pretrained weights as anchors=..., or save with save_anchors=True"
-            )
-        found[p] = state
+                wanted.append((name, p, place, sought))
+        again = from_file(group, [(p, place) for _, p, place, _ in wanted])
+        for name, p, _, sought in wanted:
+            if p not in again or again[p]["anchor_hash"] != sought:
+                path = group["anchor_source"]
+                theirs = f"the checkpoint's ({path})" if path else "the checkpoint's"
+                had = optimizer.state[p].get("anchor") is not None
+                what = "is another than" if had else "is missing here, unlike"
+                raise RecAdamError(
+                    f"load_state_dict: the anchor of {name!r} {what} {theirs}; make the optimizer with the "
+                    "pretrained weights as anchors=..., or save with save_anchors=True"
+                )
+            found[p] = again[p]
+        if ours["anchor_source"] and not wanted:  # where ours came from is at hand
+            group.update({key: ours[key] for key in FROM})
     return found

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from recadam_core.optimizer import check_anchors
+
 from .anchors import Anchors
 
 __all__ = ["param_groups"]
@@ -53,6 +55,8 @@ def param_groups(
         if "norm" in type(module).__name__.lower()
         for p in module.parameters(recurse=False)
     }
+    if anchors is not None and not isinstance(anchors, Anchors):
+        check_anchors({name: p.shape for name, p in model.named_parameters()}, anchors)
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:

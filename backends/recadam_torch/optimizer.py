@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
-from recadam_core import RecAdamError, Sigmoid, coefficients
+from recadam_core import Hyperparameters, RecAdamError, Sigmoid, coefficients
 from recadam_core.annealing import annealed_weights
 from recadam_core.optimizer import check_anchors
 
@@ -21,7 +22,7 @@ from .anchors import Anchors, bare
 from .checkpoints import anchor_of, check_saved, from_file, saved_anchors, take_hashes
 from .fused import fused_kernel
 from .kernel import kernel_
-from .settings import FLAGS, check_settings, group_policy, named, plain, rate_of
+from .settings import FLAGS, FROM, check_parameter, check_settings, group_policy, named, plain, rate_of
 from .shards import is_sharded, like, local, summed
 from .stepping import Work, execute
 from .telemetry import Drift, drift_of, squares
@@ -66,7 +67,7 @@ class RecAdam(Optimizer):
         save_anchors: whether checkpoints hold the anchors. Otherwise they hold a hash of each, and the
             name of the file it came from.
 
-    Every argument but `anchors`, `params` and `maximize` may differ from group to group.
+    Every argument but `anchors` and `params` may differ from group to group.
 
     Raises:
         RecAdamError: for a value outside its range, an anchor that matches no parameter or has
@@ -124,13 +125,13 @@ class RecAdam(Optimizer):
             "differentiable": differentiable,
             "rounding": rounding,
             "save_anchors": save_anchors,
-            "anchor_source": "",
+            **{name: FLAGS[name] for name in FROM},
         }
         defaults = {name: plain(value) for name, value in defaults.items()}
         # Read by add_param_group, which the base class calls for each group.
         self._anchors = anchors
         self._names: dict[Tensor, str] = {}
-        self._last: list[Work] = []
+        self._last: dict[Tensor, tuple[Hyperparameters, Any]] = {}
         super().__init__(params, defaults)
         self._anchors = None
         if anchors is not None:
@@ -146,7 +147,7 @@ class RecAdam(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle."""
         super().__setstate__(state)
-        self._anchors, self._last = None, []
+        self._anchors, self._last = None, {}
         self._names = {}
         for group in self.param_groups:
             for name, value in {"fused": False, **FLAGS}.items():
@@ -173,11 +174,11 @@ class RecAdam(Optimizer):
         if own is not None and not settings["anchored"]:
             raise RecAdamError("RecAdam: a group has anchors and says 'anchored': False; leave one out")
         anchors = self._anchors if own is None else own
-        if isinstance(anchors, Anchors):
-            group.setdefault("anchor_source", anchors.source.path)
         super().add_param_group(group)
         group = self.param_groups[-1]
         try:
+            if isinstance(anchors, Anchors) and group["anchored"] and "param_names" in group:
+                group.update(_provenance(anchors, group))
             states = self._initial_states(group, anchors)
             if own is not None and not isinstance(own, Anchors):
                 shapes = [p.shape for p in group["params"]]
@@ -195,14 +196,7 @@ class RecAdam(Optimizer):
             )
         states = []
         for name, p in named(group):
-            if not p.is_floating_point():
-                raise RecAdamError(f"parameter {name!r} has dtype {p.dtype}; give a real floating tensor")
-            if group["fused"]:
-                fused_kernel(group["fused"], p.device)
-            if group["rounding"] == "stochastic" and p.dtype == torch.float16:
-                raise RecAdamError(
-                    f"parameter {name!r} is float16; rounding='stochastic' is for bfloat16, give another"
-                )
+            check_parameter(name, p, group)
             dtype = torch.promote_types(p.dtype, torch.float32)
             state: dict[str, Any] = {
                 "step": torch.zeros((), device=p.device if group["capturable"] else "cpu"),
@@ -256,9 +250,11 @@ class RecAdam(Optimizer):
         for some in work:
             release = group_policy(some.group)[1]
             if some.anchored and some.t is not None and release is not None and some.t >= release:
+                take_hashes([self.state[p] for p in some.params if self.state[p]["anchor"] is not None])
                 for p in some.params:
                     self.state[p]["anchor"] = None
-        self._last = work
+        # No tensors of the step: they would outlive it.
+        self._last = {p: (some.hp, some.lr) for some in work for p in some.params}
 
     def _plan_group(self, group: dict[str, Any], traced: bool) -> Iterator[Work]:
         hp, _ = group_policy(group)
@@ -310,6 +306,11 @@ class RecAdam(Optimizer):
 
     # Parameters that a wrapper has put in the place of others.
 
+    def _settle(self) -> None:
+        """Adopt what is to be adopted."""
+        if any(p not in self.state for group in self.param_groups for p in group["params"]):
+            self._adopt()
+
     def _adopt(self) -> None:
         """Give the states of parameters that are gone to those of the same names, sharded as those are."""
         current = {p for group in self.param_groups for p in group["params"]}
@@ -332,8 +333,7 @@ class RecAdam(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain tensors and scalars; for each anchor a hash, unless `save_anchors` is set."""
-        if any(p not in self.state for group in self.param_groups for p in group["params"]):
-            self._adopt()
+        self._settle()
         take_hashes([state for state in self.state.values() if state.get("anchor") is not None])
         saved: dict[str, Any] = super().state_dict()
         groups = {index: group for group in saved["param_groups"] for index in group["params"]}
@@ -362,14 +362,17 @@ class RecAdam(Optimizer):
                 loaded then.
         """
         found: list[tuple[dict[str, Any], dict[Tensor, dict[str, Any]]]] = []
-        if any(p not in self.state for group in self.param_groups for p in group["params"]):
-            self._adopt()
+        self._settle()
 
         def check(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             check_saved(self.param_groups, saved)
             # What older states do not say stays as it was chosen here.
             pairs = zip(self.param_groups, saved["param_groups"], strict=False)
             chosen = [{**{k: group[k] for k in ("fused", *FLAGS)}, **theirs} for group, theirs in pairs]
+            for group, ours in zip(chosen, self.param_groups, strict=False):
+                check_settings(group)
+                for name, p in named(ours):
+                    check_parameter(name, p, group)
             anchors = saved_anchors(self, saved, chosen)
             found.append(({**saved, "param_groups": chosen + saved["param_groups"][len(chosen) :]}, anchors))
             return found[0][0]
@@ -402,7 +405,7 @@ class RecAdam(Optimizer):
             self.state[p].update(anchors.get(p, {}))
             if "param_names" in group:
                 self._names[p] = name
-        self._last = []
+        self._last = {}
         take_hashes([s for s in self.state.values() if is_sharded(s.get("anchor"))])
 
     # Telemetry.
@@ -426,28 +429,39 @@ class RecAdam(Optimizer):
             >>> optimizer.drift().distance
             5.0
         """
-        last = {p: work for work in self._last for p in work.params}
+        self._settle()
+        nothing = (math.nan, math.nan, math.nan)
         parts: list[Tensor] = []
         owners: list[Tensor] = []
-        figures: dict[str, tuple[float, float, float]] = {}
-        for group in self.param_groups:
-            for name, p in named(group):
-                state = self.state[p]
-                if state.get("anchor") is None:
-                    continue
-                c, figures[name] = None, (math.nan, math.nan, math.nan)
-                if p in last:
-                    t, hp, lr = int(state["step"]), last[p].hp, float(last[p].lr)
+        figures: list[tuple[str, tuple[float, float, float]]] = []
+        for name, p in self._everything():
+            state = self.state[p]
+            if state.get("anchor") is None:
+                continue
+            c, figure = None, nothing
+            if p in self._last:
+                t, hp, lr = int(state["step"]), self._last[p][0], float(self._last[p][1])
+                figure = (*annealed_weights(hp.annealing, t), lr * hp.gamma)
+                if lr * hp.gamma * figure[1] < 2.0 or hp.form == "proximal":
                     c = coefficients(t, hp, lr)
-                    figures[name] = (*annealed_weights(hp.annealing, t), lr * hp.gamma)
-                parts += squares(p, state, c)
-                owners += [p] * 4
+            parts += squares(p, state, c)
+            owners += [p] * 4
+            figures.append((name, figure))
+        if not figures:
+            return Drift("", math.nan, math.nan, math.nan, *nothing)
         sums = torch.tensor([float(x) for x in summed(parts, owners)], dtype=torch.float64).reshape(-1, 4)
-        rows = zip(figures.items(), sums, strict=True)
-        found = {name: drift_of(name, row, *figure) for (name, figure), row in rows}
-        known = [figure for figure in figures.values() if figure[0] == figure[0]]
-        first = known[0] if known else (math.nan, math.nan, math.nan)
-        return drift_of("", sums.sum(0), *first)._replace(parameters=found)
+        found = {
+            name: drift_of(name, row, *figure) for (name, figure), row in zip(figures, sums, strict=True)
+        }
+        known = next((figure for _, figure in figures if figure[0] == figure[0]), nothing)
+        total = sums.sum(0) if known is nothing else sums.nansum(0)
+        return drift_of("", total, *known)._replace(parameters=found)
+
+    def _everything(self) -> list[tuple[str, Tensor]]:
+        """All parameters, each under a name of its own: as given, or numbered where that is not one."""
+        pairs = [pair for group in self.param_groups for pair in named(group)]
+        count = Counter(name for name, _ in pairs)
+        return [(name if count[name] == 1 else f"{name} ({i})", p) for i, (name, p) in enumerate(pairs)]
 
     @torch.no_grad()
     def interpolate(self, alpha: float, anchors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -474,32 +488,40 @@ class RecAdam(Optimizer):
 
         Source: arXiv 2109.01903, eq. (1).
         """
+        pairs = [pair for group in self.param_groups for pair in named(group)]
+        given = all("param_names" in group for group in self.param_groups)
+        if not given or len({name for name, _ in pairs}) < len(pairs):
+            raise RecAdamError(
+                "interpolate: parameters need names, each its own; pass model.named_parameters()"
+            )
+        between = self._between(alpha, anchors)
+        return {name: between[p] for name, p in pairs}
+
+    def _between(self, alpha: float, anchors: Mapping[str, Tensor] | None) -> dict[Tensor, Tensor]:
+        self._settle()
         found = {}
         for group in self.param_groups:
-            if "param_names" not in group:
-                raise RecAdamError("interpolate: the parameters have no names; pass model.named_parameters()")
             pairs = named(group)
-            freed = [(n, p) for n, p in pairs if self.state[p].get("anchor", p) is None]
-            again: Mapping[Tensor, Tensor | None] = {}
+            freed = {p: i for i, (_, p) in enumerate(pairs) if self.state[p].get("anchor", p) is None}
+            again: dict[Tensor, Tensor | None] = {}
             if anchors is not None:
-                again = {p: anchor_of(anchors, n, p) for n, p in freed}
+                again = {p: anchor_of(anchors, pairs[i][0], p) for p, i in freed.items()}
             elif freed:
-                again = from_file(group["anchor_source"], freed)
+                read = from_file(group, list(freed.items())).items()
+                again = {p: x["anchor"] for p, x in read if x["anchor_hash"] == self.state[p]["anchor_hash"]}
             for name, p in pairs:
-                anchor = self.state[p].get("anchor")
-                if "anchor" in self.state[p] and anchor is None:
-                    anchor = again.get(p)
-                    if anchor is None:
-                        raise RecAdamError(
-                            f"interpolate: the anchor of {name!r} was freed; give the pretrained weights "
-                            "as anchors=..."
-                        )
+                anchor = again.get(p) if p in freed else self.state[p].get("anchor")
+                if p in freed and anchor is None:
+                    raise RecAdamError(
+                        f"interpolate: the anchor of {name!r} was freed, and is not to be had again; "
+                        "give the pretrained weights as anchors=..."
+                    )
                 new = p.detach().clone()
                 if anchor is not None:
                     mine, star = local(new), local(anchor).to(p.device)
                     wide = torch.promote_types(p.dtype, torch.float32)
                     mine.copy_((1 - alpha) * star.to(wide) + alpha * mine.to(wide))
-                found[name] = new
+                found[p] = new
         return found
 
     @contextmanager
@@ -518,18 +540,32 @@ class RecAdam(Optimizer):
             >>> w.item()
             1.0
         """
-        between = self.interpolate(alpha, anchors)
-        held = {p: local(p).detach().clone() for group in self.param_groups for p in group["params"]}
+        between = self._between(alpha, anchors)
+        held = {p: local(p).detach().clone() for p in between}
         try:
-            with torch.no_grad():
-                for group in self.param_groups:
-                    for name, p in named(group):
-                        local(p).copy_(local(between[name]))
+            _put(between)
             yield
         finally:
-            with torch.no_grad():
-                for p, weights in held.items():
-                    local(p).copy_(weights)
+            _put(held)
+
+
+@torch.no_grad()
+def _put(weights: Mapping[Tensor, Tensor]) -> None:
+    for p, x in weights.items():
+        local(p).copy_(local(x))
+
+
+def _provenance(anchors: Anchors, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a group's anchors come from, as plain scalars; nothing for anchors in memory."""
+    if not anchors.source.path:
+        return {}
+    matches = [anchors.match(name) for name in group["param_names"]]
+    return {
+        "anchor_source": anchors.source.path,
+        "anchor_names": [match.stored if match.has_anchor else "" for match in matches],
+        "anchor_dtype": "" if anchors.dtype is None else str(anchors.dtype).removeprefix("torch."),
+        "anchor_place": anchors.place,
+    }
 
 
 def _sharded_as(p: Tensor, key: str, value: Any) -> Any:

@@ -50,7 +50,8 @@ def round_(theta: Tensor, new: Tensor, residual: Tensor | None, chance: Tensor |
     Source: Zamirai and others, Revisiting BFloat16 Training, arXiv 2010.06192.
     """
     if chance is not None:
-        new = ((new.view(torch.int32) + chance) & -65536).view(torch.float32)
+        rounded = ((new.view(torch.int32) + chance) & -65536).view(torch.float32)
+        new = torch.where(new.isfinite(), rounded, new)
     theta.copy_(new)
     if residual is not None:
         residual.copy_(new.sub_(theta))

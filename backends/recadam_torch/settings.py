@@ -7,15 +7,20 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from recadam_core import Hyperparameters, RecAdamError, annealing_from_dict, annealing_to_dict, release_step
 from recadam_core.annealing import ANNEALINGS
 from recadam_core.errors import unknown
 
+from .fused import fused_kernel
 from .rounding import ROUNDINGS
 
-__all__ = ["FLAGS", "check_settings", "group_policy", "named", "plain", "rate_of"]
+FROM = ("anchor_source", "anchor_names", "anchor_dtype", "anchor_place")
+"""Where the anchors of a group came from: file, names there, and how they are kept."""
+
+__all__ = ["FLAGS", "FROM", "check_parameter", "check_settings", "group_policy", "named", "plain", "rate_of"]
 
 FLAGS = {
     "exact": False,
@@ -24,6 +29,9 @@ FLAGS = {
     "rounding": "nearest",
     "save_anchors": False,
     "anchor_source": "",
+    "anchor_names": (),
+    "anchor_dtype": "",
+    "anchor_place": "device",
 }
 """Settings that older states do not have."""
 
@@ -84,6 +92,18 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise RecAdamError(f"RecAdam: {one} and {other} are both set; {remedy}")
     if settings["differentiable"] and settings["rounding"] != "nearest":
         raise RecAdamError("RecAdam: differentiable needs rounding='nearest'; give one of them")
+
+
+def check_parameter(name: str, p: Tensor, settings: Mapping[str, Any]) -> None:
+    """Raise for a parameter that cannot be stepped with these settings."""
+    if not p.is_floating_point():
+        raise RecAdamError(f"parameter {name!r} has dtype {p.dtype}; give a real floating tensor")
+    if settings["fused"]:
+        fused_kernel(settings["fused"], p.device)
+    if settings["rounding"] == "stochastic" and p.dtype == torch.float16:
+        raise RecAdamError(
+            f"parameter {name!r} is float16; rounding='stochastic' is for bfloat16, give another"
+        )
 
 
 def _items(x: Any) -> tuple[Any, ...]:

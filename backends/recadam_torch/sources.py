@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class Files:
     mapped = True
 
     def __init__(self, files: Mapping[str, Path], path: str) -> None:
-        self.path, self._files = path, dict(files)
+        self.path, self._files = path, {name: file.resolve() for name, file in files.items()}
         self._open: dict[Path, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -209,7 +210,8 @@ def _open_safetensors(path: Path) -> Any:
 
 def _load_torch(path: Path) -> dict[str, Tensor]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 are none
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RecAdamError(
