@@ -129,8 +129,12 @@ MUTATIONS = [
     ),
     *_kernel(
         "torch", "recadam_torch.optimizer", "foreach",
-        ("t is off by one", 'key = (int(state["step"]) + 1,', 'key = (int(state["step"]) + 2,'),
-        ("heads and bodies are one list", '+ 1, "anchor" in state,', "+ 1, True,"),
+        ("t is off by one", 'int(state["step"]) + 1', 'int(state["step"]) + 2'),
+        ("heads and bodies are one list", '(t, "anchor" in state,', "(t, True,"),
+    ),
+    *_kernel(
+        "torch", "recadam_torch.stepping", "capturable",
+        ("t is off by one", "torch.stack(work.steps) + 1", "torch.stack(work.steps) + 2"),
     ),
     *_kernel(
         "torch", "recadam_torch.fused", "compiled",
