@@ -208,8 +208,7 @@ class Anchors(Mapping[str, Tensor]):
         names: dict[int, list[str]] = {}
         for name, p in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(p), []).append(name)
-        parameters = {found[0]: (found, p) for found, p in
-                      ((names[id(p)], p) for _, p in model.named_parameters())}  # fmt: skip
+        parameters = {name: (names[id(p)], p) for name, p in model.named_parameters()}
         for pattern in patterns:
             if not fnmatch.filter(parameters, pattern):
                 near = difflib.get_close_matches(pattern, parameters, n=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,13 +69,13 @@ def from_file(group: Mapping[str, Any], wanted: list[tuple[Tensor, int]]) -> dic
         if shapes.get(stored) == tuple(p.shape):
             anchor = placed(source, stored, p, dtype, group["anchor_place"])
             found[p] = {"anchor": anchor, "anchor_hash": torch.zeros((), dtype=torch.int64)}
-    take_hashes(list(found.values()))
+    take_hashes(found.values())
     return found
 
 
-def take_hashes(states: list[dict[str, Any]]) -> None:
+def take_hashes(states: Iterable[dict[str, Any]]) -> None:
     """Put in the anchors' hashes where they are still to be taken."""
-    states = [state for state in states if not int(state["anchor_hash"])]
+    states = [s for s in states if s.get("anchor") is not None and not int(s["anchor_hash"])]
     for state, number in zip(states, fingerprints(state["anchor"] for state in states), strict=True):
         state["anchor_hash"].fill_(number)
 
@@ -113,7 +113,7 @@ def saved_anchors(
     optimizer: Optimizer, state_dict: dict[str, Any], groups: list[dict[str, Any]]
 ) -> dict[Tensor, dict[str, Any]]:
     """The anchors of a checkpoint by parameter: what it has, ours, or those of the file that it names."""
-    take_hashes([state for state in optimizer.state.values() if state.get("anchor") is not None])
+    take_hashes(optimizer.state.values())
     found: dict[Tensor, dict[str, Any]] = {}
     for group, ours in zip(groups, optimizer.param_groups, strict=True):
         _, release = group_policy(group)

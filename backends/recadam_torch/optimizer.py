@@ -249,8 +249,8 @@ class RecAdam(Optimizer):
         """Free the anchors that the annealing has released."""
         for some in work:
             release = group_policy(some.group)[1]
-            if some.anchored and some.t is not None and release is not None and some.t >= release:
-                take_hashes([self.state[p] for p in some.params if self.state[p]["anchor"] is not None])
+            if some.anchors and some.t is not None and release is not None and some.t >= release:
+                take_hashes(self.state[p] for p in some.params)
                 for p in some.params:
                     self.state[p]["anchor"] = None
         # No tensors of the step: they would outlive it.
@@ -334,7 +334,7 @@ class RecAdam(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state as plain tensors and scalars; for each anchor a hash, unless `save_anchors` is set."""
         self._settle()
-        take_hashes([state for state in self.state.values() if state.get("anchor") is not None])
+        take_hashes(self.state.values())
         saved: dict[str, Any] = super().state_dict()
         groups = {index: group for group in saved["param_groups"] for index in group["params"]}
 
@@ -388,12 +388,9 @@ class RecAdam(Optimizer):
 
     def _restore(self, state_dict: dict[str, Any], anchors: dict[Tensor, dict[str, Any]]) -> None:
         """Put back the tensors that the base class has cast, in the dtypes they were saved in."""
-        for group in self.param_groups:
-            for name in FLAGS:
-                group.setdefault(name, FLAGS[name])
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        owners = [(group, name, p) for group in self.param_groups for name, p in named(group)]
-        for index, (group, name, p) in zip(saved, owners, strict=True):
+        owners = [(group, p) for group in self.param_groups for p in group["params"]]
+        for index, (group, p) in zip(saved, owners, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor) and key != "anchor":
                     # Step counts are where the flag wants them; the base class would share them, too.
@@ -403,9 +400,6 @@ class RecAdam(Optimizer):
                     self.state[p].pop(key, None)
             self.state[p].pop("anchor", None)
             self.state[p].update(anchors.get(p, {}))
-            if "param_names" in group:
-                self._names[p] = name
-        self._last = {}
         take_hashes([s for s in self.state.values() if is_sharded(s.get("anchor"))])
 
     # Telemetry.

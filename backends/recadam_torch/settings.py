@@ -17,9 +17,6 @@ from recadam_core.errors import unknown
 from .fused import fused_kernel
 from .rounding import ROUNDINGS
 
-FROM = ("anchor_source", "anchor_names", "anchor_dtype", "anchor_place")
-"""Where the anchors of a group came from: file, names there, and how they are kept."""
-
 __all__ = ["FLAGS", "FROM", "check_parameter", "check_settings", "group_policy", "named", "plain", "rate_of"]
 
 FLAGS = {
@@ -34,6 +31,9 @@ FLAGS = {
     "anchor_place": "device",
 }
 """Settings that older states do not have."""
+
+FROM = ("anchor_source", "anchor_names", "anchor_dtype", "anchor_place")
+"""Where the anchors of a group came from: file, names there, and how they are kept."""
 
 
 _POLICY = ("betas", "eps", "weight_decay", "gamma", "bias_correction", "form")
