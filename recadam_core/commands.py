@@ -146,6 +146,12 @@ def finetune_command(
     eval_every: Annotated[int | None, typer.Option(help="Evaluate every so many steps; 0 for never.")] = None,
     snapshot_every: Annotated[int | None, typer.Option(help="Keep weights every so many steps.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the directory.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the last checkpoint of an earlier run that was cut short.")
+    ] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Keep what a resume needs every so many steps; 0 for never.")
+    ] = 0,
 ) -> None:
     """Fine-tune on a task; settings that are not given are the task's own."""
     given: dict[str, Any] = {
@@ -182,7 +188,7 @@ def finetune_command(
         fetch(name)
     try:
         with _bar(config.steps, f"{task}, {backend}, {optimizer}") as tell:
-            run = finetune(config, directory, overwrite, tell)
+            run = finetune(config, directory, overwrite, tell, resume, checkpoint_every)
     except KeyboardInterrupt:
         says = f"{directory} says so" if (directory / "status.json").exists() else ""
         raise Interrupted(says) from None

@@ -90,6 +90,17 @@ class JaxEngine:
         held = self.state if hasattr(self.state, "mu") else self.state[0]
         return Moments(np.array(held.mu[name]), np.array(held.nu[name]))
 
+    def restore(self, step: int, weights: Mapping[str, Array], moments: Mapping[str, Moments]) -> None:
+        """Put a new engine where another was after a step."""
+        self.t = step
+        self.params = {n: backend.from_numpy(weights[n]) for n in self.params}
+        held = {
+            "count": jnp.asarray(step, jnp.int32),
+            "mu": {n: backend.from_numpy(moments[n].m) for n in self.params},
+            "nu": {n: backend.from_numpy(moments[n].v) for n in self.params},
+        }
+        self.state = optax.tree_utils.tree_set(self.state, **held)
+
     def _batch(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         return {n: x.astype(self.dtype if x.dtype.kind == "f" else np.int32) for n, x in batch.items()}
 

@@ -68,6 +68,11 @@ class NumpyEngine:
         """The moments of one parameter; steps make new ones."""
         return self.state.moments[name]
 
+    def restore(self, step: int, weights: Mapping[str, Array], moments: Mapping[str, Moments]) -> None:
+        """Put a new engine where another was after a step."""
+        self.params = dict(weights)
+        self.state = self.state._replace(step=step, moments=dict(moments))
+
     def _batch(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         return {n: x.astype(self.dtype) if x.dtype.kind == "f" else x for n, x in batch.items()}
 

@@ -96,6 +96,17 @@ class TorchEngine:
         zeros = torch.zeros_like(theta)
         return Moments(*(state.get(k, zeros).cpu().numpy().copy() for k in ("exp_avg", "exp_avg_sq")))
 
+    @torch.no_grad()
+    def restore(self, step: int, weights: Mapping[str, Array], moments: Mapping[str, Moments]) -> None:
+        """Put a new engine where another was after a step."""
+        self.t = step
+        saved = self.optimizer.state_dict()
+        for index, (name, p) in enumerate(self.params.items()):
+            p.copy_(self._tensor(weights[name]))
+            pair = {"exp_avg": self._tensor(moments[name].m), "exp_avg_sq": self._tensor(moments[name].v)}
+            saved["state"].setdefault(index, {}).update(pair, step=torch.tensor(float(step)))
+        self.optimizer.load_state_dict(saved)
+
     def _tensor(self, x: Array) -> Tensor:
         tensor = torch.tensor(x, device=self.device)
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor

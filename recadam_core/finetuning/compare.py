@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import RecAdamError, check_number
-from .run import Run
+from .run import Run, flat
 
 __all__ = ["TOLERANCES", "Comparison", "compare_runs", "setup_of"]
 
@@ -148,7 +148,7 @@ def setup_of(run: Run) -> dict[str, Any]:
     Returns:
         Settings by dotted name.
     """
-    setup = _flat(run.config.to_dict())
+    setup = flat(run.config.to_dict())
     for ignored in ("backend", "eval_every", "snapshot_every"):
         setup.pop(ignored)
     return setup
@@ -167,16 +167,6 @@ def _same_setup(reference: Run, other: Run) -> None:
         raise RecAdamError(
             f"{other.path}: other starting weights than {reference.path}; run both on one machine and release"
         )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def _earliest(found: tuple[int, str] | None, where: Any, name: str) -> tuple[int, str] | None:

@@ -86,6 +86,12 @@ class Engine(Protocol):
         """A copy of the present moments of one parameter, in NumPy."""
         ...
 
+    def restore(
+        self, step: int, weights: Mapping[str, np.ndarray[Any, Any]], moments: Mapping[str, Moments]
+    ) -> None:
+        """Put a new engine where another was after a step, by what `weights` and `moments` gave there."""
+        ...
+
 
 def make_engine(
     backend: Backend,

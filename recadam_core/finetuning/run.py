@@ -24,6 +24,7 @@ from ..backends import get_backend
 from ..coefficients import coefficients
 from ..errors import RecAdamError, unknown
 from ..hyperparameters import Hyperparameters
+from ..update import Moments
 from .engine import OPTIMIZERS, Engine, StepRecord, make_engine
 from .files import replacing, write_json
 from .schedules import SCHEDULES, learning_rate
@@ -42,6 +43,7 @@ COLUMNS = (
     "pull",
     "seconds",
 )
+CHECKPOINT = "checkpoint.safetensors"
 FILES = (
     "config.json",
     "provenance.json",
@@ -49,6 +51,7 @@ FILES = (
     "steps.jsonl",
     "evaluations.json",
     "predictions.npy",
+    CHECKPOINT,
 )
 VERSIONS = ("recadam-core", "numpy", "torch", "jax", "jaxlib", "optax", "tokenizers", "scikit-learn")
 
@@ -247,14 +250,20 @@ def finetune(
     out: str | Path,
     overwrite: bool = False,
     progress: Callable[[int, str], None] | None = None,
+    resume: bool = False,
+    checkpoint_every: int = 0,
 ) -> Run:
     """Run a configuration and write its directory.
 
     Args:
         config: what to run.
-        out: the directory: new, empty, or with `overwrite` that of an earlier run.
+        out: the directory: new, empty, or with `overwrite` or `resume` that of an earlier run.
         overwrite: whether to replace an earlier run.
         progress: called with the step and a line on what is being done.
+        resume: whether to go on from the last checkpoint of an earlier run of this configuration that was
+            cut short: it ends as if it had not been, bit for bit. A complete run is returned as it is.
+        checkpoint_every: keep what a resume needs (weights and moments) every so many steps, until the run
+            is complete; 0 for never.
 
     Returns:
         The run.
@@ -265,7 +274,12 @@ def finetune(
     """
     out = Path(out)
     tell = progress or (lambda step, text: None)
-    _claim(out, overwrite)
+    _check_whole("checkpoint_every", checkpoint_every, 0)
+    if overwrite and resume:
+        raise RecAdamError(f"{out}: overwrite and resume exclude one another; give one of them")
+    earlier = _claim(out, overwrite, config if resume else None)
+    if earlier is not None and earlier.status["state"] == "complete":
+        return earlier
     for t in np.unique(np.linspace(1, config.steps, 1000, dtype=int)):
         # A pull that diverges is refused before anything is written.
         _policy(config, int(t), learning_rate_of(config, int(t)))
@@ -282,11 +296,15 @@ def finetune(
             config.hp,
             config.dtype,
         )
-        _clear(out)
-        write_json(out / "config.json", config.to_dict())
-        write_json(out / "provenance.json", _provenance(problem, config))
-        with _status(out) as status:
-            _train(config, problem, engine, out, status, tell)
+        provenance = _provenance(problem, config)
+        step = _resume(earlier, engine, problem, provenance) if earlier else 0
+        if not step:
+            _clear(out)
+            write_json(out / "config.json", config.to_dict())
+            write_json(out / "provenance.json", provenance)
+        with _status(out, step) as status:
+            _train(config, problem, engine, out, status, tell, checkpoint_every)
+    (out / CHECKPOINT).unlink(missing_ok=True)
     return load_run(out)
 
 
@@ -297,10 +315,12 @@ def _train(
     out: Path,
     status: dict[str, Any],
     tell: Callable[[int, str], None],
+    checkpoint_every: int,
 ) -> None:
+    first = int(status["step"]) + 1
     rows = len(problem.train["targets"])
     order = batch_order(rows, config.batch_size, config.steps, config.seed)
-    evaluations: list[dict[str, Any]] = []
+    evaluations: list[dict[str, Any]] = load_run(out).evaluations if first > 1 else []
 
     def evaluate(step: int) -> Array:
         tell(step, "evaluating")
@@ -313,9 +333,10 @@ def _train(
         write_json(out / "evaluations.json", evaluations)
         return logits
 
-    evaluate(0)
-    with (out / "steps.jsonl").open("w", encoding="utf-8") as records:
-        for t in range(1, config.steps + 1):
+    if first == 1:
+        evaluate(0)
+    with (out / "steps.jsonl").open("a", encoding="utf-8") as records:
+        for t in range(first, config.steps + 1):
             batch: Rows = {name: column[order[t - 1]] for name, column in problem.train.items()}
             lr = learning_rate_of(config, t)
             began = time.perf_counter()
@@ -334,6 +355,8 @@ def _train(
                 _save_weights(_weights_path(out, t), engine.weights())
             if last or (config.eval_every and t % config.eval_every == 0):
                 logits = evaluate(t)
+            if checkpoint_every and t % checkpoint_every == 0 and not last:
+                _checkpoint(out / CHECKPOINT, t, engine)
     with replacing(out / "predictions.npy") as beside, beside.open("wb") as file:
         np.save(file, logits)
 
@@ -356,22 +379,47 @@ def _policy(config: RunConfig, t: int, lr: float) -> tuple[float, float, float]:
     return task, recall, coefficients(t, config.hp, lr).recall if config.optimizer == "recadam" else 0.0
 
 
-def _claim(out: Path, overwrite: bool) -> None:
-    """Make sure that the directory may be written."""
+def _claim(out: Path, overwrite: bool, resumed: RunConfig | None) -> Run | None:
+    """Make sure that the directory may be written; the earlier run that is to be resumed, if there is one."""
     if out.exists() and not out.is_dir():
         raise RecAdamError(f"{out}: is a file; give a directory")
     if not out.exists() or not any(out.iterdir()):
-        return
+        return None
     try:
-        status = load_run(out, strict=False).status
+        run = load_run(out, strict=False)
     except RecAdamError:
         raise RecAdamError(f"{out}: holds something that is no run; give another directory") from None
-    if not overwrite:
-        raise RecAdamError(f"{out}: holds a run already; give --overwrite or another directory")
-    if status["state"] == "running":
+    if not overwrite and resumed is None:
+        hint = "give --overwrite, --resume or another directory"
+        raise RecAdamError(f"{out}: holds a run already; {hint}")
+    if run.status["state"] == "running":
         raise RecAdamError(
-            f"{out}: process {status['pid']} is still writing this run; stop it, or delete status.json"
+            f"{out}: process {run.status['pid']} is still writing this run; stop it, or delete status.json"
         )
+    if resumed is None:
+        return None
+    theirs, ours = flat(run.config.to_dict()), flat(resumed.to_dict())
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise RecAdamError(
+                f"{out}: cannot resume: {name} was {theirs.get(name)!r} and is {ours.get(name)!r}; give the "
+                "settings of the run that is there, or another directory"
+            )
+    return run
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one with dotted names.
+
+    Example:
+        >>> flat({"a": {"b": 1}})
+        {'a.b': 1}
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = isinstance(value, Mapping)
+        found.update(flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value})
+    return found
 
 
 def _clear(out: Path) -> None:
@@ -379,13 +427,64 @@ def _clear(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for path in [*out.glob("weights/[0-9]*.safetensors"), *(out / name for name in reversed(FILES))]:
         path.unlink(missing_ok=True)
+    _sweep(out)
+
+
+def _sweep(out: Path) -> None:
+    """Remove the files that a kill has left beside their places."""
+    own = [f".{name}.*" for name in FILES] + ["weights/.[0-9]*.safetensors.*"]
+    for path in [path for pattern in own for path in out.glob(pattern)]:
+        path.unlink(missing_ok=True)
+
+
+def _checkpoint(path: Path, step: int, engine: Engine) -> None:
+    weights = engine.weights()
+    moments = {name: engine.moments(name) for name in weights}
+    held = {f"weights.{name}": x for name, x in weights.items()}
+    held.update({f"{part}.{name}": getattr(pair, part) for name, pair in moments.items() for part in "mv"})
+    _save_weights(path, held, {"step": str(step)})
+
+
+def _resume(run: Run, engine: Engine, problem: Problem, provenance: dict[str, Any]) -> int:
+    """Put the engine and the records back to the last checkpoint; its step, 0 where there is none."""
+    from safetensors import SafetensorError, safe_open
+
+    path = run.path / CHECKPOINT
+    if not path.exists():
+        return 0
+    if run.provenance.get("start_sha256") != provenance["start_sha256"]:
+        raise RecAdamError(f"{run.path}: cannot resume: other starting weights or data; give --overwrite")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            step = int((file.metadata() or {})["step"])
+            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # is no dict
+        weights = {name: held[f"weights.{name}"] for name in problem.params}
+        moments = {name: Moments(held[f"m.{name}"], held[f"v.{name}"]) for name in problem.params}
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise RecAdamError(f"{path}: damaged ({error}); delete it, or give --overwrite") from None
+    if len(run.steps["step"]) < step or not run.evaluations:
+        raise RecAdamError(f"{run.path}: records end before step {step} of {path.name}; give --overwrite")
+    engine.restore(step, weights, moments)
+    _sweep(run.path)
+    for later in (s for s in run.snapshots() if s > step):
+        _weights_path(run.path, later).unlink()
+    lines = (run.path / "steps.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    with replacing(run.path / "steps.jsonl") as beside:
+        beside.write_text("".join(lines[:step]), encoding="utf-8")
+    write_json(run.path / "evaluations.json", [e for e in run.evaluations if e["step"] <= step])
+    resumed = {name: provenance[name] for name in ("started", "command", "versions")}
+    write_json(
+        run.path / "provenance.json",
+        {**run.provenance, "resumed": [*run.provenance.get("resumed", []), {"step": step, **resumed}]},
+    )
+    return step
 
 
 @contextlib.contextmanager
-def _status(out: Path) -> Iterator[dict[str, Any]]:
+def _status(out: Path, step: int = 0) -> Iterator[dict[str, Any]]:
     """Keep status.json true: running, then complete, interrupted or failed."""
     pid = os.getpid()
-    status: dict[str, Any] = {"state": "running", "step": 0, "pid": pid, "born": _born(pid)}
+    status: dict[str, Any] = {"state": "running", "step": step, "pid": pid, "born": _born(pid)}
     write_json(out / "status.json", status)
     try:
         yield status
@@ -406,11 +505,11 @@ def _weights_path(out: Path, step: int) -> Path:
     return out / "weights" / f"{step:06d}.safetensors"
 
 
-def _save_weights(path: Path, weights: Mapping[str, Array]) -> None:
+def _save_weights(path: Path, weights: Mapping[str, Array], metadata: dict[str, str] | None = None) -> None:
     from safetensors.numpy import save_file
 
     with replacing(path) as beside:
-        save_file({name: np.ascontiguousarray(x) for name, x in weights.items()}, beside)
+        save_file({name: np.ascontiguousarray(x) for name, x in weights.items()}, beside, metadata)
 
 
 def _provenance(problem: Problem, config: RunConfig) -> dict[str, Any]:

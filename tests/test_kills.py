@@ -1,0 +1,193 @@
+"""Training that is killed again and again ends where one that is left alone does, in every bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from recadam_core import RecAdamError
+from recadam_core.finetuning import RunConfig, finetune, load_run
+
+WORKER = Path(__file__).with_name("killed_worker.py")
+
+
+def points(steps, count):
+    return sorted(random.Random(0).sample(range(1, steps), count))
+
+
+# A loop of its own, with all that makes a resume hard: bfloat16, stochastic rounding, a scheduler, anchors
+# from a file, and the tuned weights loaded before the optimizer is made.
+
+
+def start(folder, steps):
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-W", "ignore", WORKER, folder, str(steps)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def run(folder, steps, kills):
+    """Kill at each of these steps, or as soon after as the process notices, then let it end."""
+    for kill in kills:
+        with start(folder, steps) as process:
+            for line in process.stdout:
+                if int(line) >= kill:
+                    process.send_signal(signal.SIGKILL)
+                    break
+            process.stdout.read()
+        assert process.returncode == -signal.SIGKILL
+    with start(folder, steps) as process:
+        process.communicate(timeout=120)
+    assert process.returncode == 0
+    return torch.load(folder / "final.pt")
+
+
+@pytest.mark.parametrize(("steps", "count"), [(60, 2), pytest.param(1000, 10, marks=pytest.mark.heavy)])
+def test_kills_at_random_points_change_no_bit(tmp_path, steps, count):
+    """Some before the anchors are released and some after; with stochastic rounding, which is no chance."""
+    # A checkpoint may not be reached between two kills: then the same steps are taken once more.
+    alone = run(tmp_path / "alone", steps, [])
+    killed = run(tmp_path / "killed", steps, points(steps, count))
+    for name, weights in alone.items():
+        assert torch.equal(weights, killed[name])
+
+
+# The harness.
+
+
+def harness(out, config, kills):
+    """`recadam finetune --resume`, killed when its records have come to each of these steps."""
+    command = [sys.executable, "-m", "recadam_core", "finetune", config.task, "--backend", config.backend]
+    command += ["--optimizer", config.optimizer, "--steps", str(config.steps), "--t0", str(config.steps / 3)]
+    command += ["--eval-every", "40", "--out", str(out), "--resume", "--checkpoint-every", "7"]
+    records, status = out / "steps.jsonl", out / "status.json"
+    for kill in [*kills, None]:
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            while kill is not None and process.poll() is None:
+                mine = status.exists() and json.loads(status.read_text())["pid"] == process.pid
+                if mine and records.exists() and records.read_bytes().count(b"\n") >= kill:
+                    process.send_signal(signal.SIGKILL)
+                    break
+                time.sleep(0.002)
+            error = process.communicate(timeout=120)[1].decode()
+        assert process.returncode == (0 if kill is None else -signal.SIGKILL), error
+    return load_run(out)
+
+
+SOME = [("numpy", "recadam", 2)]
+ALL = [("torch", "recadam", 20), ("torch", "adamw", 3), ("jax", "recadam", 5), ("jax", "adamw", 3)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "optimizer", "count"), [*SOME, *(pytest.param(*x, marks=pytest.mark.heavy) for x in ALL)]
+)
+def test_a_killed_run_of_the_harness_is_the_uninterrupted_one(tmp_path, backend, optimizer, count):
+    steps = 200 * count
+    config = RunConfig.for_task("digits", backend, optimizer, steps=steps, t0=steps / 3, eval_every=40)
+    alone = finetune(config, tmp_path / "alone")
+    killed = harness(tmp_path / "killed", config, points(steps, count))
+    assert len(killed.provenance["resumed"]) >= 1
+    for column, values in alone.steps.items():
+        if column != "seconds":
+            np.testing.assert_array_equal(killed.steps[column], values)
+    assert killed.evaluations == alone.evaluations
+    weights = killed.weights()
+    for name, values in alone.weights().items():
+        np.testing.assert_array_equal(weights[name], values)
+    assert [path.name for path in sorted((tmp_path / "killed").rglob("*")) if path.is_file()] == [
+        path.name for path in sorted((tmp_path / "alone").rglob("*")) if path.is_file()
+    ]
+
+
+def cut_short(out, config, at=7):
+    """A run that was interrupted after a step."""
+
+    def stop(step, text):
+        if step == at and text.startswith("loss"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config, out, progress=stop, checkpoint_every=3)
+    assert load_run(out).status == {**load_run(out).status, "state": "interrupted", "step": at}
+
+
+CONFIG = RunConfig.for_task("digits", "numpy", steps=10, snapshot_every=1)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("optimizer", ["recadam", "annealed", "adamw", "coupled"])
+def test_every_engine_resumes(tmp_path, backend, optimizer):
+    config = RunConfig.for_task("digits", backend, optimizer, steps=10, snapshot_every=1)
+    cut_short(tmp_path / "run", config)
+    again = finetune(config, tmp_path / "run", resume=True)
+    alone = finetune(config, tmp_path / "alone")
+    assert again.snapshots() == alone.snapshots() == list(range(1, 11))
+    for step in again.snapshots():
+        theirs = alone.weights(step)
+        for name, values in again.weights(step).items():
+            np.testing.assert_array_equal(values, theirs[name])
+    assert [x["step"] for x in again.provenance["resumed"]] == [6]
+    assert finetune(config, tmp_path / "run", resume=True).provenance == again.provenance  # is complete
+
+
+def damage_checkpoint(out):
+    (out / "checkpoint.safetensors").write_bytes(b"nothing")
+
+
+def other_checkpoint(out):
+    save_file({"weights.w": np.zeros(2)}, out / "checkpoint.safetensors", {"step": "6"})
+
+
+def other_start(out):
+    provenance = json.loads((out / "provenance.json").read_text())
+    (out / "provenance.json").write_text(json.dumps({**provenance, "start_sha256": "0"}))
+
+
+def lost_records(out):
+    (out / "steps.jsonl").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_checkpoint, r"checkpoint.safetensors: damaged \(.*\); delete it, or give --overwrite"),
+        (other_checkpoint, r"checkpoint.safetensors: damaged \(.*0\.weight.*\)"),
+        (other_start, "cannot resume: other starting weights or data; give --overwrite"),
+        (lost_records, "records end before step 6 of checkpoint.safetensors; give --overwrite"),
+    ],
+)
+def test_what_cannot_be_resumed_is_left_as_it_is(tmp_path, damage, message):
+    out = tmp_path / "run"
+    cut_short(out, CONFIG)
+    damage(out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(RecAdamError, match=message):
+        finetune(CONFIG, out, resume=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert finetune(CONFIG, out, overwrite=True).status["state"] == "complete"
+
+
+def test_another_configuration_is_not_resumed(tmp_path, recadam):
+    out = tmp_path / "run"
+    cut_short(out, CONFIG)
+    other = dataclasses.replace(CONFIG, hp=CONFIG.hp.replace(gamma=7.0))
+    with pytest.raises(RecAdamError, match=r"cannot resume: hp.gamma was .* and is 7.0; give the settings"):
+        finetune(other, out, resume=True)
+    with pytest.raises(RecAdamError, match="overwrite and resume exclude one another"):
+        finetune(CONFIG, out, resume=True, overwrite=True)
+    result = recadam("finetune", "digits", "--backend", "numpy", "--out", out)
+    assert "holds a run already; give --overwrite, --resume or another directory" in result.stderr
+    without = tmp_path / "without"
+    again = finetune(CONFIG, without, resume=True, checkpoint_every=4)  # nothing to resume: a new run
+    assert again.status["step"] == 10
+    assert not (without / "checkpoint.safetensors").exists()
