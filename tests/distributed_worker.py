@@ -40,9 +40,10 @@ def batch(t):
 
 
 def train(model, optimizer, steps, backward=torch.Tensor.backward):
+    dtype = next(model.parameters()).dtype
     for t in steps:
         optimizer.zero_grad()
-        backward(model(batch(t)).square().mean())
+        backward(model(batch(t).to(dtype)).square().mean())
         optimizer.step()
 
 
@@ -91,6 +92,23 @@ def accelerated(rank, folder, option):
     return model, optimizer
 
 
+def zero(rank, folder, option):
+    """DeepSpeed makes one flat tensor of each group and gives each process a part."""
+    os.environ.update(DS_ACCELERATOR="cpu", TORCH_EXTENSIONS_DIR=option["extensions"])
+    import deepspeed
+
+    model = pretrained()
+    config = {
+        "train_micro_batch_size_per_gpu": 8,
+        "zero_optimization": {"stage": int(option["stage"])},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": "bf16" in option},
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=make(model, option), config=config)
+    engine.recadam = engine.optimizer.optimizer
+    return engine, engine
+
+
 def full(model):
     return {
         name.removeprefix("module."): p.full_tensor() if hasattr(p, "full_tensor") else p.detach().clone()
@@ -118,7 +136,11 @@ def main(case, rank, world, folder, **option):
         dcp.load(state, checkpoint_id=option["load"])
         set_model_state_dict(model, state["model"])
         set_optimizer_state_dict(model, inner, state["optimizer"], options=options)
-    train(model, optimizer, range(start, stop))
+    if "zero_load" in option:
+        model.load_checkpoint(option["zero_load"])
+    train(model, optimizer, range(start, stop), model.backward if case == "zero" else torch.Tensor.backward)
+    if "zero_checkpoint" in option:
+        model.save_checkpoint(option["zero_checkpoint"])
     if "checkpoint" in option:
         state = {
             "model": get_model_state_dict(model),
@@ -133,7 +155,8 @@ def main(case, rank, world, folder, **option):
                 anchor.to_local() if hasattr(anchor, "to_local") else anchor
             ).numel()
     weights, drift = full(model), inner.drift()
-    between = {n: getattr(x, "full_tensor", lambda x=x: x)() for n, x in inner.interpolate(0.5).items()}
+    halfway = {} if case == "zero" else inner.interpolate(0.5)
+    between = {n: getattr(x, "full_tensor", lambda x=x: x)() for n, x in halfway.items()}
     found = {"weights": weights, "anchors": parts, "distance": drift.distance, "share": drift.pull_share}
     found["between"] = {name.removeprefix("module."): x for name, x in between.items()}
     torch.save(found, folder / f"out{rank}.pt")

@@ -115,6 +115,43 @@ def test_distributed_checkpoints_are_resumed_on_another_number(
         assert_same(process, alone)
 
 
+@pytest.fixture(scope="module")
+def extensions(tmp_path_factory):
+    """Where DeepSpeed builds what it compiles: ours, since a build that was killed leaves a lock."""
+    pytest.importorskip("deepspeed")
+    return tmp_path_factory.mktemp("extensions")
+
+
+def assert_same_part(process, alone):
+    """ZeRO's flat parts are not the model's weights, so there is nothing to interpolate."""
+    assert_same({**process, "between": alone["between"]}, alone)
+    assert list(process["anchors"].items()) == [("0.weight and 3 more", 34)]  # of 66, evenly, with padding
+
+
+@pytest.mark.heavy
+def test_zero_1_walks_the_path_of_one_process(launch, alone, extensions):
+    for process in launch("zero", stage=1, extensions=extensions):
+        assert_same_part(process, alone)
+
+
+@pytest.mark.heavy
+def test_zero_2_resumes_on_the_path_of_one_process(launch, alone, checkpoint, extensions, tmp_path):
+    where, option = tmp_path / "saved", {"stage": 2, "extensions": extensions, "anchors": checkpoint}
+    launch("zero", stop=5, zero_checkpoint=where, **option)
+    for process in launch("zero", start=5, zero_load=where, **option):
+        assert_same_part(process, alone)
+
+
+@pytest.mark.heavy
+def test_zero_steps_float32_copies_of_bfloat16_weights(launch, alone, extensions):
+    first, second = launch("zero", stage=2, bf16=1, extensions=extensions)
+    for name, weights in first["weights"].items():
+        assert torch.equal(weights, second["weights"][name])
+        assert weights.dtype == torch.bfloat16
+        torch.testing.assert_close(weights.float(), alone["weights"][name], rtol=0.02, atol=0.005)
+    assert first["distance"] == second["distance"] == pytest.approx(alone["distance"], rel=0.05)
+
+
 @pytest.mark.heavy
 def test_a_distributed_checkpoint_holds_no_anchors(launch, tmp_path):
     sizes = {}

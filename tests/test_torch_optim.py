@@ -217,7 +217,8 @@ def test_hooks_run_around_the_step():
     assert seen == ["before", "after"] * 2
 
 
-def test_autograd_goes_through_a_differentiable_step():
+@pytest.mark.parametrize("capturable", [False, True])
+def test_autograd_goes_through_a_differentiable_step(capturable):
     """The derivative of the weights after two steps by the learning rate, against a finite difference."""
 
     def after(lr):
@@ -225,7 +226,7 @@ def test_autograd_goes_through_a_differentiable_step():
         w = start.clone()
         lr = torch.as_tensor(lr, dtype=torch.float64)
         settings = {"gamma": 3.0, "annealing": Constant(1.0, 0.5)}
-        optimizer = RecAdam([("w", w)], lr=lr, differentiable=True, capturable=True, **settings)
+        optimizer = RecAdam([("w", w)], lr=lr, differentiable=True, capturable=capturable, **settings)
         for _ in range(2):
             w.grad = torch.autograd.grad(start.pow(3).sum(), start, create_graph=True)[0]
             optimizer.step()
@@ -293,6 +294,27 @@ def test_a_compiled_step_compiles_once_in_two_hundred_steps_of_annealing(captura
         scheduler.step()
     assert counter.frame_count == compiled
     assert gap(expected, found) < 1e-5
+
+
+def test_a_compiled_step_frees_anchors_and_refuses_what_diverges():
+    torch._dynamo.reset()
+    model, loss = regression(torch.float32)
+    optimizer = RecAdam(model.named_parameters(), lr=1e-2, gamma=10.0, annealing=Sigmoid(k=10.0, t0=2))
+    plain, other = regression(torch.float32)
+    reference = RecAdam(plain.named_parameters(), **{k: optimizer.defaults[k] for k in ("lr", "gamma")},
+                        annealing=Sigmoid(k=10.0, t0=2))  # fmt: skip
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    for _ in range(8):
+        found, expected = walk(model, loss, optimizer, 1, step), walk(plain, other, reference, 1)
+        freed = [entry["anchor"] is None for entry in optimizer.state.values()]
+        assert freed == [entry["anchor"] is None for entry in reference.state.values()]
+    assert all(freed)
+    assert gap(found, expected) < 1e-6
+    optimizer = RecAdam(model.named_parameters(), lr=1.0, gamma=10.0, annealing=Constant(1.0, 1.0))
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RecAdamError, match="diverges"):
+        walk(model, loss, optimizer, 1, torch.compile(optimizer.step, backend="aot_eager"))
+    assert gap(before, model.parameters()) == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

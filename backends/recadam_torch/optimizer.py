@@ -26,6 +26,7 @@ from .settings import FLAGS, FROM, check_parameter, check_settings, group_policy
 from .shards import is_sharded, like, local, summed
 from .stepping import Work, execute
 from .telemetry import Drift, drift_of, squares
+from .zero import forget, is_flat_part, joined
 
 __all__ = ["RecAdam"]
 
@@ -132,6 +133,7 @@ class RecAdam(Optimizer):
         self._anchors = anchors
         self._names: dict[Tensor, str] = {}
         self._last: dict[Tensor, tuple[Hyperparameters, Any]] = {}
+        self._parts: dict[Tensor, list[Tensor]] = {}
         super().__init__(params, defaults)
         self._anchors = None
         if anchors is not None:
@@ -148,6 +150,7 @@ class RecAdam(Optimizer):
         """Restore from a pickle."""
         super().__setstate__(state)
         self._anchors, self._last = None, {}
+        self._parts = self.__dict__.get("_parts", {})  # which loading a state changes nothing of
         self._names = {}
         for group in self.param_groups:
             for name, value in {"fused": False, **FLAGS}.items():
@@ -242,6 +245,7 @@ class RecAdam(Optimizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _plan(self, traced: bool) -> list[Work]:
         """The parameters that have a gradient, in lists that share their coefficients."""
+        self._settle()
         return [work for group in self.param_groups for work in self._plan_group(group, traced)]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -249,38 +253,48 @@ class RecAdam(Optimizer):
         """Free the anchors that the annealing has released."""
         for some in work:
             release = group_policy(some.group)[1]
-            if some.anchors and some.t is not None and release is not None and some.t >= release:
-                take_hashes(self.state[p] for p in some.params)
-                for p in some.params:
-                    self.state[p]["anchor"] = None
-        # No tensors of the step: they would outlive it.
-        self._last = {p: (some.hp, some.lr) for some in work for p in some.params}
+            if some.anchors is None or release is None or some.group["capturable"]:
+                continue
+            if some.t is not None and some.t < release:
+                continue
+            released = [p for p in some.params if int(self.state[p]["step"]) >= release]
+            take_hashes(self.state[p] for p in released)
+            for p in released:
+                self.state[p]["anchor"] = None
+                forget(self._parts.get(p, ()), "anchor")
+        # No tensors of the step: they would outlive it. Those before stay: DeepSpeed steps group by group.
+        for some in work:
+            lr = some.lr.detach() if isinstance(some.lr, Tensor) else some.lr
+            self._last.update(dict.fromkeys(some.params, (some.hp, lr)))
 
     def _plan_group(self, group: dict[str, Any], traced: bool) -> Iterator[Work]:
         hp, _ = group_policy(group)
-        traced = traced or group["capturable"]
+        rate = None if group["capturable"] else rate_of(group["lr"], hp)
+        learned = isinstance(group["lr"], Tensor) and group["lr"].requires_grad
+        traced = traced or group["capturable"] or (group["differentiable"] and learned)
         lists: dict[Any, tuple[list[str], list[Tensor]]] = {}
         for name, p in named(group):
             if p.grad is None:
                 continue
             if p.grad.is_sparse:
                 raise RecAdamError(f"gradient of {name!r} is sparse; RecAdam needs dense gradients")
-            if p not in self.state:
-                self._adopt()
             state = self.state[p]
-            t = None if traced else int(state["step"]) + 1
+            t = None if group["capturable"] else int(state["step"]) + 1
             freed = "anchor" in state and state["anchor"] is None
             names, params = lists.setdefault((t, "anchor" in state, freed, p.dtype, p.device), ([], []))
             names.append(bare(name))
             params.append(p)
-        lr = rate_of(group["lr"], hp) if not traced else torch.as_tensor(group["lr"], dtype=torch.float64)
+        lr = torch.as_tensor(group["lr"], dtype=torch.float64) if traced else rate
         for (t, anchored, freed, _, device), (names, params) in lists.items():
-            c = None if traced else coefficients(t, hp, lr, anchored)
+            # On the host where that knows the step, also if the device computes its own: this raises.
+            c = None if t is None else coefficients(t, hp, rate, anchored)
             if freed and c is not None and c.recall:
                 raise RecAdamError(
                     f"step {t}: the anchor was freed when the annealing had released it; "
                     "make a new optimizer to pull again"
                 )
+            if traced:  # numbers that change would be compiled anew
+                t = c = None
             kernel: Callable[..., None] = partial(kernel_, exact=group["exact"] and not traced)
             if group["fused"] and not traced:
                 kernel = fused_kernel(group["fused"], device)
@@ -316,6 +330,21 @@ class RecAdam(Optimizer):
         current = {p for group in self.param_groups for p in group["params"]}
         orphans = {self._names.get(p): p for p in self.state if p not in current}
         for group in self.param_groups:
+            lost = {name: orphans[name] for name in group.get("param_names", ()) if name in orphans}
+            if is_flat_part(group["params"], list(lost.values())):
+                flat = group["params"][0]
+                name = next(iter(lost)) + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
+                self.state[flat] = joined(flat, {n: (p, self.state[p]) for n, p in lost.items()})
+                self._parts[flat] = list(lost.values())
+                for p in lost.values():
+                    del self.state[p], self._names[p]
+                group["param_names"], self._names[flat] = [name], name
+                continue
+            if "param_names" in group and len(group["param_names"]) != len(group["params"]):
+                raise RecAdamError(
+                    f"a group was made of {len(group['param_names'])} parameters and has "
+                    f"{len(group['params'])}: a wrapper flattened them; use one that does not (FSDP2, ZeRO)"
+                )
             for name, p in named(group):
                 if p in self.state:
                     continue
@@ -493,6 +522,11 @@ class RecAdam(Optimizer):
 
     def _between(self, alpha: float, anchors: Mapping[str, Tensor] | None) -> dict[Tensor, Tensor]:
         self._settle()
+        if self._parts:
+            raise RecAdamError(
+                "interpolate: ZeRO's flat parts are not the model's weights; gather both checkpoints and "
+                "interpolate those"
+            )
         found = {}
         for group in self.param_groups:
             pairs = named(group)

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["fingerprints", "is_sharded", "like", "local", "mix", "part", "positions", "summed"]
+__all__ = ["SHARED", "fingerprints", "is_sharded", "like", "local", "mix", "part", "positions", "summed"]
+
+SHARED = "_recadam_shared"
+"""The attribute of a plain parameter that is one process's part: the processes that have the others."""
 
 _SEED = -0x61C8864680B583EB  # splitmix64's increment, as a signed number
 _FIRST, _SECOND = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
@@ -208,14 +211,17 @@ def summed(parts: Sequence[Tensor], owners: Sequence[Tensor]) -> list[Tensor]:
     sums = [x.cpu() for x in parts]
     shared: dict[Any, list[int]] = {}
     for index, x in enumerate(owners):
+        groups: tuple[Any, ...] = (getattr(x, SHARED),) if hasattr(x, SHARED) else ()
         if is_sharded(x):
             sharded: Any = x
-            dims = tuple(d for d, place in enumerate(sharded.placements) if place.is_shard())
-            shared.setdefault((sharded.device_mesh, dims), []).append(index)
-    for (mesh, dims), indices in shared.items():
-        together = torch.stack([sums[i] for i in indices]).to(mesh.device_type)
-        for dim in dims:
-            torch.distributed.all_reduce(together, group=mesh.get_group(dim))
+            dims = (d for d, place in enumerate(sharded.placements) if place.is_shard())
+            groups = tuple(sharded.device_mesh.get_group(d) for d in dims)
+        if groups:
+            shared.setdefault((groups, x.device), []).append(index)
+    for (groups, device), indices in shared.items():
+        together = torch.stack([sums[i] for i in indices]).to(device)
+        for group in groups:
+            torch.distributed.all_reduce(together, group=group)
         for i, total in zip(indices, together.cpu(), strict=True):
             sums[i] = total
     return sums
