@@ -108,10 +108,10 @@ MUTATIONS = [
     ),
     *_kernel(
         "numpy", "recadam_numpy.one_pass", "fused",
-        ("beta2 for beta1 in one place", "rest1 * grad[i]", "rest2 * grad[i]"),
+        ("beta2 for beta1 in one place", "rest1 * g\n", "rest2 * g\n"),
         ("eps inside the root", "math.sqrt(v[i]) + eps", "math.sqrt(v[i] + eps)"),
-        ("the pull reads the new theta", "(anchor[i] - theta[i])", "(anchor[i] - (theta[i] + delta))"),
-        ("operations are contracted", 'error_model="numpy"', 'fastmath=True, error_model="numpy"'),
+        ("the pull reads the new theta", "(_widened(anchor[i]) - old)", "(_widened(anchor[i]) - (old + delta))"),
+        ("operations are contracted", 'error_model="numpy", nogil', 'fastmath=True, error_model="numpy", nogil'),
         ("other layouts are not written back", "if not array.flags.c_contiguous:", "if False:"),
     ),
     *_kernel(
@@ -139,20 +139,24 @@ MUTATIONS = [
     *_kernel(
         "torch", "recadam_torch.fused", "compiled",
         ("beta2 for beta1 in one place", "(1 - beta1) * grad", "(1 - beta2) * grad"),
-        ("eps inside the root", "(v.sqrt() + eps)", "(v + eps).sqrt()"),
-        ("the pull reads the new theta", "recall * (anchor - theta) - adam", "recall * (anchor - theta + adam) - adam"),
-        ("torch's own root for a scalar alone", "anchors, c, exact=True)", "anchors, c)"),
+        ("eps inside the root", "(v_new.sqrt() + eps)", "(v_new + eps).sqrt()"),
+        ("the pull reads the new theta", "(anchor.to(m.dtype) - old) - adam", "(anchor.to(m.dtype) - old + adam) - adam"),
+        ("torch's own root for a scalar alone", "one[4], c, exact=True)", "one[4], c)"),
     ),
     *_kernel(
         "torch", "recadam_torch.fused", "fused",
-        ("16-bit parameters are not written back", "if work is not theta:", "if False:"),
+        ("other layouts are not written back", 'if name in ("theta", "m", "v"):', "if False:"),
+    ),
+    *_kernel(
+        "torch", "recadam_torch.prepared", "fused",
+        ("t is off by one", "int(steps[0]) + 1", "int(steps[0]) + 2"),
     ),
     *_kernel(
         "triton", "recadam_torch.triton_kernel", "triton",
         ("beta2 for beta1 in one place", "rest1 * grad", "rest2 * grad"),
         ("eps inside the root", "tl.sqrt_rn(v) + eps", "tl.sqrt_rn(v + eps)"),
         ("eps inside the root of float64", "tl.sqrt(v) + eps", "tl.sqrt(v + eps)"),
-        ("the pull reads the new theta", "mask=inside) - theta) - adam", "mask=inside) - theta + adam) - adam"),
+        ("the pull reads the new theta", "to(wide) - theta) - adam", "to(wide) - theta + adam) - adam"),
         ("the decay is missing", "if decays:", "if False:"),
     ),
     *_kernel(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from recadam_core import Capabilities, Coefficients, Hyperparameters, Moments
+from recadam_core import Capabilities, Coefficients, Hyperparameters, Moments, RecAdamError
 from recadam_core.backends import Functional, Specification, Stepper, Variant
 
 from .kernel import kernel
@@ -21,7 +21,9 @@ class NumpyBackend(Specification):
     """The backend of NumPy arrays.
 
     Args:
-        fused: whether to step in one pass over memory, which needs numba. Changes no bit.
+        fused: whether to step in one pass over memory, on all cores, which needs numba. Changes no bit.
+        in_place: whether a step may write into the arrays of parameters and state that it is given, and
+            return them. Needs `fused`. Otherwise it is pure, and spends most of its time on new memory.
 
     Example:
         >>> backend.owns(np.ones(2))
@@ -38,13 +40,16 @@ class NumpyBackend(Specification):
         finetunes=("mlp",),
     )
 
-    def __init__(self, fused: bool = False) -> None:
+    def __init__(self, fused: bool = False, in_place: bool = False) -> None:
         super().__init__(np)
-        self._kernel: Callable[..., None] = kernel
+        self._one_pass: Callable[..., None] | None = None
+        self._in_place = in_place
+        if in_place and not fused:
+            raise RecAdamError("NumpyBackend: in_place needs fused=True; give both")
         if fused:
             from .one_pass import one_pass
 
-            self._kernel = one_pass
+            self._one_pass = one_pass
 
     def owns(self, array: Any) -> bool:
         """Whether the object is an array or a scalar of NumPy."""
@@ -58,18 +63,34 @@ class NumpyBackend(Specification):
         anchors: Sequence[Array] | None,
         c: Coefficients,
     ) -> tuple[list[Array], list[Moments]]:
-        """One step in new memory; 16-bit parameters are summed in float32 and rounded once."""
+        """One step, in new memory unless `in_place`; 16-bit parameters are summed in float32."""
         stars = [None] * len(params) if anchors is None else anchors
-        new_params, new_moments = [], []
+        lists: dict[Any, list[list[Array]]] = {}
+        new_params: list[Array] = []
+        new_moments: list[Moments] = []
         for old, grad, (m, v), star in zip(params, grads, moments, stars, strict=True):
             dtype = np.result_type(old, m, v)
             if dtype.itemsize < 4:
                 dtype = np.dtype(np.float32)
-            theta, m_new, v_new = (np.array(x, dtype=dtype) for x in (old, m, v))
-            anchor = None if star is None else np.asarray(star, dtype=dtype)
-            self._kernel(theta, np.asarray(grad, dtype=dtype), m_new, v_new, anchor, c)
-            new_params.append(theta.astype(old.dtype, copy=False))
-            new_moments.append(Moments(m_new.astype(m.dtype, copy=False), v_new.astype(v.dtype, copy=False)))
+            copy = None if self._in_place else True
+            theta, m_new, v_new = (np.array(x, dtype=dtype, copy=copy, order="C") for x in (old, m, v))
+            others = [np.asarray(grad, dtype=dtype)]
+            if star is not None:
+                others.append(np.asarray(star, dtype=dtype))
+            columns = lists.setdefault(dtype, [[] for _ in range(5)])
+            for column, x in zip(columns, (theta, others[0], m_new, v_new, others[-1]), strict=True):
+                column.append(x)
+            new_params.append(theta)
+            new_moments.append(Moments(m_new, v_new))
+        for columns in lists.values():
+            if self._one_pass is not None:
+                self._one_pass(*columns[:4], None if anchors is None else columns[4], c)
+                continue
+            for theta, grad, m, v, anchor in zip(*columns, strict=True):
+                kernel(theta, grad, m, v, None if anchors is None else anchor, c)
+        for i, (old, (m, v)) in enumerate(zip(params, moments, strict=True)):
+            new_params[i] = _as_was(old, new_params[i])
+            new_moments[i] = Moments(_as_was(m, new_moments[i].m), _as_was(v, new_moments[i].v))
         return new_params, new_moments
 
     def stepper(
@@ -91,6 +112,11 @@ class NumpyBackend(Specification):
         from .engine import NumpyEngine
 
         return NumpyEngine
+
+
+def _as_was(old: Array, new: Array) -> Array:
+    """The new values in the old array's dtype; in its memory only where that is the new one's already."""
+    return new.astype(old.dtype, copy=False)
 
 
 backend = NumpyBackend()

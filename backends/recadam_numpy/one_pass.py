@@ -1,8 +1,12 @@
-"""The kernel in one pass over memory, compiled by numba."""
+"""The kernel in one pass over memory, compiled by numba, over many arrays at once and on all cores."""
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -10,69 +14,261 @@ import numpy as np
 from recadam_core import Coefficients, RecAdamError
 
 try:
+    import llvmlite.binding
     import numba
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic
 except ModuleNotFoundError as error:
     raise RecAdamError("the one-pass kernel needs 'numba'; pip install 'recadam-core[cpu]'") from error
 
-__all__ = ["one_pass"]
+__all__ = ["CODES", "COLUMNS", "Table", "has_half", "one_pass", "threads"]
 
 Array = np.ndarray[Any, Any]
 
+# numba has no arithmetic in 16 bits: such arrays come as integers of 16 bits, and are widened by their bits.
+CODES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+    "bfloat16": np.dtype(np.uint16),
+    "float16": np.dtype(np.int16),
+}
+"""The dtype that stands for one by name in a `Table`."""
 
-def one_pass(theta: Array, grad: Array, m: Array, v: Array, anchor: Array | None, c: Coefficients) -> None:
-    """One step, in place on `theta`, `m` and `v`: the numbers of `kernel`, without temporary arrays.
+LEAST = 1 << 15
+"""Elements below which another thread costs more than it brings."""
+
+Team = Callable[[int, int, int], None]
+"""Calls the C function at an address with a pointer, in so many threads at once, and waits for them."""
+
+COLUMNS = ("theta", "grad", "m", "v", "anchor")
+
+
+class Table:
+    """Where the arrays of a step lie in memory, and how they are shared out among threads.
 
     Args:
-        theta: parameter, float32 or float64; overwritten.
-        grad: gradient, theta's shape and dtype.
-        m: first moment, theta's shape and dtype; overwritten.
-        v: second moment, theta's shape and dtype; overwritten.
-        anchor: pretrained value, theta's shape and dtype; None where `c.recall` is 0.
+        sizes: elements of each parameter, of shape (n,).
+        dtypes: names in `CODES`, of theta, grad, m, v and anchor. The step is computed in that of m and v,
+            "float32" or "float64"; theta's is the same, or has 16 bits.
+        workers: threads to use at most.
+
+    Example:
+        >>> theta, grad, m, v = np.ones(2), np.ones(2), np.zeros(2), np.zeros(2)
+        >>> table = Table([2], ["float64"] * 5)
+        >>> table.addresses[:4, 0] = [x.ctypes.data for x in (theta, grad, m, v)]
+        >>> table.run(Coefficients(0.9, 0.999, 0.5, 0.0, 0.0, 0.0), pulls=False)
+        >>> theta.round(3)
+        array([-0.581, -0.581])
+    """
+
+    def __init__(self, sizes: Sequence[int], dtypes: Sequence[str], workers: int = 1) -> None:
+        ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
+        self.addresses = np.zeros((len(COLUMNS), len(ends)), dtype=np.int64)
+        """Of the first element of each array, by column and parameter: to be filled in before `run`."""
+        total = int(ends[-1]) if len(ends) else 0
+        workers = max(1, min(workers, total // LEAST))
+        # Long runs suit the memory best: a tensor is cut only where one thread ends and the next begins.
+        cuts = np.arange(1, workers) * total // workers // 1024 * 1024
+        stops = np.union1d(ends, cuts)
+        starts = np.concatenate([[0], stops[:-1]])
+        starts, stops = starts[stops > starts], stops[stops > starts]
+        owner = np.searchsorted(ends, starts, side="right")
+        first = np.concatenate([[0], ends[:-1]])[owner]
+        self._pieces = np.stack([owner, starts - first, stops - starts]).astype(np.int64)
+        self._shares = np.searchsorted(starts, np.concatenate([[0], cuts, [total]])).astype(np.int64)
+        self._scalars = np.zeros(8, dtype=CODES[dtypes[2]])
+        self._entry = _compiled(*dtypes)
+        self._words = np.array([0, len(ends), len(starts), 0, 0, *(x.ctypes.data for x in (
+            self.addresses, self._pieces, self._shares, self._scalars))], dtype=np.int64)  # fmt: skip
+
+    def run(self, c: Coefficients, pulls: bool, team: Team | None = None) -> None:
+        """One step, in place on theta, m and v.
+
+        Args:
+            c: coefficients, Python floats.
+            pulls: whether anchors are read.
+            team: calls a C function with a pointer in so many threads, and waits; None for threads of ours.
+        """
+        self._scalars[:] = c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.recall, c.decay
+        self._words[0], self._words[3], self._words[4] = 0, pulls, c.decay != 0
+        workers, words = len(self._shares) - 1, self._words.ctypes.data
+        if workers == 1:
+            self._entry.ctypes(words)
+        elif team is not None:
+            team(self._entry.address, words, workers)
+        else:
+            waiting = [_pool().submit(self._entry.ctypes, words) for _ in range(workers - 1)]
+            self._entry.ctypes(words)
+            for other in waiting:
+                other.result()
+
+
+@cache
+def has_half() -> bool:
+    """Whether this processor converts float16 by itself; LLVM's substitute for it is not always there."""
+    host = llvmlite.binding.get_host_cpu_features()
+    return bool(host.get("f16c") or "aarch64" in llvmlite.binding.get_process_triple())
+
+
+def threads() -> int:
+    """The cores that this process may use; fewer where OMP_NUM_THREADS says so."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(int(asked), cores) if asked.isdigit() and int(asked) else cores
+
+
+_pools: list[ThreadPoolExecutor] = []
+# A forked child has none of its parent's threads.
+os.register_at_fork(after_in_child=_pools.clear)
+
+
+def _pool() -> ThreadPoolExecutor:
+    if not _pools:
+        _pools.append(ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="recadam"))
+    return _pools[0]
+
+
+def one_pass(
+    thetas: Sequence[Array],
+    grads: Sequence[Array],
+    ms: Sequence[Array],
+    vs: Sequence[Array],
+    anchors: Sequence[Array] | None,
+    c: Coefficients,
+) -> None:
+    """One step, in place on `thetas`, `ms` and `vs`: the numbers of `kernel`, without temporary arrays.
+
+    Args:
+        thetas: parameters of one dtype, float32 or float64; overwritten.
+        grads: gradients, of the parameters' shapes and dtype, as all the lists.
+        ms: first moments; overwritten.
+        vs: second moments; overwritten.
+        anchors: pretrained values; None where `c.recall` is 0.
         c: coefficients, Python floats.
 
     Example:
         >>> theta, m, v = np.ones(2), np.zeros(2), np.zeros(2)
-        >>> one_pass(theta, np.ones(2), m, v, np.zeros(2), Coefficients(0.9, 0.999, 0.0, 1e-8, 0.25, 0.0))
+        >>> c = Coefficients(0.9, 0.999, 0.0, 1e-8, 0.25, 0.0)
+        >>> one_pass([theta], [np.ones(2)], [m], [v], [np.zeros(2)], c)
         >>> theta
         array([0.75, 0.75])
 
     Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12.
     """
-    scalars = (c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.recall, c.decay)
-    arrays = theta, grad, m, v, grad if anchor is None else anchor
-    flat = [np.ascontiguousarray(x).reshape(-1) for x in arrays]
-    arguments: list[Any] = [*flat, *map(theta.dtype.type, scalars), anchor is not None, c.decay != 0]
-    _loop(*arguments)
-    for array, i in ((theta, 0), (m, 2), (v, 3)):
-        if not array.flags.c_contiguous:
-            array[...] = flat[i].reshape(array.shape)
+    if not len(thetas):
+        return
+    columns = thetas, grads, ms, vs, grads if anchors is None else anchors
+    flat = [[np.ascontiguousarray(x) for x in xs] for xs in columns]
+    table = Table([x.size for x in thetas], [thetas[0].dtype.name] * len(COLUMNS), threads())
+    table.addresses[:] = [[x.ctypes.data for x in xs] for xs in flat]
+    table.run(c, anchors is not None)
+    for i in (0, 2, 3):
+        for array, new in zip(columns[i], flat[i], strict=True):
+            if not array.flags.c_contiguous:
+                array[...] = new.reshape(array.shape)
+
+
+@intrinsic
+def _pointer(typing: Any, address: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), build
+
+
+@intrinsic
+def _widened(typing: Any, x: Any) -> Any:
+    """An element as a number to compute with."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (x,) = arguments
+        if signature.args[0] == types.uint16:  # bfloat16: the upper half of a float32
+            bits = builder.shl(builder.zext(x, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+            return builder.bitcast(bits, ir.FloatType())
+        if signature.args[0] == types.int16:
+            return builder.fpext(builder.bitcast(x, ir.HalfType()), ir.FloatType())
+        return x
+
+    return (types.float32 if isinstance(x, types.Integer) else x)(x), build
+
+
+@intrinsic
+def _rounded(typing: Any, x: Any, like: Any) -> Any:
+    """A number as an element, rounded to the nearest, ties to even."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x = arguments[0]
+        if signature.args[1] == types.uint16:
+            word, half = ir.IntType(32), ir.IntType(16)
+            bits, sixteen = builder.bitcast(x, word), ir.Constant(word, 16)
+            upper = builder.lshr(bits, sixteen)
+            odd = builder.and_(upper, ir.Constant(word, 1))
+            up = builder.add(builder.add(bits, odd), ir.Constant(word, 0x7FFF))
+            quiet = builder.or_(upper, ir.Constant(word, 64))  # NaN stays NaN
+            is_nan = builder.fcmp_unordered("uno", x, x)
+            return builder.trunc(builder.select(is_nan, quiet, builder.lshr(up, sixteen)), half)
+        if signature.args[1] == types.int16:
+            return builder.bitcast(builder.fptrunc(x, ir.HalfType()), ir.IntType(16))
+        return x
+
+    return like(types.float32 if isinstance(like, types.Integer) else like, like), build
 
 
 # Neither fastmath nor contraction: each operation is rounded as NumPy rounds it.
 @numba.njit(error_model="numpy", nogil=True)
-def _loop(
-    theta: Any,
-    grad: Any,
-    m: Any,
-    v: Any,
-    anchor: Any,
-    beta1: Any,
-    rest1: Any,
-    beta2: Any,
-    rest2: Any,
-    step: Any,
-    eps: Any,
-    recall: Any,
-    decay: Any,
-    pulls: Any,
-    decays: Any,
-) -> None:
+def _loop(theta: Any, grad: Any, m: Any, v: Any, anchor: Any, scalars: Any, pulls: Any, decays: Any) -> None:
+    beta1, rest1, beta2, rest2, step, eps, recall, decay = scalars
     for i in range(theta.size):
-        m[i] = beta1 * m[i] + rest1 * grad[i]
-        v[i] = beta2 * v[i] + rest2 * (grad[i] * grad[i])
+        old, g = _widened(theta[i]), _widened(grad[i])
+        m[i] = beta1 * m[i] + rest1 * g
+        v[i] = beta2 * v[i] + rest2 * (g * g)
         delta = -(step * (m[i] / (math.sqrt(v[i]) + eps)))
         if pulls:
-            delta = recall * (anchor[i] - theta[i]) + delta
+            delta = recall * (_widened(anchor[i]) - old) + delta
         if decays:
-            delta = delta - decay * theta[i]
-        theta[i] = theta[i] + delta
+            delta = delta - decay * old
+        theta[i] = _rounded(old + delta, theta[i])
+
+
+@intrinsic
+def _ticket(typing: Any, counter: Any) -> Any:
+    """Count one up, among threads, and give what was there."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        at = builder.bitcast(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", at, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.voidptr), build
+
+
+@cache
+def _compiled(*dtypes: str) -> Any:
+    """A C function of a pointer to a table's words: steps the first share that nobody has taken."""
+    like_theta, like_grad, like_m, like_v, like_anchor = (CODES[name] for name in dtypes)
+    sizes = tuple(CODES[name].itemsize for name in dtypes)
+
+    def entry(at: Any) -> None:
+        words = numba.carray(at, (9,), np.int64)
+        share = _ticket(at)
+        params, count, pulls, decays = words[1], words[2], words[3] != 0, words[4] != 0
+        addresses = numba.carray(_pointer(words[5]), (5, params), np.int64)
+        pieces = numba.carray(_pointer(words[6]), (3, count), np.int64)
+        shares = numba.carray(_pointer(words[7]), (share + 2,), np.int64)
+        x = numba.carray(_pointer(words[8]), (8,), like_m)
+        scalars = (x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7])
+        star = 4 if pulls else 1
+        for k in range(shares[share], shares[share + 1]):
+            p, start, size = pieces[0, k], pieces[1, k], pieces[2, k]
+            theta = numba.carray(_pointer(addresses[0, p] + start * sizes[0]), (size,), like_theta)
+            grad = numba.carray(_pointer(addresses[1, p] + start * sizes[1]), (size,), like_grad)
+            m = numba.carray(_pointer(addresses[2, p] + start * sizes[2]), (size,), like_m)
+            v = numba.carray(_pointer(addresses[3, p] + start * sizes[3]), (size,), like_v)
+            anchor = numba.carray(_pointer(addresses[star, p] + start * sizes[4]), (size,), like_anchor)
+            _loop(theta, grad, m, v, anchor, scalars, pulls, decays)
+
+    signature = types.void(types.voidptr)
+    try:
+        return numba.cfunc(signature, error_model="numpy", cache=True)(entry)
+    except RuntimeError:  # nowhere to keep what was compiled
+        return numba.cfunc(signature, error_model="numpy")(entry)

@@ -5,11 +5,16 @@ Each takes the arguments of `kernel_` and gives the specification's bits.
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
+from operator import attrgetter
+from pathlib import Path
 from shutil import which
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,32 +24,38 @@ from recadam_core import Coefficients, RecAdamError
 
 from .kernel import kernel_
 
-__all__ = ["FUSED", "fused_kernel"]
+__all__ = ["FUSED", "NumbaKernel", "chosen_fused", "fused_kernel", "regular"]
 
 
-def fused_kernel(name: str | bool, device: torch.device) -> Callable[..., None]:
-    """The one-pass kernel of this name, or for this device.
+def chosen_fused(group: Mapping[str, Any], device: torch.device) -> str:
+    """The one-pass kernel that a group's settings come to, for parameters on a device.
 
     Args:
-        name: one of `FUSED`; True for Triton on CUDA and under Triton's interpreter, else numba where
-            it is installed, else inductor.
-        device: where the tensors are.
+        group: the group's settings.
+        device: where its parameters are.
 
     Returns:
-        A function with the arguments of `kernel_`.
+        A name in `FUSED`, or nothing. For True that is Triton on CUDA, elsewhere numba where it is installed,
+        else inductor; for None the same, but no inductor, and nothing where another flag asks for another
+        way to step.
 
     Raises:
         RecAdamError: when the name is unknown, or there is none for this device.
 
     Example:
-        >>> fused_kernel(True, torch.device("cpu")).__name__
-        'numba_'
+        >>> chosen_fused({"fused": True}, torch.device("cpu"))
+        'numba'
     """
+    name = group["fused"]
+    if name is False:
+        return ""
+    if name is None:
+        others = group["foreach"] is not None or group["exact"] or group["differentiable"]
+        name = "" if others else _installed().get(device.type, "")
+        return "" if group["capturable"] and name != "triton" else name
     if name is True:
-        if device.type == "cuda":
-            name = "triton"
-        else:
-            name = "numba" if find_spec("numba") else "compiled"
+        usual = "triton" if device.type == "cuda" else "compiled"
+        name = _installed().get(device.type, usual)
     if not isinstance(name, str) or name not in FUSED:
         raise RecAdamError(f"RecAdam: fused is {name!r}; give True, False, or one of {', '.join(FUSED)}")
     serves = {"numba": ("cpu",), "compiled": ("cpu", "cuda"), "triton": ("cuda",)}[name]
@@ -52,35 +63,157 @@ def fused_kernel(name: str | bool, device: torch.device) -> Callable[..., None]:
         serves = ("cpu", "cuda")
     if device.type not in serves:
         raise RecAdamError(f"RecAdam: fused={name!r} does not run on {device.type}; give fused=False there")
+    return name
+
+
+def fused_kernel(name: str) -> Callable[..., None]:
+    """A new one-pass kernel of this name.
+
+    Args:
+        name: one of `FUSED`.
+
+    Returns:
+        A function with the arguments of `kernel_`, for the same list of tensors step after step.
+
+    Raises:
+        RecAdamError: when what it needs is not installed.
+
+    Example:
+        >>> type(fused_kernel("numba")).__name__
+        'NumbaKernel'
+    """
     if name == "numba":
         from recadam_numpy import one_pass  # noqa: F401  # says what to install
-    if name == "compiled" and device.type == "cpu" and not (which("g++") or which("clang++")):
+    if name == "compiled" and not torch.cuda.is_available() and not (which("g++") or which("clang++")):
         raise RecAdamError("RecAdam: fused='compiled' needs a C++ compiler; install g++, or give fused=False")
     if name == "triton" and find_spec("triton") is None:
         raise RecAdamError("RecAdam: fused='triton' needs 'triton'; pip install triton")
-    return FUSED[name]
+    return FUSED[name]()
 
 
-def numba_(
-    thetas: list[Tensor],
-    grads: list[Tensor],
-    ms: list[Tensor],
-    vs: list[Tensor],
-    anchors: list[Tensor] | None,
-    c: Coefficients,
-) -> None:
-    """One step by numba, tensor by tensor."""
-    from recadam_numpy.one_pass import one_pass
+@cache
+def _installed() -> dict[str, str]:
+    found = {"cuda": "triton", "cpu": "numba"}
+    return {device: name for device, name in found.items() if find_spec(name)}
 
-    stars = [None] * len(thetas) if anchors is None else anchors
-    for theta, grad, m, v, star in zip(thetas, grads, ms, vs, stars, strict=True):
-        work = theta.to(m.dtype)  # theta itself unless it has 16 bits
-        t, g, m_new, v_new = (x.detach().numpy() for x in (work, grad.to(m.dtype), m, v))
-        one_pass(t, g, m_new, v_new, None if star is None else star.to(m.dtype).numpy(), c)
-        if work is not theta:
-            theta.copy_(work)
+
+class NumbaKernel:
+    """One step by numba, over all tensors in one call.
+
+    Of lists that it gets again it only asks where their memory is: a thousand small tensors take longer to
+    look at than to step.
+    """
+
+    def __init__(self) -> None:
+        self._table: Any = None
+        self._shape: Any = None
+        self._known: dict[str, tuple[list[Tensor], list[int]]] = {}
+
+    def __call__(
+        self,
+        thetas: list[Tensor],
+        grads: list[Tensor],
+        ms: list[Tensor],
+        vs: list[Tensor],
+        anchors: list[Tensor] | None,
+        c: Coefficients,
+    ) -> None:
+        """As `kernel_`."""
+        from recadam_numpy.one_pass import COLUMNS, Table
+
+        if not thetas:
+            return
+        given = dict(
+            zip(COLUMNS, (thetas, grads, ms, vs, grads if anchors is None else anchors), strict=True)
+        )
+        wide, workers = ms[0].dtype, torch.get_num_threads()
+        places = {name: list(map(Tensor.data_ptr, xs)) for name, xs in given.items()}
+        changed = {
+            name for name, xs in given.items() if self._known.get(name, (None,))[0] is not xs
+            or self._known[name][1] != places[name]
+        }  # fmt: skip
+        used = {name: regular(given[name], wide, _walkable(), CPU) for name in changed}
+        if "theta" in used and used["theta"][0].dtype.itemsize > 2 and used["theta"][0].dtype != wide:
+            used["theta"] = [x.detach().to(wide) for x in thetas]
+        copies = {name for name in used if used[name] is not given[name]}
+        dtypes = {name: str(xs[0].dtype).removeprefix("torch.") for name, xs in used.items()}
+        names = [dtypes.get(name) or self._shape[0][i] for i, name in enumerate(COLUMNS)]
+        sizes = list(map(Tensor.numel, thetas)) if "theta" in changed else self._shape[2]
+        if (names, workers, sizes) != self._shape:
+            self._table, self._shape = Table(sizes, names, workers), (names, workers, sizes)
+            self._known.clear()
+            changed = set(COLUMNS)
+        for row, name in zip(self._table.addresses, COLUMNS, strict=True):
+            if name in changed:
+                row[:] = list(map(Tensor.data_ptr, used[name])) if name in copies else places[name]
+                if given[name] is not grads:  # which must not outlive the step
+                    self._known[name] = given[name], places[name]
+        self._table.run(c, anchors is not None, torch_team())
+        for name in copies:
+            self._known.pop(name, None)
+            if name in ("theta", "m", "v"):
+                torch._foreach_copy_(given[name], used[name])
         # Written behind autograd's back: say so, for graphs that still hold the old values.
-        torch.autograd.graph.increment_version([theta, m, v])
+        torch.autograd.graph.increment_version(thetas)
+
+
+def regular(
+    tensors: list[Tensor], wide: torch.dtype, walkable: frozenset[torch.dtype], device: torch.device
+) -> list[Tensor]:
+    """Tensors whose memory a one-pass kernel can walk: the very list where it can already, else copies.
+
+    Args:
+        tensors: of any dtypes and strides, on any devices.
+        wide: the dtype of a copy.
+        walkable: the dtypes that the kernel reads, if all have the same one.
+        device: where the kernel runs.
+
+    Example:
+        >>> x = [torch.ones(2)]
+        >>> regular(x, torch.float32, frozenset([torch.float32]), torch.device("cpu")) is x
+        True
+    """
+    dtypes = set(map(attrgetter("dtype"), tensors))
+    if len(dtypes) > 1 or not dtypes <= walkable:
+        tensors = [x.detach().to(device, wide, non_blocking=True) for x in tensors]
+    elif any(x.device != device for x in tensors):
+        tensors = [x.detach().to(device, non_blocking=True) for x in tensors]
+    if all(map(Tensor.is_contiguous, tensors)):
+        return tensors
+    return [x.detach().contiguous() for x in tensors]
+
+
+CPU = torch.device("cpu")
+
+
+@cache
+def _walkable() -> frozenset[torch.dtype]:
+    from recadam_numpy.one_pass import CODES, has_half
+
+    names = set(CODES) if has_half() else set(CODES) - {"float16"}
+    return frozenset(getattr(torch, name) for name in names)
+
+
+@cache
+def torch_team() -> Callable[[int, int, int], None] | None:
+    """Torch's own threads for a compiled function; None where its OpenMP is not found.
+
+    After an operation they wait for the next one awake, and would keep other threads from their cores.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"/\S*torch\S*/lib(gomp|iomp5|omp)\S*\.so\S*", maps)
+    try:
+        parallel = ctypes.CDLL(found.group()).GOMP_parallel if found else None
+    except (OSError, AttributeError):
+        return None
+    if parallel is None:
+        return None
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return lambda function, pointer, workers: parallel(function, pointer, workers, 0)
 
 
 def compiled_(
@@ -91,43 +224,60 @@ def compiled_(
     anchors: list[Tensor] | None,
     c: Coefficients,
 ) -> None:
-    """One step by inductor, over all tensors in one flat one."""
-    if sum(theta.numel() for theta in thetas) < 2:  # inductor would compile sizes 0 and 1 apart
-        kernel_(thetas, grads, ms, vs, anchors, c, exact=True)
+    """One step by inductor: large tensors one by one in their places, small ones joined."""
+    stars: list[Any] = [None] * len(thetas) if anchors is None else anchors
+    small = []
+    for i, theta in enumerate(thetas):
+        columns = [theta, grads[i], ms[i], vs[i], *([] if stars[i] is None else [stars[i]])]
+        if theta.numel() < SMALL or not all(map(Tensor.is_contiguous, columns)):
+            small.append(i)
+        else:
+            _inductor(c, *(x.detach().view(-1) for x in columns))
+    if not small:
         return
+    wide = ms[0].dtype
 
-    def run(flat: list[Tensor], star: Tensor | None) -> list[Tensor]:
-        # 0-d tensors: another number each step compiles nothing anew.
-        scalars: list[Any] = [flat[0].new_tensor(x) for x in (c.step, c.eps, c.recall, c.decay)]
-        if not c.decay:
-            scalars[3] = None
-        arguments: list[Any] = [*flat, star, c.beta1, c.beta2, *scalars]
-        return list(_compiled()(*arguments))
+    def join(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([tensors[i].detach().reshape(-1).to(wide) for i in small])
 
-    _over_flat(run, thetas, grads, ms, vs, anchors)
-
-
-def triton_(
-    thetas: list[Tensor],
-    grads: list[Tensor],
-    ms: list[Tensor],
-    vs: list[Tensor],
-    anchors: list[Tensor] | None,
-    c: Coefficients,
-) -> None:
-    """One step by Triton, over all tensors in one flat one."""
-    from .triton_kernel import launch
-
-    def run(flat: list[Tensor], star: Tensor | None) -> list[Tensor]:
-        theta, grad, m, v = flat
-        launch(theta, grad, m, v, star, c)
-        return [theta, m, v]
-
-    _over_flat(run, thetas, grads, ms, vs, anchors)
+    flat = [join(xs) for xs in (thetas, grads, ms, vs, *([] if anchors is None else [anchors]))]
+    if flat[0].numel() < 2:  # inductor would compile sizes 0 and 1 apart
+        one = [[x] for x in flat]
+        kernel_(one[0], one[1], one[2], one[3], None if anchors is None else one[4], c, exact=True)
+    else:
+        _inductor(c, *flat)
+    sizes = [thetas[i].numel() for i in small]
+    for xs, new in zip((thetas, ms, vs), (flat[0], flat[2], flat[3]), strict=True):
+        for i, part in zip(small, torch.split(new, sizes), strict=True):
+            xs[i].copy_(part.view(xs[i].shape))
 
 
-FUSED: dict[str, Callable[..., None]] = {"numba": numba_, "compiled": compiled_, "triton": triton_}
-"""One-pass kernels by name."""
+SMALL = 1 << 15
+"""Elements below which a call of a compiled function costs more than joining the tensor to others."""
+
+
+def _inductor(c: Coefficients, *columns: Tensor) -> None:
+    # 0-d tensors: another number each step compiles nothing anew.
+    number = columns[2].new_tensor
+    decay = number(c.decay) if c.decay else None
+    star = columns[4] if len(columns) > 4 else None
+    run = _compiled(columns[0].dtype, columns[2].dtype, star is not None and star.dtype, decay is None)
+    run(*columns[:4], star, c.beta1, c.beta2, number(c.step), number(c.eps), number(c.recall), decay)
+
+
+def triton_() -> Callable[..., None]:
+    """One step by Triton, over all tensors in one launch."""
+    from .triton_kernel import TritonKernel
+
+    return TritonKernel()
+
+
+FUSED: dict[str, Callable[[], Callable[..., None]]] = {
+    "numba": NumbaKernel,
+    "compiled": lambda: compiled_,
+    "triton": triton_,
+}
+"""Makers of one-pass kernels by name."""
 
 
 def _formula(
@@ -142,40 +292,21 @@ def _formula(
     eps: Tensor,
     recall: Tensor,
     decay: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> None:
     """The formula of `recadam_core.update`, for a compiler that rounds each operation by itself."""
-    m = beta1 * m + (1 - beta1) * grad
-    v = beta2 * v + (1 - beta2) * (grad * grad)
-    adam = step * (m / (v.sqrt() + eps))
-    delta = -adam if anchor is None else recall * (anchor - theta) - adam
+    old, grad = theta.to(m.dtype), grad.to(m.dtype)
+    m_new = beta1 * m + (1 - beta1) * grad
+    v_new = beta2 * v + (1 - beta2) * (grad * grad)
+    adam = step * (m_new / (v_new.sqrt() + eps))
+    delta = -adam if anchor is None else recall * (anchor.to(m.dtype) - old) - adam
     if decay is not None:
-        delta = delta - decay * theta
-    return theta + delta, m, v
+        delta = delta - decay * old
+    theta.copy_(old + delta)
+    m.copy_(m_new)
+    v.copy_(v_new)
 
 
 @cache
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(_formula, dynamic=True)
-
-
-def _over_flat(
-    run: Callable[[list[Tensor], Tensor | None], list[Tensor]],
-    thetas: list[Tensor],
-    grads: list[Tensor],
-    ms: list[Tensor],
-    vs: list[Tensor],
-    anchors: list[Tensor] | None,
-) -> None:
-    """Join the tensors, run, and write theta, m and v back where they came from."""
-    if not thetas:
-        return
-    dtype = ms[0].dtype
-
-    def join(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([x.detach().reshape(-1).to(dtype) for x in tensors])
-
-    new = run([join(xs) for xs in (thetas, grads, ms, vs)], None if anchors is None else join(anchors))
-    sizes = [x.numel() for x in thetas]
-    for xs, flat in zip((thetas, ms, vs), new, strict=True):
-        for x, part in zip(xs, torch.split(flat, sizes), strict=True):
-            x.copy_(part.view(x.shape))
+def _compiled(*kind: Any) -> Callable[..., Any]:
+    """The formula, compiled for one kind of arguments; a copy, since one is compiled only so often."""
+    return torch.compile(FunctionType(_formula.__code__.replace(), _formula.__globals__), dynamic=True)

@@ -20,8 +20,9 @@ from recadam_core.optimizer import check_anchors
 
 from .anchors import Anchors, bare
 from .checkpoints import anchor_of, check_saved, from_file, saved_anchors, take_hashes
-from .fused import fused_kernel
+from .fused import chosen_fused, fused_kernel
 from .kernel import kernel_
+from .prepared import Prepared
 from .settings import FLAGS, FROM, check_parameter, check_settings, group_policy, named, plain, rate_of
 from .shards import is_sharded, like, local, summed
 from .stepping import Work, execute
@@ -55,8 +56,9 @@ class RecAdam(Optimizer):
             (stable at any lr * gamma).
         foreach: whether to step over lists of tensors; None does so on CUDA. Costs memory for two
             more copies of the parameters, changes no bit.
-        fused: True steps in one pass over memory: by Triton on CUDA, by numba or else torch.compile on the
-            CPU; or one of "triton", "numba", "compiled". Changes no bit of what `exact` gives.
+        fused: whether to step in one pass over memory: by Triton on CUDA, by numba or else torch.compile on
+            the CPU; or one of "triton", "numba", "compiled". None does so by Triton or numba where they
+            are installed and no other flag asks for another way. Changes no bit of what `exact` gives.
         exact: whether to give the bits of `recadam_core.update`: on the CPU, where torch's square root is
             not correctly rounded, NumPy takes it. Slower there; on other devices and with `fused` free.
         maximize: whether to climb instead of descend; the pull stays a pull.
@@ -100,7 +102,7 @@ class RecAdam(Optimizer):
         bias_correction: bool = True,
         form: str = "decoupled",
         foreach: bool | None = None,
-        fused: bool | str = False,
+        fused: bool | str | None = None,
         exact: bool = False,
         maximize: bool = False,
         capturable: bool = False,
@@ -132,8 +134,11 @@ class RecAdam(Optimizer):
         # Read by add_param_group, which the base class calls for each group.
         self._anchors = anchors
         self._names: dict[Tensor, str] = {}
-        self._last: dict[Tensor, tuple[Hyperparameters, Any]] = {}
+        # Policy and learning rate of the last step of each list of parameters, by the first of them.
+        self._last: dict[Tensor, tuple[list[Tensor], Hyperparameters, Any]] = {}
         self._parts: dict[Tensor, list[Tensor]] = {}
+        self._prepared: dict[int, Prepared] = {}
+        self._kernels: dict[Any, Callable[..., None]] = {}
         super().__init__(params, defaults)
         self._anchors = None
         if anchors is not None:
@@ -149,11 +154,11 @@ class RecAdam(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle."""
         super().__setstate__(state)
-        self._anchors, self._last = None, {}
+        self._anchors, self._last, self._prepared, self._kernels = None, {}, {}, {}
         self._parts = self.__dict__.get("_parts", {})  # which loading a state changes nothing of
         self._names = {}
         for group in self.param_groups:
-            for name, value in {"fused": False, **FLAGS}.items():
+            for name, value in {"fused": None, **FLAGS}.items():
                 group.setdefault(name, value)
             self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
 
@@ -235,18 +240,30 @@ class RecAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         work = self._plan(torch.compiler.is_compiling())
+        # A GradScaler leaves these to optimizers that say they see to them.
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for some in work:
-            execute(some)
+            execute(some, scale, found)
         self._finish(work)
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler may leave to the step what it does without: no word of it goes to the host."""
+        return all(
+            group["capturable"]
+            and group["rounding"] == "nearest"
+            and chosen_fused(group, p.device) == "triton"
+            for group in self.param_groups
+            for p in group["params"]
+        )
 
     # A compiler steps over these two: they look into dictionaries, which change.
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _plan(self, traced: bool) -> list[Work]:
+    def _plan(self, compiling: bool) -> list[Work]:
         """The parameters that have a gradient, in lists that share their coefficients."""
-        self._settle()
-        return [work for group in self.param_groups for work in self._plan_group(group, traced)]
+        return [work for group in self.param_groups for work in self._plan_group(group, compiling)]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _finish(self, work: list[Work]) -> None:
@@ -262,16 +279,28 @@ class RecAdam(Optimizer):
             for p in released:
                 self.state[p]["anchor"] = None
                 forget(self._parts.get(p, ()), "anchor")
-        # No tensors of the step: they would outlive it. Those before stay: DeepSpeed steps group by group.
         for some in work:
+            # No tensors of the step: they would outlive it. The others' stay: DeepSpeed steps group by group.
             lr = some.lr.detach() if isinstance(some.lr, Tensor) else some.lr
-            self._last.update(dict.fromkeys(some.params, (some.hp, lr)))
+            self._last.pop(some.params[0], None)
+            self._last[some.params[0]] = some.params, some.hp, lr
 
-    def _plan_group(self, group: dict[str, Any], traced: bool) -> Iterator[Work]:
+    def _kernel(self, fused: str, key: Any) -> Callable[..., None]:
+        """One-pass kernels remember the lists that they have stepped: each list has its own."""
+        if (fused, key) not in self._kernels:
+            self._kernels[fused, key] = fused_kernel(fused)
+        return self._kernels[fused, key]
+
+    def _plan_group(self, group: dict[str, Any], compiling: bool) -> list[Work]:
         hp, _ = group_policy(group)
         rate = None if group["capturable"] else rate_of(group["lr"], hp)
         learned = isinstance(group["lr"], Tensor) and group["lr"].requires_grad
-        traced = traced or group["capturable"] or (group["differentiable"] and learned)
+        traced = compiling or group["capturable"] or (group["differentiable"] and learned)
+        prepared = None if traced else self._prepared.pop(id(group), None)
+        if prepared is not None and (work := prepared.again(group, self.state, hp, rate)) is not None:
+            self._prepared[id(group)] = prepared
+            return [work]
+        self._settle()
         lists: dict[Any, tuple[list[str], list[Tensor]]] = {}
         for name, p in named(group):
             if p.grad is None:
@@ -285,6 +314,7 @@ class RecAdam(Optimizer):
             names.append(bare(name))
             params.append(p)
         lr = torch.as_tensor(group["lr"], dtype=torch.float64) if traced else rate
+        found = []
         for (t, anchored, freed, _, device), (names, params) in lists.items():
             # On the host where that knows the step, also if the device computes its own: this raises.
             c = None if t is None else coefficients(t, hp, rate, anchored)
@@ -295,11 +325,15 @@ class RecAdam(Optimizer):
                 )
             if traced:  # numbers that change would be compiled anew
                 t = c = None
+            fused = "" if compiling else chosen_fused(group, device)
+            if traced and fused != "triton":  # which alone takes coefficients from the device
+                fused = ""
             kernel: Callable[..., None] = partial(kernel_, exact=group["exact"] and not traced)
-            if group["fused"] and not traced:
-                kernel = fused_kernel(group["fused"], device)
+            if fused:
+                kernel = self._kernel(fused, (id(group), device, params[0].dtype, anchored, freed))
+            lists_of_all = group["foreach"] or (group["foreach"] is None and device.type == "cuda")
             states = [self.state[p] for p in params]
-            yield Work(
+            work = Work(
                 params=params,
                 names=names,
                 thetas=[local(p) for p in params],
@@ -316,7 +350,14 @@ class RecAdam(Optimizer):
                 anchored=anchored,
                 group=group,
                 kernel=kernel,
+                fused=fused,
+                together=bool(fused or traced or lists_of_all),
             )
+            if len(lists) == 1 and Prepared.may_be(group, work):
+                self._prepared[id(group)] = Prepared(group, work, states)
+                work = work._replace(steps=[state["step"] for state in states])
+            found.append(work)
+        return found
 
     # Parameters that a wrapper has put in the place of others.
 
@@ -457,13 +498,14 @@ class RecAdam(Optimizer):
         parts: list[Tensor] = []
         owners: list[Tensor] = []
         figures: list[tuple[str, tuple[float, float, float]]] = []
+        last = {p: (hp, float(lr)) for params, hp, lr in self._last.values() for p in params}
         for name, p in self._everything():
             state = self.state[p]
             if state.get("anchor") is None:
                 continue
             c, figure = None, nothing
-            if p in self._last:
-                t, hp, lr = int(state["step"]), self._last[p][0], float(self._last[p][1])
+            if p in last:
+                t, (hp, lr) = int(state["step"]), last[p]
                 figure = (*annealed_weights(hp.annealing, t), lr * hp.gamma)
                 if lr * hp.gamma * figure[1] < 2.0 or hp.form == "proximal":
                     c = coefficients(t, hp, lr)

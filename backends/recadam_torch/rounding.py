@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .shards import mix, part, positions
 
-__all__ = ["ROUNDINGS", "noise", "round_", "widened"]
+__all__ = ["ROUNDINGS", "key_of", "noise", "round_", "widened"]
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 """Ways to round: to the nearest; up or down by chance, right on average; keeping what was lost for later."""
@@ -72,5 +72,14 @@ def noise(p: Tensor, name: str, t: Any) -> Tensor:
         >>> noise(torch.ones(3), "w", 1).tolist()
         [58930, 48770, 46165]
     """
-    key = mix(torch.as_tensor(t, device=p.device).long() + (zlib.crc32(name.encode()) << 31))
-    return (mix(positions(part(p), p.shape, p.device) + key) & 0xFFFF).int()
+    return (mix(positions(part(p), p.shape, p.device) + key_of(p, name, t)) & 0xFFFF).int()
+
+
+def key_of(p: Tensor, name: str, t: Any) -> Tensor:
+    """What is added to each element's position, before it is mixed, for `noise`; arguments as there.
+
+    Example:
+        >>> mix(key_of(torch.ones(1), "w", 1)).item() & 0xFFFF
+        58930
+    """
+    return mix(torch.as_tensor(t, device=p.device).long() + (zlib.crc32(name.encode()) << 31))

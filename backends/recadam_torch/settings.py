@@ -14,7 +14,7 @@ from recadam_core import Hyperparameters, RecAdamError, annealing_from_dict, ann
 from recadam_core.annealing import ANNEALINGS
 from recadam_core.errors import unknown
 
-from .fused import fused_kernel
+from .fused import chosen_fused, fused_kernel
 from .rounding import ROUNDINGS
 
 __all__ = ["FLAGS", "FROM", "check_parameter", "check_settings", "group_policy", "named", "plain", "rate_of"]
@@ -81,7 +81,6 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise unknown("rounding", settings["rounding"], ROUNDINGS)
     together = {
         ("foreach", "fused"): "give one of them",
-        ("capturable", "fused"): "the one-pass kernels take coefficients from the host; give one of them",
         ("capturable", "exact"): "coefficients of the device differ in their last bits; give one of them",
         ("differentiable", "fused"): "give one of them",
         ("differentiable", "foreach"): "give one of them",
@@ -99,7 +98,13 @@ def check_parameter(name: str, p: Tensor, settings: Mapping[str, Any]) -> None:
     if not p.is_floating_point():
         raise RecAdamError(f"parameter {name!r} has dtype {p.dtype}; give a real floating tensor")
     if settings["fused"]:
-        fused_kernel(settings["fused"], p.device)
+        name = chosen_fused(settings, p.device)
+        fused_kernel(name)
+        if settings["capturable"] and name != "triton":
+            raise RecAdamError(
+                f"RecAdam: capturable and fused are both set, and fused={name!r} takes coefficients from the "
+                "host; give one of them"
+            )
     if settings["rounding"] == "stochastic" and p.dtype == torch.float16:
         raise RecAdamError(
             f"parameter {name!r} is float16; rounding='stochastic' is for bfloat16, give another"

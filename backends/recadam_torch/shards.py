@@ -9,13 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["SHARED", "fingerprints", "is_sharded", "like", "local", "mix", "part", "positions", "summed"]
+__all__ = [
+    "FIRST",
+    "SECOND",
+    "SHARED",
+    "fingerprints",
+    "is_sharded",
+    "like",
+    "local",
+    "mix",
+    "part",
+    "positions",
+    "summed",
+]
 
 SHARED = "_recadam_shared"
 """The attribute of a plain parameter that is one process's part: the processes that have the others."""
 
 _SEED = -0x61C8864680B583EB  # splitmix64's increment, as a signed number
-_FIRST, _SECOND = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+FIRST, SECOND = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 _CHUNK = 2**16  # elements at once: what a core's cache holds
 
 
@@ -119,7 +131,7 @@ def mix(x: Tensor) -> Tensor:
 
     Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, 2014.
     """
-    for shift, factor in ((30, _FIRST), (27, _SECOND)):
+    for shift, factor in ((30, FIRST), (27, SECOND)):
         x = (x ^ _shifted(x, shift)) * factor
     return x ^ _shifted(x, 31)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from recadam_core import Coefficients, Hyperparameters, Moments, apply, coefficients, update
 
-from .rounding import noise, round_, widened
+from .rounding import key_of, noise, round_, widened
+from .shards import is_sharded
 
 __all__ = ["Work", "execute"]
 
@@ -34,16 +36,46 @@ class Work(NamedTuple):
     anchored: bool
     group: dict[str, Any]
     kernel: Callable[..., None]
+    fused: str  # name of the one-pass kernel; Triton's takes what only the device knows, and rounds by chance
+    together: bool  # whether the kernel gets all of them at once, or one by one
 
 
-def execute(work: Work) -> None:
-    """Take the step, in place on parameters, moments, residuals and step counts."""
+def execute(work: Work, scale: Tensor | None = None, found: Tensor | None = None) -> None:
+    """Take the step, in place on parameters, moments, residuals and step counts.
+
+    Args:
+        work: what to step.
+        scale: by which gradients were multiplied; None for 1. For Triton.
+        found: not 0 where a gradient is infinite, and nothing must change; None for 0. For Triton.
+    """
     group, anchors = work.group, work.anchors
-    grads = list(torch._foreach_neg(work.grads)) if group["maximize"] else work.grads
+    count = len(work.params)
     c = work.c or _traced(work)
     if c.recall == 0 if isinstance(c.recall, float) else anchors is None:
         anchors, c = None, c._replace(recall=0.0)
-    rounds = group["rounding"] != "nearest" and work.thetas[0].dtype in (torch.bfloat16, torch.float16)
+    rounding = group["rounding"] if work.thetas[0].dtype in (torch.bfloat16, torch.float16) else "nearest"
+    plain = not any(map(is_sharded, work.params))
+    if work.fused == "triton" and (rounding == "nearest" or (rounding == "stochastic" and plain)):
+        keys = None
+        if rounding == "stochastic":
+            t = [step + 1 for step in work.steps] if work.t is None else [work.t] * count
+            keys = torch.stack([key_of(*x) for x in zip(work.params, work.names, t, strict=True)])
+        more = {"negates": group["maximize"], "scale": scale, "found": found}
+        for part, stars in _streamed(anchors, count, work.thetas[0].device):
+            lists = [xs[part] for xs in (work.thetas, work.grads, work.ms, work.vs)]
+            own = Coefficients(*(x[part] if isinstance(x, Tensor) and x.ndim else x for x in c))
+            work.kernel(*lists, stars, own, keys=None if keys is None else keys[part], **more)
+    else:
+        _step(work, rounding, anchors, c)
+    torch._foreach_add_(work.steps, 1 if found is None else 1 - found)
+
+
+def _step(work: Work, rounding: str, anchors: list[Tensor] | None, c: Coefficients) -> None:
+    """As `execute`, by kernels that know of nothing but the formula."""
+    group = work.group
+    grads = list(torch._foreach_neg(work.grads)) if group["maximize"] else work.grads
+    if work.c is None and not work.fused:  # the formula takes a coefficient of the device for each parameter
+        c = Coefficients(*(list(x.unbind()) if isinstance(x, Tensor) else x for x in c))
     if group["differentiable"]:
         for i, theta in enumerate(work.thetas):
             moments = Moments(work.ms[i], work.vs[i])
@@ -51,42 +83,74 @@ def execute(work: Work) -> None:
             work.ms[i].copy_(new.m)
             work.vs[i].copy_(new.v)
             theta.copy_(apply(theta, delta))
-    elif rounds:
+    elif rounding != "nearest":
         # The kernel steps float32 copies; what is special is how they are made and rounded.
         pairs = zip(work.thetas, work.residuals, strict=True)
         wide = [widened(theta, residual) for theta, residual in pairs]
         work.kernel(wide, grads, work.ms, work.vs, anchors, c)
         for i, theta in enumerate(work.thetas):
             chance = None
-            if group["rounding"] == "stochastic":
+            if rounding == "stochastic":
                 t = work.steps[i] + 1 if work.t is None else work.t
                 chance = noise(work.params[i], work.names[i], t)
             round_(theta, wide[i], work.residuals[i], chance)
+    elif work.together:
+        work.kernel(work.thetas, grads, work.ms, work.vs, anchors, c)
     else:
-        together = group["foreach"] or (group["foreach"] is None and work.thetas[0].is_cuda)
-        if together or group["fused"] or work.c is None:
-            parts = [slice(None)]
-        else:
-            parts = [slice(i, i + 1) for i in range(len(work.thetas))]
-        for part in parts:
+        for part in (slice(i, i + 1) for i in range(len(work.thetas))):
             lists = (work.thetas[part], grads[part], work.ms[part], work.vs[part])
             work.kernel(*lists, anchors and anchors[part], c)
-    torch._foreach_add_(work.steps, 1)
+
+
+BUCKET = 1 << 26
+"""Bytes of anchors that are copied from the host at once."""
+
+
+def _streamed(
+    anchors: list[Tensor] | None, count: int, device: torch.device
+) -> Iterator[tuple[slice, list[Tensor] | None]]:
+    """Anchors on the device, some at a time if they are kept on the host: the next are copied meanwhile."""
+    if anchors is None or device.type != "cuda" or all(x.is_cuda for x in anchors):
+        yield slice(0, count), anchors
+        return
+    cuts, size = [0], 0
+    for i, x in enumerate(anchors):
+        size += x.nbytes
+        if size >= BUCKET or i == count - 1:
+            cuts.append(i + 1)
+            size = 0
+    parts = [slice(*cut) for cut in pairwise(cuts)]
+    main, copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    used: list[torch.cuda.Event] = []
+
+    def copy(k: int) -> tuple[list[Tensor], torch.cuda.Event]:
+        if k >= 2:  # no more than two buckets of memory
+            copies.wait_event(used[k - 2])
+        else:
+            copies.wait_stream(main)
+        with torch.cuda.stream(copies):
+            return [x.to(device, non_blocking=True) for x in anchors[parts[k]]], copies.record_event()
+
+    ahead = copy(0)
+    for k, part in enumerate(parts):
+        stars, copied = ahead
+        main.wait_event(copied)
+        for x in stars:
+            x.record_stream(main)
+        yield part, stars
+        used.append(main.record_event())
+        if k + 1 < len(parts):
+            ahead = copy(k + 1)
 
 
 def _traced(work: Work) -> Coefficients:
-    """Coefficients computed on the device, as lists of 0-d tensors, one for each parameter."""
+    """Coefficients computed on the device: of shape (parameters,), or numbers where they do not change."""
     t = torch.stack(work.steps) + 1
     t = t.to(torch.float32 if t.device.type == "mps" else torch.float64)  # which has no other
-    m = work.ms[0]
-
-    def column(x: Any) -> Any:
-        """Numbers stay numbers."""
-        if not isinstance(x, Tensor):
-            return x
-        return list(x.to(m.device, m.dtype).expand(len(work.steps)).unbind())
-
-    return Coefficients(*map(column, coefficients(t, work.hp, work.lr, work.anchored, xp=torch)))
+    m, count = work.ms[0], len(work.steps)
+    dtype = torch.promote_types(m.dtype, torch.float32)
+    found = coefficients(t, work.hp, work.lr, work.anchored, xp=torch)
+    return Coefficients(*(x.to(m.device, dtype).expand(count) if isinstance(x, Tensor) else x for x in found))
 
 
 def _pick(c: Coefficients, index: int) -> Coefficients:

@@ -1,12 +1,14 @@
-"""The kernel in Triton, each operation rounded as the specification rounds it.
+"""The kernel in Triton: all tensors in one launch, each operation rounded as the specification rounds it.
 
 With `TRITON_INTERPRET=1` set before this module is imported it runs on CPU tensors, for tests.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -14,82 +16,239 @@ from torch import Tensor
 
 from recadam_core import Coefficients
 
-__all__ = ["launch"]
+from .fused import regular
+from .shards import FIRST, SECOND
 
-BLOCK = 1024
-BLOCK_INTERPRETED = 65536
+__all__ = ["CHUNK", "TritonKernel"]
+
+CHUNK = 1 << 14
+"""Elements that a program steps."""
+
+WALKABLE = frozenset([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+
+BLOCK = 2048
+BLOCK_INTERPRETED = CHUNK
+
+_MIX_FIRST, _MIX_SECOND = tl.constexpr(FIRST), tl.constexpr(SECOND)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _mix(x: Any) -> Any:
+    """splitmix64's finalizer, as in `shards.mix`."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX_FIRST
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX_SECOND
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _at(address: Any, like: Any, aligned: tl.constexpr) -> Any:
+    pointer = address.to(like.dtype)
+    return tl.multiple_of(pointer, 16) if aligned else pointer
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _cut(x: Any, more: Any) -> Any:
+    """A float32 without the bits that bfloat16 lacks, after something was added to them."""
+    cut = ((x.to(tl.int32, bitcast=True) + more) & -65536).to(tl.float32, bitcast=True)
+    return tl.where((x == x) & (tl.abs(x) != float("inf")), cut, x)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _put(at: Any, x: Any, inside: Any) -> None:
+    """Store a number, rounded to the nearest; the interpreter's own cast to bfloat16 would cut it."""
+    if at.dtype.element_ty == tl.bfloat16:
+        odd = (x.to(tl.int32, bitcast=True) >> 16) & 1
+        x = _cut(x, 0x7FFF + odd)
+    tl.store(at, x.to(at.dtype.element_ty), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _kernel(
-    theta_at: Any,
-    grad_at: Any,
-    m_at: Any,
-    v_at: Any,
-    anchor_at: Any,
-    scalars_at: Any,
-    size: Any,
+    table_at: Any,  # int64, (6, tensors): addresses of theta, grad, m, v and anchor; elements
+    chunks_at: Any,  # int32, (2, programs): tensor, and chunk of it
+    scalars_at: Any,  # (8, 1) or (8, tensors)
+    keys_at: Any,  # int64, (tensors,): of the chance that rounds
+    scale_at: Any,  # float32: by which gradients were multiplied
+    found_at: Any,  # float32: not 0 where a gradient is not finite
+    theta_like: Any,
+    grad_like: Any,
+    m_like: Any,
+    v_like: Any,
+    anchor_like: Any,
+    tensors: Any,
+    programs: Any,
+    stride: Any,
     pulls: tl.constexpr,
     decays: tl.constexpr,
+    chance: tl.constexpr,
+    negates: tl.constexpr,
+    scaled: tl.constexpr,
+    guarded: tl.constexpr,
+    aligned: tl.constexpr,
+    chunk: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    beta1, rest1 = tl.load(scalars_at), tl.load(scalars_at + 1)
-    beta2, rest2 = tl.load(scalars_at + 2), tl.load(scalars_at + 3)
-    step, eps = tl.load(scalars_at + 4), tl.load(scalars_at + 5)
-    recall, decay = tl.load(scalars_at + 6), tl.load(scalars_at + 7)
-    i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    inside = i < size
-    theta = tl.load(theta_at + i, mask=inside)
-    grad = tl.load(grad_at + i, mask=inside)
-    m = beta1 * tl.load(m_at + i, mask=inside) + rest1 * grad
-    v = beta2 * tl.load(v_at + i, mask=inside) + rest2 * (grad * grad)
-    if theta.dtype == tl.float64:  # the _rn functions are float32's; float64's own are rounded so
-        adam = step * (m / (tl.sqrt(v) + eps))
-    else:
-        adam = step * tl.div_rn(m, tl.sqrt_rn(v) + eps)
-    if pulls:
-        delta = recall * (tl.load(anchor_at + i, mask=inside) - theta) - adam
-    else:
-        delta = -adam
-    if decays:
-        delta = delta - decay * theta
-    tl.store(theta_at + i, theta + delta, mask=inside)
-    tl.store(m_at + i, m, mask=inside)
-    tl.store(v_at + i, v, mask=inside)
+    if guarded:  # noqa: SIM102  # the one is known when this is compiled, the other is not
+        if tl.load(found_at) != 0:
+            return
+    program = tl.program_id(0)
+    tensor = tl.load(chunks_at + program)
+    start = tl.load(chunks_at + programs + program).to(tl.int64) * chunk
+    theta_at = _at(tl.load(table_at + tensor), theta_like, aligned)
+    grad_at = _at(tl.load(table_at + tensors + tensor), grad_like, aligned)
+    m_at = _at(tl.load(table_at + 2 * tensors + tensor), m_like, aligned)
+    v_at = _at(tl.load(table_at + 3 * tensors + tensor), v_like, aligned)
+    anchor_at = _at(tl.load(table_at + 4 * tensors + tensor), anchor_like, aligned)
+    size = tl.load(table_at + 5 * tensors + tensor)
+    own = scalars_at + stride * tensor
+    step_by = stride * tensors + (1 - stride)
+    beta1, rest1 = tl.load(own), tl.load(own + step_by)
+    beta2, rest2 = tl.load(own + 2 * step_by), tl.load(own + 3 * step_by)
+    step, eps = tl.load(own + 4 * step_by), tl.load(own + 5 * step_by)
+    recall, decay = tl.load(own + 6 * step_by), tl.load(own + 7 * step_by)
+    wide = beta1.dtype
+    for offset in range(0, chunk, block):
+        i = start + offset + tl.arange(0, block)
+        inside = i < size
+        theta = tl.load(theta_at + i, mask=inside).to(wide)
+        grad = tl.load(grad_at + i, mask=inside)
+        if scaled:
+            grad = tl.div_rn(grad.to(tl.float32), tl.load(scale_at))
+            tl.store(grad_at + i, grad.to(grad_at.dtype.element_ty), mask=inside)
+        grad = grad.to(wide)
+        if negates:
+            grad = -grad
+        m = beta1 * tl.load(m_at + i, mask=inside).to(wide) + rest1 * grad
+        v = beta2 * tl.load(v_at + i, mask=inside).to(wide) + rest2 * (grad * grad)
+        if wide == tl.float64:  # the _rn functions are float32's; float64's own are rounded so
+            adam = step * (m / (tl.sqrt(v) + eps))
+        else:
+            adam = step * tl.div_rn(m, tl.sqrt_rn(v) + eps)
+        if pulls:
+            delta = recall * (tl.load(anchor_at + i, mask=inside).to(wide) - theta) - adam
+        else:
+            delta = -adam
+        if decays:
+            delta = delta - decay * theta
+        new = theta + delta
+        if chance:
+            bits = (_mix(i + tl.load(keys_at + tensor)) & 0xFFFF).to(tl.int32)
+            new = _cut(new, bits)
+        _put(theta_at + i, new, inside)
+        _put(m_at + i, m, inside)
+        _put(v_at + i, v, inside)
 
 
-def launch(theta: Tensor, grad: Tensor, m: Tensor, v: Tensor, anchor: Tensor | None, c: Coefficients) -> None:
-    """One step, in place on `theta`, `m` and `v`.
+class TritonKernel:
+    """One step by Triton, over all tensors in one launch; keeps on the device where they are.
 
-    Args:
-        theta: parameter, contiguous, float32 or float64; overwritten.
-        grad: gradient, theta's shape and dtype, contiguous.
-        m: first moment, the same; overwritten.
-        v: second moment, the same; overwritten.
-        anchor: pretrained value, the same; None where `c.recall` is 0.
-        c: coefficients, Python floats.
-
-    Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12.
+    Example:
+        >>> callable(TritonKernel())
+        True
     """
-    if not theta.numel():
-        return
-    numbers = (c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.recall, c.decay)
-    scalars = torch.tensor(numbers, dtype=theta.dtype, device=theta.device)
-    block = BLOCK
-    if not theta.is_cuda:  # the interpreter takes its time by the block
-        block = triton.next_power_of_2(min(theta.numel(), BLOCK_INTERPRETED))
-    star = grad if anchor is None else anchor
-    options: dict[str, Any] = {"enable_fp_fusion": False} if theta.is_cuda else {}
-    _kernel[(triton.cdiv(theta.numel(), block),)](
-        theta,
-        grad,
-        m,
-        v,
-        star,
-        scalars,
-        theta.numel(),
-        pulls=anchor is not None,
-        decays=c.decay != 0,
-        block=block,
-        **options,
-    )
+
+    def __init__(self) -> None:
+        self._shape: Any = None
+        self._chunks: Any = None
+        self._places: Any = None
+        self._table: Any = None
+        self._captured: list[Tensor] = []
+
+    def __call__(
+        self,
+        thetas: list[Tensor],
+        grads: list[Tensor],
+        ms: list[Tensor],
+        vs: list[Tensor],
+        anchors: list[Tensor] | None,
+        c: Coefficients,
+        negates: bool = False,
+        keys: Tensor | None = None,
+        scale: Tensor | None = None,
+        found: Tensor | None = None,
+    ) -> None:
+        """One step, in place on `thetas`, `ms` and `vs`; on `grads` where there is a scale.
+
+        Args:
+            thetas: parameters of one dtype; overwritten.
+            grads: gradients, the parameters' shapes.
+            ms: first moments, in 16, 32 or 64 bits; overwritten.
+            vs: second moments, the same; overwritten.
+            anchors: pretrained values, in 16, 32 or 64 bits; None where `c.recall` is 0.
+            c: coefficients: numbers, or tensors of shape (tensors,) on the device.
+            negates: whether to climb.
+            keys: of the chance that rounds bfloat16 parameters, int64, (tensors,); None for the nearest.
+            scale: gradients are divided by it, and written; float32, 0-d.
+            found: nothing is done unless it is 0; float32, 0-d.
+
+        Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12.
+        """
+        if not any(map(Tensor.numel, thetas)):
+            return
+        device = thetas[0].device
+        wide = torch.float64 if thetas[0].dtype == torch.float64 else torch.float32
+        written = thetas, grads, ms, vs
+        thetas, grads, ms, vs = (regular(xs, wide, WALKABLE, device) for xs in written)
+        stars = grads if anchors is None else regular(anchors, wide, WALKABLE, device)
+        self._locate([thetas, grads, ms, vs, stars], device)
+        scalars = self._scalars(c, len(thetas), wide, device)
+        programs = self._chunks.shape[1]
+        interpreted = device.type != "cuda"
+        options: dict[str, Any] = {} if interpreted else {"enable_fp_fusion": False, "num_warps": 8}
+        _kernel[(programs,)](
+            self._table,
+            self._chunks,
+            scalars,
+            self._table if keys is None else keys,
+            scalars if scale is None else scale,
+            scalars if found is None else found,
+            *(xs[0] for xs in (thetas, grads, ms, vs, stars)),
+            len(thetas),
+            programs,
+            int(scalars.shape[1] > 1),
+            pulls=anchors is not None,
+            decays=not (isinstance(c.decay, float) and c.decay == 0),
+            chance=keys is not None,
+            negates=negates,
+            scaled=scale is not None,
+            guarded=found is not None,
+            aligned=not bool((self._places[:5] % 16).any()),
+            chunk=CHUNK,
+            block=BLOCK_INTERPRETED if interpreted else BLOCK,
+            **options,
+        )
+        for old, new in zip(written, (thetas, grads, ms, vs), strict=True):
+            if new is not old:
+                torch._foreach_copy_(old, new)
+        # Written behind autograd's back: say so, for graphs that still hold the old values.
+        torch.autograd.graph.increment_version(written[0])
+
+    def _locate(self, columns: Sequence[list[Tensor]], device: torch.device) -> None:
+        """Bring the table of addresses, and the chunks, to the device where they have changed."""
+        sizes = list(map(Tensor.numel, columns[0]))
+        places = np.array([*(list(map(Tensor.data_ptr, xs)) for xs in columns), sizes], dtype=np.int64)
+        if (sizes, device) != self._shape:
+            counts = -(-places[5] // CHUNK)
+            owner = np.repeat(np.arange(len(sizes)), counts)
+            chunk = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+            self._chunks = self._sent(np.stack([owner, chunk]).astype(np.int32), device)
+            self._shape, self._places = (sizes, device), None
+        if self._places is None or not np.array_equal(places, self._places):
+            self._table, self._places = self._sent(places, device), places
+
+    def _scalars(self, c: Coefficients, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        numbers = (c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.recall, c.decay)
+        if not any(isinstance(x, Tensor) for x in numbers):
+            return self._sent(np.array(numbers, dtype=str(dtype).removeprefix("torch."))[:, None], device)
+        rows = [torch.as_tensor(x, dtype=dtype, device=device).expand(count) for x in numbers]
+        return torch.stack(rows)
+
+    def _sent(self, array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+        """The array on the device, without waiting for it."""
+        tensor = torch.from_numpy(array)
+        if device.type != "cuda":
+            return tensor
+        tensor = tensor.pin_memory()
+        if torch.cuda.is_current_stream_capturing():
+            self._captured.append(tensor)  # a graph copies it again at every replay
+        return tensor.to(device, non_blocking=True)

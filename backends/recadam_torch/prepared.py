@@ -1,0 +1,82 @@
+"""A group that is stepped again: what was looked up before is only held against what is there now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recadam_core import Hyperparameters, coefficients
+
+from .stepping import Work
+
+__all__ = ["Prepared"]
+
+_FLAGS = ("maximize", "rounding", "fused", "foreach", "exact", "capturable", "differentiable", "anchored")
+
+
+class Prepared:
+    """The work of a group's last step, for as long as its parameters and their states are the same objects.
+
+    A thousand small parameters cost more to look up than to step. Step counts become views of one tensor, so
+    that all are counted up, and read, at once.
+
+    Args:
+        group: the group.
+        work: the last step's, of all of its parameters.
+        states: their states.
+    """
+
+    def __init__(self, group: Mapping[str, Any], work: Work, states: list[dict[str, Any]]) -> None:
+        self._steps = torch.full((len(states),), float(work.t or 0) - 1)
+        for state, step in zip(states, self._steps.unbind(), strict=True):
+            state["step"] = step
+        keys = ["step", "exp_avg", "exp_avg_sq", *(["anchor"] if work.anchored else [])]
+        self._held = [(itemgetter(key), [state[key] for state in states]) for key in keys]
+        self._places = list(map(Tensor.data_ptr, self._held[0][1]))
+        self._states, self._flags = states, itemgetter(*_FLAGS)(group)
+        self._work = work._replace(grads=[], steps=[self._steps])
+
+    @staticmethod
+    def may_be(group: Mapping[str, Any], work: Work) -> bool:
+        """Whether this is work that can be kept: one pass over all parameters of the group, none sharded."""
+        whole = len(work.params) == len(group["params"]) and all(map(is_, work.params, work.thetas))
+        return whole and bool(work.fused) and work.t is not None
+
+    def again(
+        self, group: Mapping[str, Any], state: Mapping[Tensor, Any], hp: Hyperparameters, rate: Any
+    ) -> Work | None:
+        """The work of the next step; None when anything is not as it was.
+
+        Args:
+            group: the group.
+            state: the optimizer's.
+            hp: the group's policy.
+            rate: its learning rate.
+        """
+        work, params = self._work, group["params"]
+        states = list(map(state.get, params))
+        same = (
+            len(params) == len(work.params)
+            and all(map(is_, params, work.params))
+            and all(map(is_, states, self._states))
+            and itemgetter(*_FLAGS)(group) == self._flags
+            and all(all(map(is_, map(get, self._states), held)) for get, held in self._held)
+            and list(map(Tensor.data_ptr, self._held[0][1])) == self._places
+        )
+        if not same:
+            return None
+        grads = [p.grad for p in params]
+        steps = self._steps.numpy()
+        if any(g is None for g in grads) or {g.layout for g in grads} != {torch.strided}:
+            return None
+        t = int(steps[0]) + 1
+        if steps.min() != steps.max():
+            return None
+        c = coefficients(t, hp, rate, work.anchored)
+        if c.recall and work.anchors is None:
+            return None
+        return work._replace(grads=grads, t=t, hp=hp, lr=rate, c=c)

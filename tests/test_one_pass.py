@@ -1,0 +1,324 @@
+"""The one-pass kernels: the bits of the loop form in every dtype, layout and number of threads."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from recadam_core import Coefficients, Hyperparameters, RecAdam, Sigmoid
+from recadam_numpy import NumpyBackend
+from recadam_numpy.one_pass import COLUMNS, LEAST, Table
+from recadam_torch import RecAdam as TorchRecAdam
+from recadam_torch import kernel_
+from recadam_torch.fused import fused_kernel, torch_team
+
+# What triton.jit makes of a function depends on the environment in which the module is read.
+with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    patch.setenv("TRITON_INTERPRET", "1")
+    from recadam_torch.rounding import key_of, noise, round_
+    from recadam_torch.triton_kernel import CHUNK, TritonKernel
+
+SHAPES = ((300, 300), (7,), (3, 5), (), (1,), (0,), (2, CHUNK + 1))
+F32, F64, B16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+
+def arrays(dtype, anchor_dtype, pulls, transposed=False, seed=0):
+    torch.manual_seed(seed)
+    wide = torch.promote_types(dtype, F32)
+    columns = [[torch.randn(s).to(d) for s in SHAPES] for d in (dtype, dtype, wide, wide, anchor_dtype)]
+    columns[3] = [x.abs() for x in columns[3]]
+    if transposed:
+        for column in columns:
+            column[0] = column[0].t()
+            column[2] = torch.randn(5, 3).abs().to(column[2].dtype).t()
+    return [*columns[:4], columns[4] if pulls else None]
+
+
+def assert_same(found, expected):
+    for name, xs, ys in zip(("theta", "grad", "m", "v"), found, expected, strict=False):
+        for x, y in zip(xs, ys, strict=True):
+            assert torch.equal(x, y), (name, x.shape, (x - y).abs().max())
+
+
+KERNELS = {"numba": lambda: fused_kernel("numba"), "compiled": lambda: fused_kernel("compiled"),
+           "triton": TritonKernel}  # fmt: skip
+CASES = [
+    (name, *case)
+    for name in KERNELS
+    for case in itertools.product((F32, F64, B16, F16), (F32, B16, F16), (0.0, 0.01), (True, False))
+    if name != "compiled" or (case[0] in (F32, B16) and case[1] in (F32, B16) and case[2])  # takes its time
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "anchor", "decay", "pulls"), CASES, ids=lambda x: str(x)[-8:])
+def test_every_dtype_gets_the_bits_of_the_loop(name, dtype, anchor, decay, pulls):
+    c = Coefficients(0.9, 0.999, 1e-3, 1e-8, 0.25 if pulls else 0.0, decay)
+    kernel = KERNELS[name]()
+    for transposed in (False, True):
+        expected, found = (arrays(dtype, anchor, pulls, transposed) for _ in range(2))
+        for _ in range(2):  # of what it has seen it looks at less
+            kernel_(*expected, c, exact=True)
+            kernel(*found, c)
+        assert_same(found, expected)
+
+
+def test_values_at_the_ends_of_bfloat16_and_float16():
+    """Ties, the largest numbers, what overflows, infinity and NaN are rounded as torch rounds them."""
+    for dtype in (B16, F16):
+        bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+        theta = bits.view(dtype).clone()
+        zeros = torch.zeros(len(theta))
+        grad = torch.zeros(len(theta), dtype=dtype)
+        m = torch.linspace(-1, 1, len(theta)) * theta.float().abs().nan_to_num(1.0, 1.0, 1.0) * 0.01
+        c = Coefficients(1.0, 1.0, 1.0, 1.0, 0.0, 0.0)
+        expected = (theta.float() - m).to(dtype)
+        for make in (KERNELS["numba"], KERNELS["triton"]):
+            found = theta.clone()
+            with np.errstate(all="ignore"):
+                make()([found], [grad], [m.clone()], [zeros.clone()], None, c)
+            # Triton's interpreter reads bfloat16 numbers below its normal ones as zeros.
+            seen = (theta.abs() > 2.0**-125) | theta.isnan() if dtype == B16 else slice(None)
+            torch.testing.assert_close(found[seen], expected[seen], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+@pytest.mark.parametrize("team", [None, torch_team()], ids=["pool", "torch"])
+def test_any_number_of_threads_shares_the_work_out(workers, team):
+    sizes = [3, 0, 5 * LEAST + 17, 1, LEAST - 1, 0, 4 * LEAST, 2]
+    rng = np.random.default_rng(0)
+    columns = [[rng.standard_normal(n) for n in sizes] for _ in COLUMNS]
+    columns[3] = [abs(x) for x in columns[3]]
+    expected = [[x.copy() for x in xs] for xs in columns]
+    c = Coefficients(0.9, 0.999, 1e-3, 1e-8, 0.25, 0.01)
+    table = Table(sizes, ["float64"] * 5, workers)
+    table.addresses[:] = [[x.ctypes.data for x in xs] for xs in columns]
+    torch.ones(10**6).add_(1)  # wakes torch's threads, if there are any
+    table.run(c, True, team)
+    from recadam_numpy import kernel
+
+    for i in range(len(sizes)):
+        kernel(*(xs[i] for xs in expected), c)
+    for name, xs, ys in zip(COLUMNS, columns, expected, strict=True):
+        for x, y in zip(xs, ys, strict=True):
+            np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_has_threads_of_its_own():
+    table = Table([4 * LEAST], ["float32"] * 5, 2)
+    held = [np.ones(4 * LEAST, dtype=np.float32) for _ in COLUMNS]
+    table.addresses[:, 0] = [x.ctypes.data for x in held]
+    c = Coefficients(0.9, 0.999, 1e-3, 1e-8, 0.25, 0.0)
+    table.run(c, True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of forking with threads, which is the point
+        child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            table.run(c, True)
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+# What the optimizer keeps of the last step.
+
+
+def model_of(count=4, dtype=F32):
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(3, i + 1).to(dtype)) for i in range(count)]
+    return [(f"p{i}", p) for i, p in enumerate(params)]
+
+
+def backward(named, t):
+    generator = torch.Generator().manual_seed(t)
+    for _, p in named:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+SETTINGS = {"lr": 1e-2, "gamma": 10.0, "annealing": Sigmoid(k=0.5, t0=6.0)}
+
+
+def swap_data(optimizer, named):
+    named[1][1].data = named[1][1].data.clone()
+
+
+def swap_moment(optimizer, named):
+    state = optimizer.state[named[2][1]]
+    state["exp_avg"] = state["exp_avg"].clone()
+
+
+def swap_moments_data(optimizer, named):
+    state = optimizer.state[named[2][1]]
+    state["exp_avg_sq"].data = state["exp_avg_sq"].data.clone()
+
+
+def swap_step(optimizer, named):
+    state = optimizer.state[named[0][1]]
+    state["step"] = state["step"].clone()
+
+
+def no_grad(optimizer, named):
+    named[3][1].grad = None
+
+
+def strided_grad(optimizer, named):
+    named[1][1].grad = named[1][1].grad.t().contiguous().t()
+
+
+def other_rate(optimizer, named):
+    optimizer.param_groups[0]["lr"] = 3e-3
+
+
+def other_flag(optimizer, named):
+    optimizer.param_groups[0]["maximize"] = True
+
+
+def another_group(optimizer, named):
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer.add_param_group({"params": [("more", p)], "anchored": False})
+
+
+def reload(optimizer, named):
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [swap_data, swap_moment, swap_moments_data, swap_step, no_grad, strided_grad, other_rate, other_flag,
+     another_group, reload],
+)  # fmt: skip
+def test_nothing_that_changes_between_steps_goes_unseen(change):
+    ours, theirs = model_of(), model_of()
+    optimizer = TorchRecAdam(ours, fused="numba", **SETTINGS)
+    reference = TorchRecAdam(theirs, exact=True, **SETTINGS)
+    for t in range(66):  # the anchors are freed at 62
+        for named, opt in ((ours, optimizer), (theirs, reference)):
+            backward(named, t)
+            if t in (3, 4, 57):
+                change(opt, named)
+            opt.step()
+        assert optimizer._prepared or (change is no_grad and t > 2)
+        for (name, p), (_, q) in zip(ours, theirs, strict=True):
+            assert torch.equal(p, q), (t, name)
+            assert optimizer.state[p]["step"] == reference.state[q]["step"]
+    freed = [optimizer.state[p]["anchor"] is None for _, p in ours]
+    assert freed == [reference.state[p]["anchor"] is None for _, p in theirs]
+    assert all(freed)
+
+
+def test_the_default_is_one_pass_and_holds_no_gradients():
+    named = model_of()
+    optimizer = TorchRecAdam(named, **SETTINGS)
+    for t in range(3):
+        backward(named, t)
+        optimizer.step()
+    held = [weakref.ref(p.grad) for _, p in named]
+    assert len(optimizer._prepared) == 1
+    optimizer.zero_grad()
+    assert not any(ref() is not None for ref in held)
+
+
+# Triton's way through the optimizer, under its interpreter.
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize(("dtype", "rounding"), [(F32, "nearest"), (B16, "stochastic"), (B16, "compensated")])
+def test_triton_walks_the_path_of_the_others(interpreted, capturable, maximize, dtype, rounding):
+    ours, theirs = model_of(dtype=dtype), model_of(dtype=dtype)
+    flags = {"maximize": maximize, "rounding": rounding, **SETTINGS}
+    optimizer = TorchRecAdam(ours, fused="triton", capturable=capturable, **flags)
+    reference = TorchRecAdam(theirs, exact=not capturable, capturable=capturable, fused=False, **flags)
+    for t in range(8):
+        for named, opt in ((ours, optimizer), (theirs, reference)):
+            backward(named, t)
+            opt.step()
+    for (_, p), (_, q) in zip(ours, theirs, strict=True):
+        # The reference takes torch's square root where coefficients are of the device.
+        torch.testing.assert_close(p, q, rtol=1e-6 if capturable and dtype == F32 else 0, atol=0)
+        assert optimizer.state[p]["step"] == 8
+
+
+def test_triton_rounds_by_the_chance_of_the_others():
+    theta, grad, m, v, anchor = arrays(B16, F32, True)
+    expected = [x.clone() for x in theta]
+    wide, m2, v2 = [x.float() for x in theta], [x.clone() for x in m], [x.clone() for x in v]
+    c = Coefficients(0.9, 0.999, 1e-3, 1e-8, 0.25, 0.01)
+    kernel_(wide, [-g.float() for g in grad], m2, v2, anchor, c, exact=True)
+    for i, (x, w) in enumerate(zip(expected, wide, strict=True)):
+        round_(x, w, None, noise(x, f"p{i}", 7))
+    keys = torch.stack([key_of(x, f"p{i}", 7) for i, x in enumerate(theta)])
+    TritonKernel()(theta, grad, m, v, anchor, c, negates=True, keys=keys)
+    assert_same([theta, [], m, v], [expected, [], m2, v2])
+
+
+@pytest.mark.parametrize("moments", [B16, F16])
+def test_triton_keeps_moments_in_sixteen_bits(moments):
+    theta, grad, m, v, anchor = arrays(F32, B16, True)
+    m, v = ([x.to(moments) for x in xs] for xs in (m, v))
+    c = Coefficients(0.9, 0.999, 1e-3, 1e-8, 0.25, 0.01)
+    wide = [[x.clone() for x in theta], grad, [x.float() for x in m], [x.float() for x in v], anchor]
+    kernel_(*wide, c, exact=True)
+    TritonKernel()(theta, grad, m, v, anchor, c)
+    assert_same([theta, [], m, v], [wide[0], [], *([x.to(moments) for x in xs] for xs in wide[2:4])])
+
+
+def test_what_a_grad_scaler_finds_stays_on_the_device(interpreted):
+    """As torch.amp.GradScaler drives an optimizer that says it sees to scale and infinity itself."""
+    ours, theirs = model_of(), model_of()
+    optimizer = TorchRecAdam(ours, fused="triton", capturable=True, **SETTINGS)
+    reference = TorchRecAdam(theirs, fused="triton", capturable=True, **SETTINGS)
+    assert optimizer._step_supports_amp_scaling
+    assert not TorchRecAdam(model_of(), **SETTINGS)._step_supports_amp_scaling
+    for t in range(6):
+        infinite = t in (0, 3)
+        backward(ours, t)
+        for _, p in ours:
+            p.grad *= 8.0
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(float(infinite))
+        optimizer.step()
+        if not infinite:
+            backward(theirs, t)
+            reference.step()
+        for (_, p), (_, q) in zip(ours, theirs, strict=True):
+            assert torch.equal(p, q)
+            assert infinite or torch.equal(p.grad, q.grad)  # it is unscaled where it lies
+            assert optimizer.state[p]["step"] == reference.state[q]["step"]
+
+
+# NumPy.
+
+
+def test_numpy_steps_in_place_when_it_may():
+    hp = Hyperparameters(lr=1e-2, gamma=10.0, annealing=Sigmoid(k=0.5, t0=6.0))
+    rng = np.random.default_rng(0)
+    start = {"w": rng.standard_normal((40, 50)).astype(np.float32), "head": rng.standard_normal(3)}
+    anchors = {"w": start["w"]}
+    plain, placed = RecAdam(hp, NumpyBackend()), RecAdam(hp, NumpyBackend(fused=True, in_place=True))
+    params, mine = dict(start), {name: x.copy() for name, x in start.items()}
+    memory = {name: x.ctypes.data for name, x in mine.items()}
+    state, own = plain.init(params, anchors), placed.init(mine, anchors)
+    for t in range(60):
+        grads = {name: rng.standard_normal(x.shape).astype(x.dtype) for name, x in start.items()}
+        params, state = plain.step(params, grads, state)
+        mine, own = placed.step(mine, grads, own)
+        for name in start:
+            np.testing.assert_array_equal(mine[name], params[name], err_msg=f"{name} at {t}")
+            np.testing.assert_array_equal(own.moments[name].v, state.moments[name].v)
+    assert {name: x.ctypes.data for name, x in mine.items()} == memory
