@@ -7,6 +7,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c constraints.txt
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) 
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-heavy conformance support lint format docs bench clean
+.PHONY: help install demo test test-heavy conformance support lint format docs bench asv clean
 
 help:
 	@echo "make demo         run the main job: RecAdam beside AdamW on three frameworks, with a report"
@@ -22,7 +23,7 @@ help:
 	@echo "make conformance  hold every backend to its claims (make support: rewrite docs/support.md)"
 	@echo "make lint         ruff and mypy;  make format: reformat"
 	@echo "make docs         build the documentation into docs/_build/html"
-	@echo "make bench        time one step beside its peers"
+	@echo "make bench        one step beside its peers: a table of ratios; make asv: the suite that tracks them"
 	@echo "make install      install everything into $(VENV);  make clean: remove what was made"
 
 # Debian's python3 has venv without pip; then pip comes from Debian's package of its wheel.
@@ -84,7 +85,14 @@ docs: $(VENV)/.development
 clean:
 	rm -rf .asv $(VENV) runs docs/_build dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-bench: $(VENV)/.development
-	@$(PIP) -e ".[bench]"
+$(VENV)/.bench: $(VENV)/.development
+	@$(PIP) "$(TORCH)" -e ".[bench]"
+	@touch $@
+
+bench: $(VENV)/.bench
+	@RECADAM_BENCH=$(or $(RECADAM_BENCH),regular) $(BIN)/python asv_benchmarks/report.py $(BENCH_FLAGS)
+
+asv: $(VENV)/.bench
 	@$(BIN)/asv machine --yes --config asv_benchmarks/asv.conf.json >/dev/null
-	$(BIN)/asv run --config asv_benchmarks/asv.conf.json --python=same --set-commit-hash=HEAD --show-stderr
+	$(BIN)/asv run --config asv_benchmarks/asv.conf.json HEAD^! --show-stderr
+	$(BIN)/asv publish --config asv_benchmarks/asv.conf.json

@@ -112,7 +112,7 @@ MUTATIONS = [
         ("eps inside the root", "math.sqrt(v[i]) + eps", "math.sqrt(v[i] + eps)"),
         ("the pull reads the new theta", "(_widened(anchor[i]) - old)", "(_widened(anchor[i]) - (old + delta))"),
         ("operations are contracted", 'error_model="numpy", nogil', 'fastmath=True, error_model="numpy", nogil'),
-        ("other layouts are not written back", "if not array.flags.c_contiguous:", "if False:"),
+        ("gradients are read as if they were in C order", "[np.ascontiguousarray(x) for x in grads]", "list(grads)"),
     ),
     *_kernel(
         "torch", "recadam_torch.kernel", "functional single foreach",

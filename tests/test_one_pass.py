@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
+import subprocess
+import sys
 import warnings
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,7 +233,27 @@ def test_the_default_is_one_pass_and_holds_no_gradients():
     assert not any(ref() is not None for ref in held)
 
 
-# Triton's way through the optimizer, under its interpreter.
+# Triton.
+
+
+def test_triton_compiles_for_cuda_without_contraction():
+    """No device is needed for that: rounded division and root, no fused multiply-add, words of 16 bytes."""
+    worker = Path(__file__).with_name("compiled_triton.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, worker], capture_output=True, text=True, check=True, env=environment
+    )
+    found = json.loads(result.stdout)
+    assert len(found) == 6
+    for case, words in found.items():
+        assert words["fma"] == words["inexact"] == 0, case
+        assert words["sqrt"] >= 8, case
+        assert words["div"] >= 8, case
+        assert words["wide loads"] >= 5, case
+        assert words["bytes"] > 1000, case
+
+
+# Its way through the optimizer, under its interpreter.
 
 
 @pytest.fixture

@@ -1,33 +1,180 @@
-"""Taking turns: medians of several rounds, so that a noisy machine disturbs both sides alike."""
+"""What all benchmarks share: sizes, shapes, turns taken by contenders, and the base class over backends."""
 
 from __future__ import annotations
 
+import gc
+import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 
-# One BERT-like layer of width 256 and a slice of its embedding: 1.8 million parameters.
-SHAPES = [(4000, 256), (256,), (256,), *[(256, 256), (256,)] * 4, (1024, 256), (1024,), (256, 1024), (256,)]
+from recadam_core import available_backends, get_backend
+from recadam_core.conformance.run import environment
+
+PROFILE = os.environ.get("RECADAM_BENCH", "fast")
+ROUNDS = {"fast": 5, "regular": 9}[PROFILE]
 
 
-def arrays(seed: int) -> list[np.ndarray]:
-    """Seeded float32 arrays of `SHAPES`."""
+def bert(layers: int, hidden: int, vocabulary: int, positions: int = 512) -> list[tuple[int, ...]]:
+    """Shapes of the parameters of a BERT with its pooler.
+
+    Example:
+        >>> sum(int(np.prod(s)) for s in bert(12, 768, 30522))
+        109482240
+    """
+    square, wide, row = (hidden, hidden), (4 * hidden, hidden), (hidden,)
+    layer = [*[square, row] * 4, row, row, wide, (4 * hidden,), (hidden, 4 * hidden), row, row, row]
+    embeddings = [(vocabulary, hidden), (positions, hidden), (2, hidden), row, row]
+    return [*embeddings, *layer * layers, square, row]
+
+
+SHAPES = {
+    "fast": bert(2, 256, 8000),  # 3.8 million
+    "regular": bert(12, 768, 30522),  # BERT-base: 109.5 million
+}[PROFILE]
+
+
+def arrays(shapes: Iterable[tuple[int, ...]], seed: int) -> list[np.ndarray]:
+    """Seeded float32 arrays."""
     rng = np.random.default_rng(seed)
-    return [rng.standard_normal(shape).astype(np.float32) for shape in SHAPES]
+    return [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
 
 
-def ratio(ours: Callable[[], object], peer: Callable[[], object], rounds: int = 15, calls: int = 5) -> float:
-    """Median over rounds of our time over the peer's, after a warm-up of each."""
-    for step in (ours, peer):
-        for _ in range(3):
+def turns(
+    steps: dict[str, Callable[[], object]], rounds: int = ROUNDS, warm: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each round, all of them taking turns, so that noise meets them alike."""
+    for step in steps.values():
+        for _ in range(warm):
             step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, step in steps.items():
+                began = time.perf_counter()
+                step()
+                seconds[name].append(time.perf_counter() - began)
+    finally:
+        gc.enable()
+    return seconds
 
-    def seconds(step: Callable[[], object]) -> float:
-        began = time.perf_counter()
-        for _ in range(calls):
-            step()
-        return time.perf_counter() - began
 
-    return statistics.median(seconds(ours) / seconds(peer) for _ in range(rounds))
+def ratio(seconds: dict[str, list[float]], ours: str, peer: str) -> float:
+    """The median over rounds of ours over the peer's.
+
+    Example:
+        >>> ratio({"a": [1.0, 3.0], "b": [1.0, 1.0]}, "a", "b")
+        2.0
+    """
+    return statistics.median(x / y for x, y in zip(seconds[ours], seconds[peer], strict=True))
+
+
+def interquartile(seconds: dict[str, list[float]], ours: str, peer: str) -> tuple[float, float]:
+    """The middle half of the ratios."""
+    found = [x / y for x, y in zip(seconds[ours], seconds[peer], strict=True)]
+    low, _, high = statistics.quantiles(found, n=4, method="inclusive")
+    return low, high
+
+
+def extra_memory(step: Callable[[], object]) -> float:
+    """Bytes that a step needs at its peak beyond what is there before; NaN where Linux does not tell."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def read(field: str) -> int:
+        line = next(x for x in status.read_text().splitlines() if x.startswith(field))
+        return int(line.split()[1]) * 1024
+
+    try:
+        reset.write_text("5")  # the high-water mark starts again from where it is
+        before = read("VmRSS")
+    except OSError:
+        return float("nan")
+    step()
+    return float(max(0, read("VmHWM") - before))
+
+
+def in_a_process(code: str, **environment: str) -> str:
+    """What Python prints for some code in a process of its own."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment},
+    )  # fmt: skip
+    return result.stdout.strip()
+
+
+class OverBackends:
+    """Base of benchmarks over every backend, every one of its variants, and the devices that are here.
+
+    What is not installed, or needs an environment that this process has not, is skipped. `step` gives what is
+    timed; it waits for its device.
+    """
+
+    params = (
+        [
+            f"{name} {v.name}"
+            for name in available_backends()
+            for v in get_backend(name).capabilities.variants
+        ],
+        ["cpu", "cuda"],
+    )
+    param_names = ("variant", "device")
+
+    def setup(self, which: str, device: str) -> None:
+        name, chosen = which.split()
+        backend = get_backend(name)
+        variant = backend.capabilities.variant(chosen)
+        needed = environment(variant, "fast").items()
+        absent = variant.lacks() or any(v not in os.environ.get(k, "").split() for k, v in needed)
+        if absent or device not in backend.capabilities.devices or not here(name, device):
+            raise NotImplementedError(f"{which} on {device} is not to be had here")
+
+    def step(self, which: str, device: str, hp, shapes=SHAPES) -> Callable[[], object]:
+        """A step of a variant, synchronised."""
+        name, chosen = which.split()
+        backend = get_backend(name)
+
+        def put(seed):
+            return {str(i): placed(backend.from_numpy(x), device) for i, x in enumerate(arrays(shapes, seed))}
+
+        params, grads, anchors = put(0), put(1), put(0)
+        stepper = backend.stepper(chosen, params, anchors, hp)
+
+        def take():
+            synchronise(stepper(grads, hp.lr)["0"])
+
+        return take
+
+
+def here(backend: str, device: str) -> bool:
+    """Whether the device is in this machine."""
+    if device == "cpu":
+        return True
+    if backend == "torch":
+        import torch
+
+        return torch.cuda.is_available()
+    import jax
+
+    return backend == "jax" and jax.default_backend() == "gpu"
+
+
+def placed(array, device: str):
+    """The array on a device."""
+    return array.to(device) if device != "cpu" and hasattr(array, "to") else array
+
+
+def synchronise(array) -> None:
+    """Wait until the array is there."""
+    if hasattr(array, "block_until_ready"):
+        array.block_until_ready()
+    elif getattr(array, "is_cuda", False):
+        import torch
+
+        torch.cuda.synchronize(array.device)

@@ -1,130 +1,115 @@
-"""One optimizer step beside its peers."""
+"""One optimizer step: beside its peers, in every variant, as it grows, in memory, at its start."""
 
 from __future__ import annotations
 
-import os
+import numpy as np
 
-from recadam_core import Hyperparameters, RecAdam, available_backends, get_backend
-from recadam_core.conformance.claims import LEVELS
-from recadam_core.conformance.run import environment
+from recadam_core import Hyperparameters
 
-from .common import arrays, ratio
+from .common import SHAPES, OverBackends, extra_memory, in_a_process, ratio, turns
+from .contenders import JAX, NUMPY, TORCH, made
 
 HP = Hyperparameters(lr=1e-5, gamma=5000.0)
 
 
-class Torch:
-    """A step of `recadam_torch.RecAdam` over one of torch's AdamW, on the CPU."""
+class BesideTorch:
+    """Steps on the CPU over torch's fused AdamW."""
 
-    params = (["single", "foreach"], ["fused", "foreach"])
-    param_names = ("recadam", "adamw")
-    unit = "ratio"
-
-    def track_step(self, ours, peer):
-        import torch
-
-        from recadam_torch import RecAdam as TorchRecAdam
-
-        def step(make):
-            tensors = [torch.nn.Parameter(torch.tensor(x)) for x in arrays(0)]
-            for p, g in zip(tensors, arrays(1), strict=True):
-                p.grad = torch.tensor(g)
-            return make(tensors).step
-
-        mine = step(lambda tensors: TorchRecAdam(tensors, lr=1e-5, foreach=ours == "foreach"))
-        other = step(lambda tensors: torch.optim.AdamW(tensors, lr=1e-5, **{peer: True}))
-        return ratio(mine, other)
-
-
-class Jax:
-    """A step of `recadam_jax.recadam` over one of optax's AdamW, both jitted and donated."""
-
-    unit = "ratio"
-
-    def track_step(self):
-        import jax
-        import jax.numpy as jnp
-        import optax
-
-        from recadam_jax import recadam
-
-        grads = [jnp.array(x) for x in arrays(1)]
-
-        def step(tx):
-            held = [[jnp.array(x) for x in arrays(0)]]
-            held.append(tx.init(held[0]))
-
-            def train(params, state):
-                updates, state = tx.update(grads, state, params)
-                return optax.apply_updates(params, updates), state
-
-            compiled = jax.jit(train, donate_argnums=(0, 1))
-
-            def take():
-                held[:] = compiled(*held)
-                jax.block_until_ready(held)
-
-            return take
-
-        return ratio(step(recadam(1e-5)), step(optax.adamw(1e-5)))
-
-
-class Functional:
-    """A step of `recadam_core.RecAdam` over NumPy arrays, with an anchor over without."""
-
-    unit = "ratio"
-
-    def track_anchor(self):
-        backend = get_backend("numpy")
-        params = {str(i): x for i, x in enumerate(arrays(0))}
-        grads = {str(i): x for i, x in enumerate(arrays(1))}
-        optimizer = RecAdam(HP, backend)
-        anchored, free = optimizer.init(params, params), optimizer.init(params, {})
-        return ratio(
-            lambda: optimizer.step(params, grads, anchored), lambda: optimizer.step(params, grads, free)
-        )
-
-
-class Variants:
-    """A step of every variant of every backend over one of its backend's default, in either level's setting.
-
-    The backends' capabilities say which there are; what is not installed, or needs an environment that this
-    process has not, is skipped.
-    """
-
-    params = (
-        [
-            f"{name} {variant.name}"
-            for name in available_backends()
-            for variant in get_backend(name).capabilities.variants
-        ],
-        LEVELS,
-    )
-    param_names = ("variant", "level")
+    params = (tuple(name for name in (*TORCH, *NUMPY) if name != "torch AdamW fused"),)
+    param_names = ("contender",)
     unit = "ratio"
     timeout = 300
 
-    def track_variant(self, which, level):
-        name, chosen = which.split()
-        backend = get_backend(name)
-        variant = backend.capabilities.variant(chosen)
-        needed = environment(variant, level).items()
-        if variant.lacks() or any(value not in os.environ.get(key, "").split() for key, value in needed):
-            return float("nan")
-        if level == "exact" and "exact" in variant.misses:
-            return float("nan")
+    def track_step(self, contender):
+        steps = made(["torch AdamW fused", contender], SHAPES)
+        return ratio(turns(steps), contender, "torch AdamW fused")
 
-        def step(way, exact):
-            params = {str(i): backend.from_numpy(x) for i, x in enumerate(arrays(0))}
-            grads = {str(i): backend.from_numpy(x) for i, x in enumerate(arrays(1))}
-            anchors = {str(i): backend.from_numpy(x) for i, x in enumerate(arrays(0))}
-            stepper = backend.stepper(way, params, anchors, HP, exact)
 
-            def take():
-                new = stepper(grads, 1e-5)
-                getattr(new["0"], "block_until_ready", lambda: None)()
+class BesideOptax:
+    """JAX's step over optax's AdamW."""
 
-            return take
+    unit = "ratio"
+    timeout = 300
 
-        rounds = 5 if chosen == "eager" else 15
-        return ratio(step(chosen, level == "exact"), step("functional", False), rounds=rounds)
+    def track_step(self):
+        return ratio(turns(made(list(JAX), SHAPES)), "JAX RecAdam", "optax AdamW")
+
+    def track_compile(self):
+        """Seconds to the end of the first step, over optax's, each in a process of its own."""
+        code = (
+            "import time, jax\nfrom benchmarks.contenders import JAX\nfrom benchmarks.common import SHAPES\n"
+            "jax.numpy.ones(2).block_until_ready()\nstep = JAX[{!r}].make(SHAPES)\n"
+            "began = time.perf_counter()\nstep()\nprint(time.perf_counter() - began)"
+        )
+        seconds = {
+            name: [float(in_a_process(code.format(name)).split()[-1]) for _ in range(3)] for name in JAX
+        }
+        return float(np.median(seconds["JAX RecAdam"]) / np.median(seconds["optax AdamW"]))
+
+
+class Variants(OverBackends):
+    """Every variant over its backend's functional form."""
+
+    unit = "ratio"
+    timeout = 600
+
+    def track_step(self, which, device):
+        reference = f"{which.split()[0]} functional"
+        if which == reference:
+            return 1.0
+        steps = {name: self.step(name, device, HP) for name in (which, reference)}
+        return ratio(turns(steps, warm=1), which, reference)
+
+
+class Growth:
+    """RecAdam over torch's fused AdamW, by bytes of parameters and number of tensors."""
+
+    params = ([10**4, 10**6, 10**8], [1, 100, 10_000])
+    param_names = ("bytes", "tensors")
+    unit = "ratio"
+    timeout = 600
+
+    def track_step(self, size, count):
+        if size < 4 * count:
+            raise NotImplementedError
+        shapes = [(size // 4 // count,)] * count
+        return ratio(turns(made(["torch AdamW fused", "RecAdam"], shapes)), "RecAdam", "torch AdamW fused")
+
+
+class Memory:
+    """Bytes a parameter that a step needs beyond what it keeps."""
+
+    params = (tuple(name for name in (*TORCH, *NUMPY, *JAX) if name != "copy"),)
+    param_names = ("contender",)
+    unit = "bytes"
+    timeout = 300
+
+    def track_peak(self, contender):
+        step = made([contender], SHAPES)[contender]
+        step()
+        step()
+        return extra_memory(step) / sum(int(np.prod(shape)) for shape in SHAPES)
+
+
+class Start:
+    """What comes before the first step."""
+
+    unit = "seconds"
+    timeout = 300
+
+    def track_import(self):
+        """Of `import recadam_torch` beyond torch's own; the median of seven processes."""
+        code = (
+            "import time, torch\nbegan = time.perf_counter()\nimport recadam_torch\n"
+            "print(time.perf_counter() - began)"
+        )
+        return float(np.median([float(in_a_process(code)) for _ in range(7)]))
+
+    def track_first_step(self):
+        """Of the one-pass kernel with what it has compiled before on disk."""
+        code = (
+            "import time, torch\nfrom recadam_torch import RecAdam\np = torch.nn.Parameter(torch.ones(10))\n"
+            "p.grad = torch.ones(10)\noptimizer = RecAdam([p], fused='numba')\nbegan = time.perf_counter()\n"
+            "optimizer.step()\nprint(time.perf_counter() - began)"
+        )
+        return float(np.median([float(in_a_process(code)) for _ in range(4)][1:]))

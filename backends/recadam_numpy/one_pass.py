@@ -140,7 +140,7 @@ def one_pass(
     """One step, in place on `thetas`, `ms` and `vs`: the numbers of `kernel`, without temporary arrays.
 
     Args:
-        thetas: parameters of one dtype, float32 or float64; overwritten.
+        thetas: parameters of one dtype, float32 or float64, in C order as both moments; overwritten.
         grads: gradients, of the parameters' shapes and dtype, as all the lists.
         ms: first moments; overwritten.
         vs: second moments; overwritten.
@@ -158,15 +158,12 @@ def one_pass(
     """
     if not len(thetas):
         return
-    columns = thetas, grads, ms, vs, grads if anchors is None else anchors
-    flat = [[np.ascontiguousarray(x) for x in xs] for xs in columns]
+    # In another layout these may be copied: they are only read.
+    grads = [np.ascontiguousarray(x) for x in grads]
+    stars = grads if anchors is None else [np.ascontiguousarray(x) for x in anchors]
     table = Table([x.size for x in thetas], [thetas[0].dtype.name] * len(COLUMNS), threads())
-    table.addresses[:] = [[x.ctypes.data for x in xs] for xs in flat]
+    table.addresses[:] = [[x.ctypes.data for x in xs] for xs in (thetas, grads, ms, vs, stars)]
     table.run(c, anchors is not None)
-    for i in (0, 2, 3):
-        for array, new in zip(columns[i], flat[i], strict=True):
-            if not array.flags.c_contiguous:
-                array[...] = new.reshape(array.shape)
 
 
 @intrinsic

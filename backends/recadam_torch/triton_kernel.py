@@ -32,29 +32,32 @@ BLOCK_INTERPRETED = CHUNK
 _MIX_FIRST, _MIX_SECOND = tl.constexpr(FIRST), tl.constexpr(SECOND)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _mix(x: Any) -> Any:
+# Triton reads annotations as code: these have none.
+
+
+@triton.jit
+def _mix(x):
     """splitmix64's finalizer, as in `shards.mix`."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX_FIRST
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX_SECOND
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _at(address: Any, like: Any, aligned: tl.constexpr) -> Any:
+@triton.jit
+def _at(address, like, aligned: tl.constexpr):
     pointer = address.to(like.dtype)
     return tl.multiple_of(pointer, 16) if aligned else pointer
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _cut(x: Any, more: Any) -> Any:
+@triton.jit
+def _cut(x, more):
     """A float32 without the bits that bfloat16 lacks, after something was added to them."""
     cut = ((x.to(tl.int32, bitcast=True) + more) & -65536).to(tl.float32, bitcast=True)
     return tl.where((x == x) & (tl.abs(x) != float("inf")), cut, x)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _put(at: Any, x: Any, inside: Any) -> None:
+@triton.jit
+def _put(at, x, inside):
     """Store a number, rounded to the nearest; the interpreter's own cast to bfloat16 would cut it."""
     if at.dtype.element_ty == tl.bfloat16:
         odd = (x.to(tl.int32, bitcast=True) >> 16) & 1
@@ -62,22 +65,80 @@ def _put(at: Any, x: Any, inside: Any) -> None:
     tl.store(at, x.to(at.dtype.element_ty), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
+def _block(
+    theta_at,
+    grad_at,
+    m_at,
+    v_at,
+    anchor_at,
+    scale_at,
+    key,
+    i,
+    size,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    step,
+    eps,
+    recall,
+    decay,
+    pulls: tl.constexpr,
+    decays: tl.constexpr,
+    chance: tl.constexpr,
+    negates: tl.constexpr,
+    scaled: tl.constexpr,
+    masked: tl.constexpr,
+):
+    """A block of elements; without a mask, which alone is read and written in words of 16 bytes."""
+    wide = beta1.dtype
+    inside = i < size if masked else None
+    theta = tl.load(theta_at + i, mask=inside).to(wide)
+    grad = tl.load(grad_at + i, mask=inside)
+    if scaled:
+        grad = tl.div_rn(grad.to(tl.float32), tl.load(scale_at))
+        tl.store(grad_at + i, grad.to(grad_at.dtype.element_ty), mask=inside)
+    grad = grad.to(wide)
+    if negates:
+        grad = -grad
+    m = beta1 * tl.load(m_at + i, mask=inside).to(wide) + rest1 * grad
+    v = beta2 * tl.load(v_at + i, mask=inside).to(wide) + rest2 * (grad * grad)
+    if wide == tl.float64:  # the _rn functions are float32's; float64's own are rounded so
+        adam = step * (m / (tl.sqrt(v) + eps))
+    else:
+        adam = step * tl.div_rn(m, tl.sqrt_rn(v) + eps)
+    if pulls:
+        delta = recall * (tl.load(anchor_at + i, mask=inside).to(wide) - theta) - adam
+    else:
+        delta = -adam
+    if decays:
+        delta = delta - decay * theta
+    new = theta + delta
+    if chance:
+        bits = (_mix(i + key) & 0xFFFF).to(tl.int32)
+        new = _cut(new, bits)
+    _put(theta_at + i, new, inside)
+    _put(m_at + i, m, inside)
+    _put(v_at + i, v, inside)
+
+
+@triton.jit
 def _kernel(
-    table_at: Any,  # int64, (6, tensors): addresses of theta, grad, m, v and anchor; elements
-    chunks_at: Any,  # int32, (2, programs): tensor, and chunk of it
-    scalars_at: Any,  # (8, 1) or (8, tensors)
-    keys_at: Any,  # int64, (tensors,): of the chance that rounds
-    scale_at: Any,  # float32: by which gradients were multiplied
-    found_at: Any,  # float32: not 0 where a gradient is not finite
-    theta_like: Any,
-    grad_like: Any,
-    m_like: Any,
-    v_like: Any,
-    anchor_like: Any,
-    tensors: Any,
-    programs: Any,
-    stride: Any,
+    table_at,  # int64, (6, tensors): addresses of theta, grad, m, v and anchor; elements
+    chunks_at,  # int32, (2, programs): tensor, and chunk of it
+    scalars_at,  # (8, 1) or (8, tensors)
+    keys_at,  # int64, (tensors,): of the chance that rounds
+    scale_at,  # float32: by which gradients were multiplied
+    found_at,  # float32: not 0 where a gradient is not finite
+    theta_like,
+    grad_like,
+    m_like,
+    v_like,
+    anchor_like,
+    tensors,
+    programs,
+    stride,
     pulls: tl.constexpr,
     decays: tl.constexpr,
     chance: tl.constexpr,
@@ -87,7 +148,7 @@ def _kernel(
     aligned: tl.constexpr,
     chunk: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     if guarded:  # noqa: SIM102  # the one is known when this is compiled, the other is not
         if tl.load(found_at) != 0:
             return
@@ -106,37 +167,63 @@ def _kernel(
     beta2, rest2 = tl.load(own + 2 * step_by), tl.load(own + 3 * step_by)
     step, eps = tl.load(own + 4 * step_by), tl.load(own + 5 * step_by)
     recall, decay = tl.load(own + 6 * step_by), tl.load(own + 7 * step_by)
-    wide = beta1.dtype
-    for offset in range(0, chunk, block):
-        i = start + offset + tl.arange(0, block)
-        inside = i < size
-        theta = tl.load(theta_at + i, mask=inside).to(wide)
-        grad = tl.load(grad_at + i, mask=inside)
-        if scaled:
-            grad = tl.div_rn(grad.to(tl.float32), tl.load(scale_at))
-            tl.store(grad_at + i, grad.to(grad_at.dtype.element_ty), mask=inside)
-        grad = grad.to(wide)
-        if negates:
-            grad = -grad
-        m = beta1 * tl.load(m_at + i, mask=inside).to(wide) + rest1 * grad
-        v = beta2 * tl.load(v_at + i, mask=inside).to(wide) + rest2 * (grad * grad)
-        if wide == tl.float64:  # the _rn functions are float32's; float64's own are rounded so
-            adam = step * (m / (tl.sqrt(v) + eps))
-        else:
-            adam = step * tl.div_rn(m, tl.sqrt_rn(v) + eps)
-        if pulls:
-            delta = recall * (tl.load(anchor_at + i, mask=inside).to(wide) - theta) - adam
-        else:
-            delta = -adam
-        if decays:
-            delta = delta - decay * theta
-        new = theta + delta
-        if chance:
-            bits = (_mix(i + tl.load(keys_at + tensor)) & 0xFFFF).to(tl.int32)
-            new = _cut(new, bits)
-        _put(theta_at + i, new, inside)
-        _put(m_at + i, m, inside)
-        _put(v_at + i, v, inside)
+    key = tl.load(keys_at + tensor)
+    if start + chunk <= size:
+        for offset in range(0, chunk, block):
+            i = start + offset + tl.arange(0, block)
+            _block(
+                theta_at,
+                grad_at,
+                m_at,
+                v_at,
+                anchor_at,
+                scale_at,
+                key,
+                i,
+                size,
+                beta1,
+                rest1,
+                beta2,
+                rest2,
+                step,
+                eps,
+                recall,
+                decay,
+                pulls,
+                decays,
+                chance,
+                negates,
+                scaled,
+                False,
+            )
+    else:
+        for offset in range(0, chunk, block):
+            i = start + offset + tl.arange(0, block)
+            _block(
+                theta_at,
+                grad_at,
+                m_at,
+                v_at,
+                anchor_at,
+                scale_at,
+                key,
+                i,
+                size,
+                beta1,
+                rest1,
+                beta2,
+                rest2,
+                step,
+                eps,
+                recall,
+                decay,
+                pulls,
+                decays,
+                chance,
+                negates,
+                scaled,
+                True,
+            )
 
 
 class TritonKernel:
@@ -240,8 +327,15 @@ class TritonKernel:
         numbers = (c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.recall, c.decay)
         if not any(isinstance(x, Tensor) for x in numbers):
             return self._sent(np.array(numbers, dtype=str(dtype).removeprefix("torch."))[:, None], device)
-        rows = [torch.as_tensor(x, dtype=dtype, device=device).expand(count) for x in numbers]
-        return torch.stack(rows)
+        # Filled, not copied: a graph that is being captured waits for no copy from the host.
+        return torch.stack(
+            [
+                x.to(device, dtype).expand(count)
+                if isinstance(x, Tensor)
+                else torch.full((count,), x, dtype=dtype, device=device)
+                for x in numbers
+            ]
+        )
 
     def _sent(self, array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
         """The array on the device, without waiting for it."""

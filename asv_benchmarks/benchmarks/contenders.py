@@ -1,0 +1,184 @@
+"""Ways to take a step on the CPU, ours and our peers', each with the bytes that it must move a parameter.
+
+A maker takes shapes and returns the step. The tensors that optimizers of one library may share, they share.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import NamedTuple
+
+from recadam_core import Constant, Hyperparameters, RecAdam
+
+from .common import arrays
+
+GAMMA = 100.0
+CURVE = Constant(task=1.0, recall=1.0)
+HP = Hyperparameters(lr=1e-5, gamma=GAMMA, annealing=CURVE)
+
+
+class Contender(NamedTuple):
+    """A way to take a step."""
+
+    about: str
+    bytes: int  # that one pass over float32 parameters would move, each
+    make: Callable
+
+
+class Torch:
+    """Parameters and gradients that torch's contenders share."""
+
+    def __init__(self, shapes):
+        import torch
+
+        self.params = [torch.nn.Parameter(torch.from_numpy(x)) for x in arrays(shapes, 0)]
+        for p, g in zip(self.params, arrays(shapes, 1), strict=True):
+            p.grad = torch.from_numpy(g)
+        self.named = [(str(i), p) for i, p in enumerate(self.params)]
+
+    def adamw(self, **flags):
+        import torch
+
+        return torch.optim.AdamW(self.params, lr=1e-5, **flags).step
+
+    def pytorch_optimizer(self):
+        from pytorch_optimizer import AdamW
+
+        return AdamW(self.params, lr=1e-5).step
+
+    def recadam(self, freed=False, anchor_dtype=None, **flags):
+        from recadam_torch import RecAdam as TorchRecAdam
+
+        anchors = None
+        if anchor_dtype is not None:
+            anchors = {name: p.detach().to(anchor_dtype) for name, p in self.named}
+        curve = Constant(task=1.0, recall=0.0) if freed else CURVE
+        optimizer = TorchRecAdam(self.named, lr=1e-5, gamma=GAMMA, annealing=curve, anchors=anchors, **flags)
+        if freed:  # by the first step
+            optimizer.step()
+            assert all(state["anchor"] is None for state in optimizer.state.values())
+        return optimizer.step
+
+    def loop(self):
+        """Five calls a tensor, as optimizers that are written in a loop have them."""
+        import torch
+
+        state = [(torch.zeros_like(p), torch.zeros_like(p), p.detach().clone()) for p in self.params]
+
+        @torch.no_grad()
+        def step():
+            for p, (m, v, star) in zip(self.params, state, strict=True):
+                m.mul_(0.9).add_(p.grad, alpha=0.1)
+                v.mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
+                p.addcdiv_(m, v.sqrt().add_(1e-8), value=-1e-5)
+                p.add_(p - star, alpha=-1e-5 * GAMMA)
+
+        return step
+
+    def copy(self):
+        import torch
+
+        with torch.no_grad():
+            there = [p.detach().clone() for p in self.params]
+        return lambda: [x.copy_(p.detach()) for x, p in zip(there, self.params, strict=True)]
+
+
+def numpy_step(shapes, **flags):
+    from recadam_numpy import NumpyBackend
+
+    params = {str(i): x for i, x in enumerate(arrays(shapes, 0))}
+    grads = {str(i): x for i, x in enumerate(arrays(shapes, 1))}
+    optimizer = RecAdam(HP, NumpyBackend(**flags))
+    held = [params, optimizer.init(params, params)]
+
+    def step():
+        held[:] = optimizer.step(held[0], grads, held[1])
+
+    return step
+
+
+def jax_step(shapes, make):
+    """A jitted, donated step of an optax transformation."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    tx = make()
+    grads = [jnp.array(x) for x in arrays(shapes, 1)]
+    params = [jnp.array(x) for x in arrays(shapes, 0)]
+    held = [params, tx.init(params)]
+
+    def train(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(train, donate_argnums=(0, 1))
+
+    def step():
+        held[:] = compiled(*held, grads)
+        jax.block_until_ready(held)
+
+    return step
+
+
+def _jax_recadam():
+    from recadam_jax import recadam
+
+    return recadam(1e-5, gamma=GAMMA, annealing=CURVE)
+
+
+def _optax_adamw():
+    import optax
+
+    return optax.adamw(1e-5)
+
+
+def _bfloat16():
+    import torch
+
+    return torch.bfloat16
+
+
+TORCH = {
+    "copy": Contender("a copy of the parameters", 8, lambda t: t.copy()),
+    "torch AdamW fused": Contender("torch.optim.AdamW(fused=True)", 28, lambda t: t.adamw(fused=True)),
+    "torch AdamW foreach": Contender("torch.optim.AdamW(foreach=True)", 28, lambda t: t.adamw(foreach=True)),
+    "pytorch_optimizer AdamW": Contender("its AdamW", 28, lambda t: t.pytorch_optimizer()),
+    "RecAdam": Contender("recadam_torch.RecAdam: numba", 32, lambda t: t.recadam(fused="numba")),
+    "RecAdam, bfloat16 anchors": Contender(
+        "anchors of two bytes", 30, lambda t: t.recadam(fused="numba", anchor_dtype=_bfloat16())
+    ),
+    "RecAdam, anchors freed": Contender(
+        "after annealing", 28, lambda t: t.recadam(freed=True, fused="numba")
+    ),
+    "RecAdam compiled": Contender('RecAdam(fused="compiled")', 32, lambda t: t.recadam(fused="compiled")),
+    "RecAdam foreach": Contender("RecAdam(foreach=True)", 32, lambda t: t.recadam(foreach=True)),
+    "loop": Contender("five calls a tensor", 32, lambda t: t.loop()),
+}
+"""Steps over shared torch tensors: each maker takes `Torch`."""
+
+NUMPY = {
+    "NumPy in place": Contender(
+        "NumpyBackend(fused=True, in_place=True)", 32, lambda s: numpy_step(s, fused=True, in_place=True)
+    ),
+    "NumPy": Contender("NumpyBackend(fused=True), pure", 32, lambda s: numpy_step(s, fused=True)),
+}
+JAX = {
+    "optax AdamW": Contender("optax.adamw, jitted and donated", 28, lambda s: jax_step(s, _optax_adamw)),
+    "JAX RecAdam": Contender("recadam_jax.recadam, the same", 32, lambda s: jax_step(s, _jax_recadam)),
+}
+"""Steps over arrays of their own: each maker takes shapes."""
+
+
+def made(names, shapes):
+    """Steps by name; of torch over tensors that they share."""
+    shared = Torch(shapes) if any(name in TORCH for name in names) else None
+    found = {}
+    for name in names:
+        if name in TORCH:
+            found[name] = TORCH[name].make(shared)
+        else:
+            found[name] = {**NUMPY, **JAX}[name].make(shapes)
+    gc.collect()
+    return found

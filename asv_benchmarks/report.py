@@ -1,0 +1,146 @@
+"""The table of ratios that `make bench` prints, with the floor of bytes beside each and every target.
+
+    python asv_benchmarks/report.py [--growth PICTURE] [--json FILE]
+
+RECADAM_BENCH=regular takes the shapes of BERT-base (16 GB of memory); fast a small model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from benchmarks.common import PROFILE, SHAPES, extra_memory, interquartile, ratio, turns
+from benchmarks.contenders import JAX, NUMPY, TORCH, made
+from benchmarks.step import BesideOptax, Start
+
+PEER = "torch AdamW fused"
+SIZE = sum(int(np.prod(shape)) for shape in SHAPES)
+BASE = 109_482_240
+TARGETS = (
+    ("RecAdam over torch AdamW fused", "RecAdam", PEER, 1.25),
+    ("NumPy in place over torch AdamW fused", "NumPy in place", PEER, 1.25),
+    ("RecAdam, bfloat16 anchors, over torch AdamW fused", "RecAdam, bfloat16 anchors", PEER, 1.15),
+    ("RecAdam, anchors freed, over torch AdamW fused", "RecAdam, anchors freed", PEER, 1.05),
+    ("RecAdam over the loop", "RecAdam", "loop", 0.25),
+    ("JAX RecAdam over optax AdamW", "JAX RecAdam", "optax AdamW", 1.12),
+)
+
+
+def processor() -> str:
+    """The processor's name, as the system has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def rows(names, seconds, peer, contenders):
+    for name in names:
+        low, high = interquartile(seconds, name, peer)
+        moved = contenders[name].bytes
+        speed = moved * SIZE / statistics.median(seconds[name]) / 1e9
+        yield (
+            f"| {name} | {contenders[name].about} | {1e3 * statistics.median(seconds[name]):.1f} | "
+            f"{ratio(seconds, name, peer):.2f} ({low:.2f} to {high:.2f}) | "
+            f"{moved / contenders[peer].bytes:.2f} | {speed:.1f} |"
+        )
+
+
+def head(peer):
+    return [
+        f"| step | | ms | over {peer} (middle half) | floor by bytes | GB/s of those bytes |",
+        "|---|---|---|---|---|---|",
+    ]
+
+
+def growth(picture: Path) -> list[str]:
+    """RecAdam over torch's fused AdamW by size and number of tensors, as a table and a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sizes = [10**k for k in range(4, 10)]
+    counts = (1, 10, 100, 1000, 10_000)
+    lines = ["| tensors | " + " | ".join(f"10^{k} bytes" for k in range(4, 10)) + " |", "|---" * 7 + "|"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for count in counts:
+        found = []
+        for size in sizes:
+            if size < 16 * count:
+                found.append((float("nan"), float("nan")))
+                continue
+            rounds = 15 if size < 10**8 else 5
+            seconds = turns(made([PEER, "RecAdam"], [(size // 4 // count,)] * count), rounds=rounds)
+            found.append((ratio(seconds, "RecAdam", PEER), statistics.median(seconds["RecAdam"])))
+        shown = (f"{x:.2f}" if x == x else "" for x, _ in found)
+        lines.append(f"| {count:,} | " + " | ".join(shown) + " |")
+        label = f"{count:,} tensor" + "s" * (count > 1)
+        left.plot(sizes, [x for x, _ in found], marker="o", label=label)
+        right.plot(sizes, [1e3 * s for _, s in found], marker="o", label=label)
+    left.axhline(32 / 28, color="black", linestyle=":", label="floor by bytes")
+    left.set(xscale="log", yscale="log", xlabel="bytes of parameters", ylabel="over torch's fused AdamW")
+    right.set(xscale="log", yscale="log", xlabel="bytes of parameters", ylabel="ms a step")
+    left.legend(fontsize=8)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=110)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--growth", type=Path, help="draw how the cost grows into this picture, too")
+    parser.add_argument("--json", type=Path, help="write every round of every contender into this file, too")
+    options = parser.parse_args()
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "jax", "numpy", "numba"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    print(f"{processor()}, {cores} cores; {packages}; {datetime.date.today()}.")
+    shapes = "BERT-base" if SIZE == BASE else "a small BERT"
+    print(f"{SIZE / 1e6:.1f} million float32 parameters in the shapes of {shapes}.\n")
+    seconds = turns(made([*TORCH, *NUMPY], SHAPES))
+    print("\n".join([*head(PEER), *rows([*TORCH, *NUMPY], seconds, PEER, {**TORCH, **NUMPY})]), flush=True)
+    of_jax = turns(made(list(JAX), SHAPES))
+    print("\n".join(["", *head("optax AdamW"), *rows(list(JAX), of_jax, "optax AdamW", JAX)]), flush=True)
+    both = {**seconds, **of_jax}
+    if options.json:
+        options.json.write_text(json.dumps(both) + "\n")
+    many = turns(made(["RecAdam", PEER], [(1000,)] * 1000), rounds=15)
+    one = turns(made(["RecAdam", PEER], [(1_000_000,)]), rounds=15)
+    spread = {
+        name: statistics.median(many[name]) / statistics.median(one[name]) for name in ("RecAdam", PEER)
+    }
+    targets = [(what, ratio(both, ours, peer), bound) for what, ours, peer, bound in TARGETS]
+    targets += [
+        ("JAX RecAdam: compiling over optax AdamW's", BesideOptax().track_compile(), 1.2),
+        ("a thousand tensors of a thousand over one of a million", spread["RecAdam"], 2.0),
+        ("import recadam_torch beyond torch, seconds", Start().track_import(), 0.15),
+    ]
+    print("\n| target | measured | at most | |\n|---|---|---|---|")
+    for what, measured, bound in targets:
+        print(f"| {what} | {measured:.2f} | {bound:.2f} | {'holds' if measured <= bound else 'missed'} |")
+    print(f"\n(Of torch's fused AdamW, the thousand small tensors take {spread[PEER]:.1f} times the one.)")
+    print("\n| step | bytes a parameter beyond what it keeps, at the peak |\n|---|---|", flush=True)
+    for name in (*TORCH, *NUMPY, *JAX):
+        if name != "copy":
+            step = made([name], SHAPES)[name]
+            step()
+            step()
+            print(f"| {name} | {extra_memory(step) / SIZE:.1f} |", flush=True)
+    if options.growth:
+        print()
+        print("\n".join(growth(options.growth)))
+    if PROFILE == "fast":
+        print("\nThe caches hold a part of these; RECADAM_BENCH=regular does not fit.")
+
+
+if __name__ == "__main__":
+    main()
