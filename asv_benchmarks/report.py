@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from benchmarks.common import PROFILE, SHAPES, extra_memory, interquartile, ratio, turns
+from benchmarks.common import PROFILE, SHAPES, extra_memory, in_a_process, interquartile, ratio, turns
 from benchmarks.contenders import JAX, NUMPY, TORCH, made
 from benchmarks.step import BesideOptax, Start
 
@@ -60,6 +60,78 @@ def head(peer):
         f"| step | | ms | over {peer} (middle half) | floor by bytes | GB/s of those bytes |",
         "|---|---|---|---|---|---|",
     ]
+
+
+def scaling() -> list[str]:
+    """How RecAdam and a copy gain from threads."""
+    import torch
+
+    cores = torch.get_num_threads()
+    counts = sorted({min(2**k, cores) for k in range(10)})
+    lines = ["| threads | copy, GB/s | RecAdam, GB/s | of the copy's |", "|---|---|---|---|"]
+    steps = made(["copy", "RecAdam"], SHAPES)
+    for count in counts:
+        torch.set_num_threads(count)
+        seconds = turns(steps)
+        copy, ours = (
+            TORCH[name].bytes * SIZE / statistics.median(seconds[name]) / 1e9 for name in ("copy", "RecAdam")
+        )
+        lines.append(f"| {count} | {copy:.1f} | {ours:.1f} | {ours / copy:.2f} |")
+    torch.set_num_threads(cores)
+    return lines
+
+
+HELD = """
+import json, pathlib, tempfile, torch
+from benchmarks.common import SHAPES, arrays
+from recadam_torch import Anchors, RecAdam
+from recadam_core import Constant
+
+def now():
+    lines = dict(x.split(":", 1) for x in pathlib.Path("/proc/self/status").read_text().splitlines())
+    return [int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile")]
+
+model = torch.nn.ParameterDict({{str(i): torch.nn.Parameter(torch.from_numpy(x))
+                                 for i, x in enumerate(arrays(SHAPES, 0))}})
+size = sum(p.numel() for p in model.parameters())
+file = pathlib.Path(tempfile.mkdtemp()) / "model.safetensors"
+if {file}:
+    from safetensors.torch import save_file
+    save_file(dict(model.state_dict()), file)
+warm = torch.nn.Parameter(torch.ones(3))
+warm.grad = torch.ones(3)
+optimizer = RecAdam([warm], fused="numba")
+optimizer.step()
+for p in model.parameters():
+    p.grad = torch.ones_like(p)
+before = now()
+{make}
+optimizer.step()
+optimizer.step()
+print(json.dumps([(b - a) / size for a, b in zip(before, now())]))
+file.unlink(missing_ok=True)
+"""
+OURS = "optimizer = RecAdam(model.named_parameters(), lr=1e-5, gamma=100.0, annealing=Constant(1.0, {}){})"
+HOLDERS = {
+    "torch AdamW": (False, "optimizer = torch.optim.AdamW(model.parameters(), fused=True)"),
+    "RecAdam": (False, OURS.format("1.0", "")),
+    "RecAdam, bfloat16 anchors": (
+        False, OURS.format("1.0", ", anchors=Anchors.of(model, dtype=torch.bfloat16)")
+    ),
+    'RecAdam, anchors in a file (place="file")': (
+        True, OURS.format("1.0", ", anchors=Anchors.of(model, file, place='file')")
+    ),
+    "RecAdam, anchors freed": (False, OURS.format("0.0", "")),
+}  # fmt: skip
+
+
+def held() -> list[str]:
+    """What optimizers keep, read off the process."""
+    lines = ["| optimizer | bytes a parameter of its own | of the file's pages |", "|---|---|---|"]
+    for name, (file, make) in HOLDERS.items():
+        anonymous, mapped = json.loads(in_a_process(HELD.format(file=file, make=make)).splitlines()[-1])
+        lines.append(f"| {name} | {anonymous:.1f} | {max(0.0, mapped):.1f} |")
+    return lines
 
 
 def growth(picture: Path) -> list[str]:
@@ -135,6 +207,7 @@ def main() -> None:
             step()
             step()
             print(f"| {name} | {extra_memory(step) / SIZE:.1f} |", flush=True)
+    print("\n".join(["", *held(), "", *scaling()]), flush=True)
     if options.growth:
         print()
         print("\n".join(growth(options.growth)))

@@ -79,8 +79,10 @@ class Table:
         self._shares = np.searchsorted(starts, np.concatenate([[0], cuts, [total]])).astype(np.int64)
         self._scalars = np.zeros(8, dtype=CODES[dtypes[2]])
         self._entry = _compiled(*dtypes)
-        self._words = np.array([0, len(ends), len(starts), 0, 0, *(x.ctypes.data for x in (
-            self.addresses, self._pieces, self._shares, self._scalars))], dtype=np.int64)  # fmt: skip
+        held = (self.addresses, self._pieces, self._shares, self._scalars)
+        places = [x.ctypes.data for x in held]
+        words = [0, len(ends), len(starts), 0, 0, *places, len(self._shares) - 1]
+        self._words = np.array(words, dtype=np.int64)
 
     def run(self, c: Coefficients, pulls: bool, team: Team | None = None) -> None:
         """One step, in place on theta, m and v.
@@ -241,28 +243,30 @@ def _ticket(typing: Any, counter: Any) -> Any:
 
 @cache
 def _compiled(*dtypes: str) -> Any:
-    """A C function of a pointer to a table's words: steps the first share that nobody has taken."""
+    """A C function of a pointer to a table's words: steps shares that nobody has taken, while there are."""
     like_theta, like_grad, like_m, like_v, like_anchor = (CODES[name] for name in dtypes)
     sizes = tuple(CODES[name].itemsize for name in dtypes)
 
     def entry(at: Any) -> None:
-        words = numba.carray(at, (9,), np.int64)
-        share = _ticket(at)
+        words = numba.carray(at, (10,), np.int64)
         params, count, pulls, decays = words[1], words[2], words[3] != 0, words[4] != 0
         addresses = numba.carray(_pointer(words[5]), (5, params), np.int64)
         pieces = numba.carray(_pointer(words[6]), (3, count), np.int64)
-        shares = numba.carray(_pointer(words[7]), (share + 2,), np.int64)
+        shares = numba.carray(_pointer(words[7]), (words[9] + 1,), np.int64)
         x = numba.carray(_pointer(words[8]), (8,), like_m)
         scalars = (x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7])
         star = 4 if pulls else 1
-        for k in range(shares[share], shares[share + 1]):
-            p, start, size = pieces[0, k], pieces[1, k], pieces[2, k]
-            theta = numba.carray(_pointer(addresses[0, p] + start * sizes[0]), (size,), like_theta)
-            grad = numba.carray(_pointer(addresses[1, p] + start * sizes[1]), (size,), like_grad)
-            m = numba.carray(_pointer(addresses[2, p] + start * sizes[2]), (size,), like_m)
-            v = numba.carray(_pointer(addresses[3, p] + start * sizes[3]), (size,), like_v)
-            anchor = numba.carray(_pointer(addresses[star, p] + start * sizes[4]), (size,), like_anchor)
-            _loop(theta, grad, m, v, anchor, scalars, pulls, decays)
+        share = _ticket(at)
+        while share < words[9]:  # there may be fewer threads than were asked for
+            for k in range(shares[share], shares[share + 1]):
+                p, start, size = pieces[0, k], pieces[1, k], pieces[2, k]
+                theta = numba.carray(_pointer(addresses[0, p] + start * sizes[0]), (size,), like_theta)
+                grad = numba.carray(_pointer(addresses[1, p] + start * sizes[1]), (size,), like_grad)
+                m = numba.carray(_pointer(addresses[2, p] + start * sizes[2]), (size,), like_m)
+                v = numba.carray(_pointer(addresses[3, p] + start * sizes[3]), (size,), like_v)
+                anchor = numba.carray(_pointer(addresses[star, p] + start * sizes[4]), (size,), like_anchor)
+                _loop(theta, grad, m, v, anchor, scalars, pulls, decays)
+            share = _ticket(at)
 
     signature = types.void(types.voidptr)
     try:

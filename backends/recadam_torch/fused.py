@@ -204,7 +204,7 @@ def torch_team() -> Callable[[int, int, int], None] | None:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    found = re.search(r"/\S*torch\S*/lib(gomp|iomp5|omp)\S*\.so\S*", maps)
+    found = re.search(r"/\S*/torch/lib/lib(gomp|iomp5|omp)\S*\.so\S*", maps)
     try:
         parallel = ctypes.CDLL(found.group()).GOMP_parallel if found else None
     except (OSError, AttributeError):

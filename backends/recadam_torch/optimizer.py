@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
 from recadam_core import Hyperparameters, RecAdamError, Sigmoid, coefficients
@@ -258,14 +259,15 @@ class RecAdam(Optimizer):
             for p in group["params"]
         )
 
-    # A compiler steps over these two: they look into dictionaries, which change.
+    # A compiler steps over these two: they look into dictionaries, which change. Torch marks its own methods
+    # so; torch.compiler.disable would take two seconds of every import.
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def _plan(self, compiling: bool) -> list[Work]:
         """The parameters that have a gradient, in lists that share their coefficients."""
         return [work for group in self.param_groups for work in self._plan_group(group, compiling)]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def _finish(self, work: list[Work]) -> None:
         """Free the anchors that the annealing has released."""
         for some in work:

@@ -38,6 +38,7 @@ class Prepared:
         self._held = [(itemgetter(key), [state[key] for state in states]) for key in keys]
         self._places = list(map(Tensor.data_ptr, self._held[0][1]))
         self._states, self._flags = states, itemgetter(*_FLAGS)(group)
+        self._all: list[Any] = []
         self._work = work._replace(grads=[], steps=[self._steps])
 
     @staticmethod
@@ -58,11 +59,14 @@ class Prepared:
             rate: its learning rate.
         """
         work, params = self._work, group["params"]
-        states = list(map(state.get, params))
+        if len(state) != len(self._all) or not all(map(is_, state.values(), self._all)):
+            # Looking up a thousand tensors takes its time: so only where an entry is another one.
+            if not all(map(is_, map(state.get, params), self._states)):
+                return None
+            self._all = list(state.values())
         same = (
             len(params) == len(work.params)
             and all(map(is_, params, work.params))
-            and all(map(is_, states, self._states))
             and itemgetter(*_FLAGS)(group) == self._flags
             and all(all(map(is_, map(get, self._states), held)) for get, held in self._held)
             and list(map(Tensor.data_ptr, self._held[0][1])) == self._places
