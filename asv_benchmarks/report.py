@@ -17,9 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from benchmarks.common import PROFILE, SHAPES, extra_memory, in_a_process, interquartile, ratio, turns
+from benchmarks.common import GIVING_BACK, PROFILE, SHAPES, in_a_process, interquartile, ratio, turns
 from benchmarks.contenders import JAX, NUMPY, TORCH, made
-from benchmarks.step import BesideOptax, Start
+from benchmarks.step import BesideOptax, Memory, Start
 
 PEER = "torch AdamW fused"
 SIZE = sum(int(np.prod(shape)) for shape in SHAPES)
@@ -129,7 +129,8 @@ def held() -> list[str]:
     """What optimizers keep, read off the process."""
     lines = ["| optimizer | bytes a parameter of its own | of the file's pages |", "|---|---|---|"]
     for name, (file, make) in HOLDERS.items():
-        anonymous, mapped = json.loads(in_a_process(HELD.format(file=file, make=make)).splitlines()[-1])
+        code = HELD.format(file=file, make=make)
+        anonymous, mapped = json.loads(in_a_process(code, **GIVING_BACK).splitlines()[-1])
         lines.append(f"| {name} | {anonymous:.1f} | {max(0.0, mapped):.1f} |")
     return lines
 
@@ -203,10 +204,7 @@ def main() -> None:
     print("\n| step | bytes a parameter beyond what it keeps, at the peak |\n|---|---|", flush=True)
     for name in (*TORCH, *NUMPY, *JAX):
         if name != "copy":
-            step = made([name], SHAPES)[name]
-            step()
-            step()
-            print(f"| {name} | {extra_memory(step) / SIZE:.1f} |", flush=True)
+            print(f"| {name} | {Memory().track_peak(name):.1f} |", flush=True)
     print("\n".join(["", *held(), "", *scaling()]), flush=True)
     if options.growth:
         print()

@@ -114,6 +114,10 @@ def extra_memory(step: Callable[[], object]) -> float:
     return float(max(0, peak - before))
 
 
+GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+"""Environment in which glibc gives back what is freed, so that a process has what it uses."""
+
+
 def in_a_process(code: str, **environment: str) -> str:
     """What Python prints for some code in a process of its own."""
     result = subprocess.run(

@@ -98,28 +98,48 @@ def numpy_step(shapes, **flags):
     return step
 
 
-def jax_step(shapes, make):
-    """A jitted, donated step of an optax transformation."""
+def _train(tx):
+    """The step of an optax transformation, jitted and donated."""
     import jax
-    import jax.numpy as jnp
     import optax
-
-    tx = make()
-    grads = [jnp.array(x) for x in arrays(shapes, 1)]
-    params = [jnp.array(x) for x in arrays(shapes, 0)]
-    held = [params, tx.init(params)]
 
     def train(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    compiled = jax.jit(train, donate_argnums=(0, 1))
+    return jax.jit(train, donate_argnums=(0, 1))
+
+
+def jax_step(shapes, make):
+    import jax
+    import jax.numpy as jnp
+
+    tx = make()
+    grads = [jnp.array(x) for x in arrays(shapes, 1)]
+    params = [jnp.array(x) for x in arrays(shapes, 0)]
+    held = [params, tx.init(params)]
+    compiled = _train(tx)
 
     def step():
         held[:] = compiled(*held, grads)
         jax.block_until_ready(held)
 
     return step
+
+
+def compilations(shapes):
+    """What compiles each of JAX's steps anew."""
+    import jax
+    import numpy as np
+
+    params = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+
+    def program(make):
+        tx = make()
+        state = jax.eval_shape(tx.init, params)
+        return _train(tx).lower(params, state, params).compile
+
+    return {"optax AdamW": program(_optax_adamw), "JAX RecAdam": program(_jax_recadam)}
 
 
 def _jax_recadam():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from recadam_core import Hyperparameters
 
-from .common import SHAPES, OverBackends, extra_memory, in_a_process, ratio, turns
-from .contenders import JAX, NUMPY, TORCH, made
+from .common import GIVING_BACK, SHAPES, OverBackends, in_a_process, ratio, turns
+from .contenders import JAX, NUMPY, TORCH, compilations, made
 
 HP = Hyperparameters(lr=1e-5, gamma=5000.0)
 
@@ -35,16 +37,14 @@ class BesideOptax:
         return ratio(turns(made(list(JAX), SHAPES)), "JAX RecAdam", "optax AdamW")
 
     def track_compile(self):
-        """Seconds to the end of the first step, over optax's, each in a process of its own."""
-        code = (
-            "import time, jax\nfrom benchmarks.contenders import JAX\nfrom benchmarks.common import SHAPES\n"
-            "jax.numpy.ones(2).block_until_ready()\nstep = JAX[{!r}].make(SHAPES)\n"
-            "began = time.perf_counter()\nstep()\nprint(time.perf_counter() - began)"
-        )
-        seconds = {
-            name: [float(in_a_process(code.format(name)).split()[-1]) for _ in range(3)] for name in JAX
-        }
-        return float(np.median(seconds["JAX RecAdam"]) / np.median(seconds["optax AdamW"]))
+        """Seconds to compile the step, over optax's, in turns."""
+        seconds = {name: [] for name in JAX}
+        for _ in range(5):
+            for name, program in compilations(SHAPES).items():
+                began = time.perf_counter()
+                program()
+                seconds[name].append(time.perf_counter() - began)
+        return ratio(seconds, "JAX RecAdam", "optax AdamW")
 
 
 class Variants(OverBackends):
@@ -85,10 +85,14 @@ class Memory:
     timeout = 300
 
     def track_peak(self, contender):
-        step = made([contender], SHAPES)[contender]
-        step()
-        step()
-        return extra_memory(step) / sum(int(np.prod(shape)) for shape in SHAPES)
+        """In a process of its own, whose allocator gives back what is freed."""
+        code = (
+            "import numpy as np\nfrom benchmarks.common import SHAPES, extra_memory\n"
+            f"from benchmarks.contenders import made\nname = {contender!r}\n"
+            "step = made([name], SHAPES)[name]\n"
+            "step()\nstep()\nprint(extra_memory(step) / sum(int(np.prod(shape)) for shape in SHAPES))"
+        )
+        return float(in_a_process(code, **GIVING_BACK).split()[-1])
 
 
 class Start:
