@@ -39,7 +39,7 @@ class BesideOptax:
     def track_compile(self):
         """Seconds to compile the step, over optax's, in turns."""
         seconds = {name: [] for name in JAX}
-        for _ in range(5):
+        for _ in range(9):
             for name, program in compilations(SHAPES).items():
                 began = time.perf_counter()
                 program()

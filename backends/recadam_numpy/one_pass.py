@@ -121,8 +121,8 @@ def threads() -> int:
 
 
 _pools: list[ThreadPoolExecutor] = []
-# A forked child has none of its parent's threads.
-os.register_at_fork(after_in_child=_pools.clear)
+if hasattr(os, "register_at_fork"):  # a forked child has none of its parent's threads
+    os.register_at_fork(after_in_child=_pools.clear)
 
 
 def _pool() -> ThreadPoolExecutor:

@@ -132,7 +132,7 @@ class NumbaKernel:
             name for name, xs in given.items() if self._known.get(name, (None,))[0] is not xs
             or self._known[name][1] != places[name]
         }  # fmt: skip
-        used = {name: regular(given[name], wide, _walkable(), CPU) for name in changed}
+        used = {name: regular(given[name], wide, _walkable(), None) for name in changed}
         if "theta" in used and used["theta"][0].dtype.itemsize > 2 and used["theta"][0].dtype != wide:
             used["theta"] = [x.detach().to(wide) for x in thetas]
         copies = {name for name in used if used[name] is not given[name]}
@@ -158,7 +158,7 @@ class NumbaKernel:
 
 
 def regular(
-    tensors: list[Tensor], wide: torch.dtype, walkable: frozenset[torch.dtype], device: torch.device
+    tensors: list[Tensor], wide: torch.dtype, walkable: frozenset[torch.dtype], device: torch.device | None
 ) -> list[Tensor]:
     """Tensors whose memory a one-pass kernel can walk: the very list where it can already, else copies.
 
@@ -166,24 +166,21 @@ def regular(
         tensors: of any dtypes and strides, on any devices.
         wide: the dtype of a copy.
         walkable: the dtypes that the kernel reads, if all have the same one.
-        device: where the kernel runs.
+        device: where the kernel runs, if the tensors may be elsewhere.
 
     Example:
         >>> x = [torch.ones(2)]
-        >>> regular(x, torch.float32, frozenset([torch.float32]), torch.device("cpu")) is x
+        >>> regular(x, torch.float32, frozenset([torch.float32]), None) is x
         True
     """
     dtypes = set(map(attrgetter("dtype"), tensors))
     if len(dtypes) > 1 or not dtypes <= walkable:
         tensors = [x.detach().to(device, wide, non_blocking=True) for x in tensors]
-    elif any(x.device != device for x in tensors):
+    elif device is not None and any(x.device != device for x in tensors):
         tensors = [x.detach().to(device, non_blocking=True) for x in tensors]
     if all(map(Tensor.is_contiguous, tensors)):
         return tensors
     return [x.detach().contiguous() for x in tensors]
-
-
-CPU = torch.device("cpu")
 
 
 @cache

@@ -54,8 +54,9 @@ def execute(work: Work, scale: Tensor | None = None, found: Tensor | None = None
     if c.recall == 0 if isinstance(c.recall, float) else anchors is None:
         anchors, c = None, c._replace(recall=0.0)
     rounding = group["rounding"] if work.thetas[0].dtype in (torch.bfloat16, torch.float16) else "nearest"
-    plain = not any(map(is_sharded, work.params))
-    if work.fused == "triton" and (rounding == "nearest" or (rounding == "stochastic" and plain)):
+    if work.fused == "triton" and (
+        rounding == "nearest" or (rounding == "stochastic" and not any(map(is_sharded, work.params)))
+    ):
         keys = None
         if rounding == "stochastic":
             t = [step + 1 for step in work.steps] if work.t is None else [work.t] * count
