@@ -35,7 +35,7 @@ from .errors import Interrupted, RecAdamError
 from .finetuning.archives import ARCHIVES, fetch
 from .finetuning.compare import PREDICTIONS, compare_runs
 from .finetuning.engine import OPTIMIZERS
-from .finetuning.run import Run, RunConfig, finetune, load_run
+from .finetuning.run import Run, RunConfig, finetune, load_run, resumable
 from .finetuning.schedules import SCHEDULES
 from .finetuning.tasks import TASKS, get_task
 from .hyperparameters import FORMS
@@ -186,6 +186,8 @@ def finetune_command(
     # Before the bar, since pip shows one of its own.
     for name in get_task(task).archives(**config.options):
         fetch(name)
+    if resume and (directory / "config.json").exists() and not resumable(directory):
+        print(f"{directory}: no checkpoint to resume from: from the start", file=sys.stderr)
     try:
         with _bar(config.steps, f"{task}, {backend}, {optimizer}") as tell:
             run = finetune(config, directory, overwrite, tell, resume, checkpoint_every)

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from recadam_core import RecAdamError
 from recadam_core.finetuning import RunConfig, finetune, load_run
@@ -157,13 +158,37 @@ def lost_records(out):
     (out / "steps.jsonl").write_text("")
 
 
+def no_evaluations(out):
+    (out / "evaluations.json").write_text("[1]")
+
+
+def poor_evaluations(out):
+    (out / "evaluations.json").write_text('[{"step": 0}]')
+
+
+def change_checkpoint(out, step=6, dtype=None, name=None):
+    path = out / "checkpoint.safetensors"
+    held = load_file(path)
+    if dtype:
+        held = {key: x.astype(dtype) for key, x in held.items()}
+    if name:
+        held[name] = np.zeros(1)
+    save_file(held, path, {"step": str(step)})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (damage_checkpoint, r"checkpoint.safetensors: damaged \(.*\); delete it, or give --overwrite"),
         (other_checkpoint, r"checkpoint.safetensors: damaged \(.*0\.weight.*\)"),
         (other_start, "cannot resume: other starting weights or data; give --overwrite"),
-        (lost_records, "records end before step 6 of checkpoint.safetensors; give --overwrite"),
+        (lost_records, "records or evaluations end before step 6 of checkpoint.safetensors; give --overw"),
+        (no_evaluations, "records or evaluations end before step 6"),
+        (poor_evaluations, "records or evaluations end before step 6"),
+        (partial(change_checkpoint, step=-5), r"damaged \(its step is -5 of 10\)"),
+        (partial(change_checkpoint, step=10), r"damaged \(its step is 10 of 10\)"),
+        (partial(change_checkpoint, dtype=np.float32), r"is float32 .*, not float64"),
+        (partial(change_checkpoint, name="m.head.bias"), r"head.bias is float64 \(1,\), not float64 \(2,\)"),
     ],
 )
 def test_what_cannot_be_resumed_is_left_as_it_is(tmp_path, damage, message):
@@ -177,6 +202,19 @@ def test_what_cannot_be_resumed_is_left_as_it_is(tmp_path, damage, message):
     assert finetune(CONFIG, out, overwrite=True).status["state"] == "complete"
 
 
+def test_a_complete_run_that_is_damaged_is_not_taken_for_whole(tmp_path):
+    out = tmp_path / "run"
+    finetune(CONFIG, out)
+    (out / "predictions.npy").unlink()
+    with pytest.raises(RecAdamError, match=r"predictions\.npy"):
+        finetune(CONFIG, out, resume=True)
+    text = (out / "steps.jsonl").read_text().splitlines(keepends=True)
+    (out / "steps.jsonl").write_text("".join([*text[:3], "\n", *text[3:]]))
+    with pytest.raises(RecAdamError, match=r"steps\.jsonl: damaged in line 4"):
+        finetune(CONFIG, out, resume=True)
+    assert finetune(CONFIG, out, overwrite=True).status["state"] == "complete"
+
+
 def test_another_configuration_is_not_resumed(tmp_path, recadam):
     out = tmp_path / "run"
     cut_short(out, CONFIG)
@@ -187,6 +225,11 @@ def test_another_configuration_is_not_resumed(tmp_path, recadam):
         finetune(CONFIG, out, resume=True, overwrite=True)
     result = recadam("finetune", "digits", "--backend", "numpy", "--out", out)
     assert "holds a run already; give --overwrite, --resume or another directory" in result.stderr
+    (out / "checkpoint.safetensors").unlink()
+    words = ["--backend", "numpy", "--steps", "10", "--snapshot-every", "1", "--resume"]
+    result = recadam("finetune", "digits", *words, "--out", out)
+    assert result.returncode == 0
+    assert "no checkpoint to resume from: from the start" in result.stderr
     without = tmp_path / "without"
     again = finetune(CONFIG, without, resume=True, checkpoint_every=4)  # nothing to resume: a new run
     assert again.status["step"] == 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import itertools
 import json
@@ -16,13 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from recadam_core import Coefficients, Hyperparameters, RecAdam, Sigmoid
+from recadam_core import Coefficients, Hyperparameters, RecAdam, RecAdamError, Sigmoid
 from recadam_numpy import NumpyBackend
 from recadam_numpy.one_pass import COLUMNS, LEAST, Table
+from recadam_torch import Anchors, kernel_
 from recadam_torch import RecAdam as TorchRecAdam
-from recadam_torch import kernel_
 from recadam_torch.fused import FUSED, fused_kernel, torch_team
 
 # Triton's interpreter takes a process of its own, which sees this file with Triton's tests alone.
@@ -192,6 +194,43 @@ def other_rate(optimizer, named):
     optimizer.param_groups[0]["lr"] = 3e-3
 
 
+def no_rate(optimizer, named):
+    """Without a pull, the anchors are not looked at; with the next one they are again."""
+    optimizer.param_groups[0]["lr"] = 1e-2 if optimizer.param_groups[0]["lr"] == 0 else 0.0
+
+
+def turned_data(optimizer, named):
+    named[2][1].data = named[2][1].data.t()
+
+
+def turned_moment(optimizer, named):
+    state = optimizer.state[named[2][1]]
+    state["exp_avg"].data = state["exp_avg"].data.t()
+
+
+def negative_view(optimizer, named):
+    """As autograd leaves them after complex conjugates."""
+    for _, p in named:
+        p.grad = torch._neg_view(p.grad)
+
+
+def inferred(optimizer, named):
+    """A step before the one that is compared, in a mode in which tensors are made for good."""
+    with torch.inference_mode():
+        optimizer.step()
+
+
+def double(optimizer, named):
+    for _, p in named:
+        p.grad, grad = None, p.grad
+        p.data = p.data.double()
+        p.grad = grad.double()
+
+
+def expanded(optimizer, named):
+    named[1][1].grad = torch.ones(()).expand(named[1][1].shape)
+
+
 def other_flag(optimizer, named):
     optimizer.param_groups[0]["maximize"] = True
 
@@ -209,7 +248,7 @@ def reload(optimizer, named):
 @pytest.mark.parametrize(
     "change",
     [swap_data, swap_moment, swap_moments_data, swap_step, no_grad, strided_grad, other_rate, other_flag,
-     another_group, reload],
+     another_group, reload, no_rate, turned_data, turned_moment, negative_view, inferred, double, expanded],
 )  # fmt: skip
 def test_nothing_that_changes_between_steps_goes_unseen(change):
     ours, theirs = model_of(), model_of()
@@ -221,13 +260,85 @@ def test_nothing_that_changes_between_steps_goes_unseen(change):
             if t in (3, 4, 57):
                 change(opt, named)
             opt.step()
-        assert optimizer._prepared or (change is no_grad and t > 2)
+        freed = optimizer.state[ours[0][1]]["anchor"] is None
+        assert optimizer._prepared or freed or (change is no_grad and t > 2)
         for (name, p), (_, q) in zip(ours, theirs, strict=True):
             assert torch.equal(p, q), (t, name)
             assert optimizer.state[p]["step"] == reference.state[q]["step"]
     freed = [optimizer.state[p]["anchor"] is None for _, p in ours]
     assert freed == [reference.state[p]["anchor"] is None for _, p in theirs]
     assert all(freed)
+
+
+@pytest.mark.parametrize("size", [10, 1001, 2_000_000])
+def test_a_parameter_of_another_size_is_refused(size):
+    p = nn.Parameter(torch.randn(1000))
+    optimizer = TorchRecAdam([p], fused="numba", **SETTINGS)
+    for _ in range(2):
+        p.grad = torch.ones(1000)
+        optimizer.step()
+    whole, p.grad = p.data, None
+    p.data = whole[:size] if size < 1000 else torch.randn(size)
+    p.grad = torch.ones(size)
+    before = whole.clone()
+    with pytest.raises(RecAdamError, match=f"a parameter has {size} elements, its gradient"):
+        optimizer.step()
+    assert torch.equal(whole, before)
+
+
+@pytest.mark.parametrize("place", ["memory", "file"])
+def test_anchors_in_more_bits_are_rounded_first(tmp_path, place):
+    """Whatever is wider than the moments is rounded to them, as in the other ways to step."""
+    named = model_of()
+    anchors = {name: p.detach().double() + 1e-9 for name, p in named}
+    found = []
+    for flags in ({"fused": "numba"}, {"exact": True}):
+        named = model_of()
+        given = anchors
+        if place == "file":
+            save_file(anchors, tmp_path / "anchors.safetensors")
+            given = Anchors.of(nn.ParameterDict(dict(named)), tmp_path / "anchors.safetensors", place="file")
+        optimizer = TorchRecAdam(named, anchors=given, **SETTINGS, **flags)
+        for t in range(5):
+            backward(named, t)
+            optimizer.step()
+        found.append([p for _, p in named])
+    assert all(map(torch.equal, *found))
+
+
+def test_moments_in_sixteen_bits_are_stepped_in_another_way():
+    found = []
+    for flags in ({"fused": "numba"}, {"fused": False}):
+        named = model_of()
+        optimizer = TorchRecAdam(named, **SETTINGS, **flags)
+        backward(named, 0)
+        optimizer.step()
+        state = copy.deepcopy(optimizer.state_dict())
+        for entry in state["state"].values():
+            entry.update({key: entry[key].bfloat16() for key in ("exp_avg", "exp_avg_sq")})
+        optimizer.load_state_dict(state)
+        for t in range(1, 4):
+            backward(named, t)
+            optimizer.step()
+        found.append([p for _, p in named])
+    assert all(map(torch.equal, *found))
+
+
+def test_what_is_freed_is_freed_and_what_is_kept_is_seen():
+    named = model_of(dtype=B16)
+    settings = {**SETTINGS, "annealing": Sigmoid(k=50.0, t0=2), "rounding": "compensated"}
+    optimizer = TorchRecAdam(named, fused="numba", **settings)
+    held = weakref.ref(optimizer.state[named[0][1]]["anchor"])
+    for t in range(6):
+        backward(named, t)
+        optimizer.step()
+    assert held() is None
+    state = optimizer.state[named[2][1]]
+    state["residual"] = state["residual"].clone()
+    before = state["residual"].clone()
+    backward(named, 6)
+    optimizer.step()
+    assert not torch.equal(state["residual"], before)
 
 
 def test_the_default_is_one_pass_and_holds_no_gradients():

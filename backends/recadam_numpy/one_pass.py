@@ -63,6 +63,8 @@ class Table:
     """
 
     def __init__(self, sizes: Sequence[int], dtypes: Sequence[str], workers: int = 1) -> None:
+        if dtypes[2] != dtypes[3] or dtypes[2] not in ("float32", "float64"):
+            raise RecAdamError(f"Table: moments are {dtypes[2]} and {dtypes[3]}; give both in 32 or 64 bits")
         ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
         self.addresses = np.zeros((len(COLUMNS), len(ends)), dtype=np.int64)
         """Of the first element of each array, by column and parameter: to be filled in before `run`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from operator import attrgetter
@@ -24,7 +24,7 @@ from recadam_core import Coefficients, RecAdamError
 
 from .kernel import kernel_
 
-__all__ = ["FUSED", "NumbaKernel", "chosen_fused", "fused_kernel", "regular"]
+__all__ = ["FUSED", "NumbaKernel", "alike", "chosen_fused", "fused_kernel", "regular"]
 
 
 def chosen_fused(group: Mapping[str, Any], device: torch.device) -> str:
@@ -100,14 +100,13 @@ def _installed() -> dict[str, str]:
 class NumbaKernel:
     """One step by numba, over all tensors in one call.
 
-    Of lists that it gets again it only asks where their memory is: a thousand small tensors take longer to
-    look at than to step.
+    Every tensor is asked every step where its memory is, how much, and of what kind: a stale address is
+    somebody else's memory.
     """
 
     def __init__(self) -> None:
         self._table: Any = None
         self._shape: Any = None
-        self._known: dict[str, tuple[list[Tensor], list[int]]] = {}
 
     def __call__(
         self,
@@ -119,42 +118,53 @@ class NumbaKernel:
         c: Coefficients,
     ) -> None:
         """As `kernel_`."""
-        from recadam_numpy.one_pass import COLUMNS, Table
+        from recadam_numpy.one_pass import Table
 
         if not thetas:
             return
-        given = dict(
-            zip(COLUMNS, (thetas, grads, ms, vs, grads if anchors is None else anchors), strict=True)
-        )
-        wide, workers = ms[0].dtype, torch.get_num_threads()
-        places = {name: list(map(Tensor.data_ptr, xs)) for name, xs in given.items()}
-        changed = {
-            name for name, xs in given.items() if self._known.get(name, (None,))[0] is not xs
-            or self._known[name][1] != places[name]
-        }  # fmt: skip
-        used = {name: regular(given[name], wide, _walkable(), None) for name in changed}
-        if "theta" in used and used["theta"][0].dtype.itemsize > 2 and used["theta"][0].dtype != wide:
-            used["theta"] = [x.detach().to(wide) for x in thetas]
-        copies = {name for name in used if used[name] is not given[name]}
-        dtypes = {name: str(xs[0].dtype).removeprefix("torch.") for name, xs in used.items()}
-        names = [dtypes.get(name) or self._shape[0][i] for i, name in enumerate(COLUMNS)]
-        sizes = list(map(Tensor.numel, thetas)) if "theta" in changed else self._shape[2]
-        if (names, workers, sizes) != self._shape:
-            self._table, self._shape = Table(sizes, names, workers), (names, workers, sizes)
-            self._known.clear()
-            changed = set(COLUMNS)
-        for row, name in zip(self._table.addresses, COLUMNS, strict=True):
-            if name in changed:
-                row[:] = list(map(Tensor.data_ptr, used[name])) if name in copies else places[name]
-                if given[name] is not grads:  # which must not outlive the step
-                    self._known[name] = given[name], places[name]
-        self._table.run(c, anchors is not None, torch_team())
-        for name in copies:
-            self._known.pop(name, None)
-            if name in ("theta", "m", "v"):
-                torch._foreach_copy_(given[name], used[name])
+        wide = ms[0].dtype
+        walkable = _walkable().get(wide)
+        if walkable is None or any(x.dtype != wide for x in ms) or any(x.dtype != wide for x in vs):
+            kernel_(thetas, grads, ms, vs, anchors, c, exact=walkable is not None)  # moments of 16 bits, say
+            return
+        written = thetas, ms, vs
+        thetas, grads, ms, vs = (regular(xs, wide, walkable, None) for xs in (thetas, grads, ms, vs))
+        stars = None if anchors is None else regular(anchors, wide, walkable, None)
+        columns = [thetas, grads, ms, vs, grads if stars is None else stars]
+        sizes = alike(columns)
+        names = [str(xs[0].dtype).removeprefix("torch.") for xs in columns]
+        shape = names, torch.get_num_threads(), sizes
+        if shape != self._shape:
+            self._table, self._shape = Table(sizes, names, shape[1]), shape
+        for row, xs in zip(self._table.addresses, columns, strict=True):
+            row[:] = list(map(Tensor.data_ptr, xs))
+        self._table.run(c, stars is not None, torch_team())
+        for old, new in zip(written, (thetas, ms, vs), strict=True):
+            if new is not old:
+                torch._foreach_copy_(old, new)
         # Written behind autograd's back: say so, for graphs that still hold the old values.
-        torch.autograd.graph.increment_version(thetas)
+        torch.autograd.graph.increment_version(written[0])
+
+
+def alike(columns: Sequence[list[Tensor]]) -> list[int]:
+    """Elements of each parameter, which its gradient, moments and anchor must have, too.
+
+    Raises:
+        RecAdamError: when they have not, as after a parameter's data was replaced by some of another size.
+
+    Example:
+        >>> alike([[torch.ones(2)], [torch.ones(2)]])
+        [2]
+    """
+    sizes = list(map(Tensor.numel, columns[0]))
+    for xs in columns[1:]:
+        if (others := list(map(Tensor.numel, xs))) != sizes:
+            ours, theirs = next((a, b) for a, b in zip(sizes, others, strict=True) if a != b)
+            raise RecAdamError(
+                f"a parameter has {ours} elements, its gradient, moments or anchor {theirs}: its size was "
+                "changed; make a new optimizer"
+            )
+    return sizes
 
 
 def regular(
@@ -174,6 +184,8 @@ def regular(
         True
     """
     dtypes = set(map(attrgetter("dtype"), tensors))
+    if any(map(Tensor.is_neg, tensors)):  # which only say that they are negative
+        tensors = [x.resolve_neg() for x in tensors]
     if len(dtypes) > 1 or not dtypes <= walkable:
         tensors = [x.detach().to(device, wide, non_blocking=True) for x in tensors]
     elif device is not None and any(x.device != device for x in tensors):
@@ -184,11 +196,12 @@ def regular(
 
 
 @cache
-def _walkable() -> frozenset[torch.dtype]:
-    from recadam_numpy.one_pass import CODES, has_half
+def _walkable() -> dict[torch.dtype, frozenset[torch.dtype]]:
+    """The dtypes that can be widened to one to compute in, by that."""
+    from recadam_numpy.one_pass import has_half
 
-    names = set(CODES) if has_half() else set(CODES) - {"float16"}
-    return frozenset(getattr(torch, name) for name in names)
+    narrow = {torch.float32, torch.bfloat16, *([torch.float16] if has_half() else [])}
+    return {torch.float32: frozenset(narrow), torch.float64: frozenset([torch.float64])}
 
 
 @cache

@@ -278,6 +278,8 @@ class RecAdam(Optimizer):
                 continue
             released = [p for p in some.params if int(self.state[p]["step"]) >= release]
             take_hashes(self.state[p] for p in released)
+            if released:
+                self._prepared.pop(id(some.group), None)  # which holds them
             for p in released:
                 self.state[p]["anchor"] = None
                 forget(self._parts.get(p, ()), "anchor")

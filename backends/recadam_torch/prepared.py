@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -16,6 +16,13 @@ from .stepping import Work
 __all__ = ["Prepared"]
 
 _FLAGS = ("maximize", "rounding", "fused", "foreach", "exact", "capturable", "differentiable", "anchored")
+
+
+_dtype_and_device = attrgetter("dtype", "device")
+
+
+def _residual(state: Mapping[str, Any]) -> Any:
+    return state.get("residual")
 
 
 class Prepared:
@@ -31,11 +38,16 @@ class Prepared:
     """
 
     def __init__(self, group: Mapping[str, Any], work: Work, states: list[dict[str, Any]]) -> None:
-        self._steps = torch.full((len(states),), float(work.t or 0) - 1)
+        with torch.inference_mode(False):  # these outlive it
+            self._steps = torch.full((len(states),), float(work.t or 0) - 1)
         for state, step in zip(states, self._steps.unbind(), strict=True):
             state["step"] = step
         keys = ["step", "exp_avg", "exp_avg_sq", *(["anchor"] if work.anchored else [])]
-        self._held = [(itemgetter(key), [state[key] for state in states]) for key in keys]
+        self._held: list[tuple[Any, list[Any]]] = [
+            (itemgetter(key), [state[key] for state in states]) for key in keys
+        ]
+        self._held.append((_residual, list(map(_residual, states))))
+        self._kind = {(p.dtype, p.device) for p in work.params}
         self._places = list(map(Tensor.data_ptr, self._held[0][1]))
         self._states, self._flags = states, itemgetter(*_FLAGS)(group)
         self._all: list[Any] = []
@@ -67,6 +79,7 @@ class Prepared:
         same = (
             len(params) == len(work.params)
             and all(map(is_, params, work.params))
+            and set(map(_dtype_and_device, params)) == self._kind
             and itemgetter(*_FLAGS)(group) == self._flags
             and all(all(map(is_, map(get, self._states), held)) for get, held in self._held)
             and list(map(Tensor.data_ptr, self._held[0][1])) == self._places

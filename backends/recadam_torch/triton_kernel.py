@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recadam_core import Coefficients
 
-from .fused import regular
+from .fused import alike, regular
 from .shards import FIRST, SECOND
 
 __all__ = ["CHUNK", "TritonKernel"]
@@ -273,7 +273,7 @@ class TritonKernel:
         if not any(map(Tensor.numel, thetas)):
             return
         device = thetas[0].device
-        wide = torch.float64 if thetas[0].dtype == torch.float64 else torch.float32
+        wide = torch.float64 if ms[0].dtype == torch.float64 else torch.float32
         written = thetas, grads, ms, vs
         thetas, grads, ms, vs = (regular(xs, wide, WALKABLE, device) for xs in written)
         stars = grads if anchors is None else regular(anchors, wide, WALKABLE, device)
@@ -312,7 +312,7 @@ class TritonKernel:
 
     def _locate(self, columns: Sequence[list[Tensor]], device: torch.device) -> None:
         """Bring the table of addresses, and the chunks, to the device where they have changed."""
-        sizes = list(map(Tensor.numel, columns[0]))
+        sizes = alike(columns)
         places = np.array([*(list(map(Tensor.data_ptr, xs)) for xs in columns), sizes], dtype=np.int64)
         if (sizes, device) != self._shape:
             counts = -(-places[5] // CHUNK)
@@ -322,6 +322,8 @@ class TritonKernel:
             self._shape, self._places = (sizes, device), None
         if self._places is None or not np.array_equal(places, self._places):
             self._table, self._places = self._sent(places, device), places
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._captured += [self._table, self._chunks]  # which the graph reads at every replay
 
     def _scalars(self, c: Coefficients, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         numbers = (c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.recall, c.decay)

@@ -279,6 +279,9 @@ def finetune(
         raise RecAdamError(f"{out}: overwrite and resume exclude one another; give one of them")
     earlier = _claim(out, overwrite, config if resume else None)
     if earlier is not None and earlier.status["state"] == "complete":
+        earlier = load_run(out)
+        earlier.weights(config.steps)
+        earlier.predictions()
         return earlier
     for t in np.unique(np.linspace(1, config.steps, 1000, dtype=int)):
         # A pull that diverges is refused before anything is written.
@@ -388,7 +391,13 @@ def _claim(out: Path, overwrite: bool, resumed: RunConfig | None) -> Run | None:
     try:
         run = load_run(out, strict=False)
     except RecAdamError:
-        raise RecAdamError(f"{out}: holds something that is no run; give another directory") from None
+        try:
+            RunConfig.from_dict(json.loads((out / "config.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecAdamError):
+            raise RecAdamError(f"{out}: holds something that is no run; give another directory") from None
+        if overwrite:  # a damaged run
+            return None
+        raise
     if not overwrite and resumed is None:
         hint = "give --overwrite, --resume or another directory"
         raise RecAdamError(f"{out}: holds a run already; {hint}")
@@ -437,6 +446,16 @@ def _sweep(out: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def resumable(out: Path) -> bool:
+    """Whether a directory has what a resume goes on from: a checkpoint, or a run that is complete.
+
+    Example:
+        >>> resumable(Path("/nowhere"))
+        False
+    """
+    return (out / CHECKPOINT).exists() or (out / "predictions.npy").exists()
+
+
 def _checkpoint(path: Path, step: int, engine: Engine) -> None:
     weights = engine.weights()
     moments = {name: engine.moments(name) for name in weights}
@@ -454,16 +473,28 @@ def _resume(run: Run, engine: Engine, problem: Problem, provenance: dict[str, An
         return 0
     if run.provenance.get("start_sha256") != provenance["start_sha256"]:
         raise RecAdamError(f"{run.path}: cannot resume: other starting weights or data; give --overwrite")
+    config = run.config
     try:
         with safe_open(path, framework="numpy") as file:
             step = int((file.metadata() or {})["step"])
             held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # is no dict
-        weights = {name: held[f"weights.{name}"] for name in problem.params}
-        moments = {name: Moments(held[f"m.{name}"], held[f"v.{name}"]) for name in problem.params}
+        if not 0 < step < config.steps:
+            raise ValueError(f"its step is {step} of {config.steps}")
+        for name, start in problem.params.items():
+            for x in (held[f"{part}.{name}"] for part in ("weights", "m", "v")):
+                if x.shape != start.shape or x.dtype != config.dtype:
+                    raise ValueError(f"{name} is {x.dtype} {x.shape}, not {config.dtype} {start.shape}")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise RecAdamError(f"{path}: damaged ({error}); delete it, or give --overwrite") from None
-    if len(run.steps["step"]) < step or not run.evaluations:
-        raise RecAdamError(f"{run.path}: records end before step {step} of {path.name}; give --overwrite")
+    weights = {name: held[f"weights.{name}"] for name in problem.params}
+    moments = {name: Moments(held[f"m.{name}"], held[f"v.{name}"]) for name in problem.params}
+    told = [
+        e.get("step") if isinstance(e, dict) and "target_accuracy" in e else None for e in run.evaluations
+    ]
+    if len(run.steps["step"]) < step or not told or not all(isinstance(x, int) for x in told):
+        raise RecAdamError(
+            f"{run.path}: records or evaluations end before step {step} of {path.name}; give --overwrite"
+        )
     engine.restore(step, weights, moments)
     _sweep(run.path)
     for later in (s for s in run.snapshots() if s > step):
