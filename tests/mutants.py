@@ -145,7 +145,7 @@ MUTATIONS = [
     ),
     *_kernel(
         "torch", "recadam_torch.fused", "fused",
-        ("other layouts are not written back", 'if name in ("theta", "m", "v"):', "if False:"),
+        ("other layouts are not written back", "if new is not old:", "if False:"),
     ),
     *_kernel(
         "torch", "recadam_torch.prepared", "fused",
