@@ -53,7 +53,7 @@ def run(folder, steps, kills):
     return torch.load(folder / "final.pt")
 
 
-@pytest.mark.parametrize(("steps", "count"), [(60, 2), pytest.param(1000, 10, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize(("steps", "count"), [(60, 1), pytest.param(1000, 10, marks=pytest.mark.heavy)])
 def test_kills_at_random_points_change_no_bit(tmp_path, steps, count):
     """Some before the anchors are released and some after; with stochastic rounding, which is no chance."""
     # A checkpoint may not be reached between two kills: then the same steps are taken once more.
@@ -125,8 +125,14 @@ def cut_short(out, config, at=7):
 CONFIG = RunConfig.for_task("digits", "numpy", steps=10, snapshot_every=1)
 
 
-@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
-@pytest.mark.parametrize("optimizer", ["recadam", "annealed", "adamw", "coupled"])
+@pytest.mark.parametrize(
+    ("backend", "optimizer"),
+    [
+        pytest.param(b, o, marks=[] if b == "numpy" or o == "recadam" else pytest.mark.heavy)
+        for b in ("numpy", "torch", "jax")
+        for o in ("recadam", "annealed", "adamw", "coupled")
+    ],
+)
 def test_every_engine_resumes(tmp_path, backend, optimizer):
     config = RunConfig.for_task("digits", backend, optimizer, steps=10, snapshot_every=1)
     cut_short(tmp_path / "run", config)

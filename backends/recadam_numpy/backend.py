@@ -42,6 +42,7 @@ class NumpyBackend(Specification):
 
     def __init__(self, fused: bool = False, in_place: bool = False) -> None:
         super().__init__(np)
+        self._kernel: Callable[..., None] = kernel
         self._one_pass: Callable[..., None] | None = None
         self._in_place = in_place
         if in_place and not fused:
@@ -87,7 +88,7 @@ class NumpyBackend(Specification):
                 self._one_pass(*columns[:4], None if anchors is None else columns[4], c)
                 continue
             for theta, grad, m, v, anchor in zip(*columns, strict=True):
-                kernel(theta, grad, m, v, None if anchors is None else anchor, c)
+                self._kernel(theta, grad, m, v, None if anchors is None else anchor, c)
         for i, (old, (m, v)) in enumerate(zip(params, moments, strict=True)):
             new_params[i] = _as_was(old, new_params[i])
             new_moments[i] = Moments(_as_was(m, new_moments[i].m), _as_was(v, new_moments[i].v))
