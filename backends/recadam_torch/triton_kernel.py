@@ -27,7 +27,6 @@ CHUNK = 1 << 14
 WALKABLE = frozenset([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 
 BLOCK = 2048
-BLOCK_INTERPRETED = CHUNK
 
 _MIX_FIRST, _MIX_SECOND = tl.constexpr(FIRST), tl.constexpr(SECOND)
 
@@ -236,6 +235,7 @@ class TritonKernel:
 
     def __init__(self) -> None:
         self._shape: Any = None
+        self._chunk = CHUNK
         self._chunks: Any = None
         self._places: Any = None
         self._table: Any = None
@@ -300,8 +300,8 @@ class TritonKernel:
             scaled=scale is not None,
             guarded=found is not None,
             aligned=not bool((self._places[:5] % 16).any()),
-            chunk=CHUNK,
-            block=BLOCK_INTERPRETED if interpreted else BLOCK,
+            chunk=self._chunk,
+            block=self._chunk if interpreted else BLOCK,
             **options,
         )
         for old, new in zip(written, (thetas, grads, ms, vs), strict=True):
@@ -315,7 +315,9 @@ class TritonKernel:
         sizes = alike(columns)
         places = np.array([*(list(map(Tensor.data_ptr, xs)) for xs in columns), sizes], dtype=np.int64)
         if (sizes, device) != self._shape:
-            counts = -(-places[5] // CHUNK)
+            # The interpreter takes its time by the operation, and for the elements of a whole block.
+            self._chunk = CHUNK if device.type == "cuda" else min(CHUNK, triton.next_power_of_2(max(sizes)))
+            counts = -(-places[5] // self._chunk)
             owner = np.repeat(np.arange(len(sizes)), counts)
             chunk = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
             self._chunks = self._sent(np.stack([owner, chunk]).astype(np.int32), device)
