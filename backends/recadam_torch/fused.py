@@ -279,7 +279,7 @@ def triton_() -> Callable[..., None]:
     """One step by Triton, over all tensors in one launch."""
     from .triton_kernel import TritonKernel
 
-    return TritonKernel()
+    return TritonKernel(joins=os.environ.get("TRITON_INTERPRET") == "1")
 
 
 FUSED: dict[str, Callable[[], Callable[..., None]]] = {

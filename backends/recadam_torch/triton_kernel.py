@@ -228,12 +228,17 @@ def _kernel(
 class TritonKernel:
     """One step by Triton, over all tensors in one launch; keeps on the device where they are.
 
+    Args:
+        joins: whether tensors are joined to one before, for Triton's interpreter, which takes its time by the
+            program.
+
     Example:
         >>> callable(TritonKernel())
         True
     """
 
-    def __init__(self) -> None:
+    def __init__(self, joins: bool = False) -> None:
+        self._joins = joins
         self._shape: Any = None
         self._chunk = CHUNK
         self._chunks: Any = None
@@ -277,6 +282,16 @@ class TritonKernel:
         written = thetas, grads, ms, vs
         thetas, grads, ms, vs = (regular(xs, wide, WALKABLE, device) for xs in written)
         stars = grads if anchors is None else regular(anchors, wide, WALKABLE, device)
+        if self._joins and len(thetas) > 1 and keys is None and not any(isinstance(x, Tensor) for x in c):
+            sizes = alike([thetas, grads, ms, vs, stars])
+            theta, grad, m, v, star = (
+                [torch.cat([x.detach().reshape(-1) for x in xs])] for xs in (thetas, grads, ms, vs, stars)
+            )
+            self(theta, grad, m, v, None if anchors is None else star, c, negates, None, scale, found)
+            for xs, flat in zip(written, (theta, grad, m, v), strict=True):
+                parts = torch.split(flat[0], sizes)
+                torch._foreach_copy_(xs, [x.view(y.shape) for x, y in zip(parts, xs, strict=True)])
+            return
         self._locate([thetas, grads, ms, vs, stars], device)
         scalars = self._scalars(c, len(thetas), wide, device)
         programs = self._chunks.shape[1]
