@@ -403,6 +403,61 @@ def fetch_command(
 
 
 @app.command()
+def seeds(
+    task: Annotated[str, typer.Argument(help=f"One of {', '.join(TASKS)}.")] = "digits",
+    optimizer: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(OPTIMIZERS)}; give it again for more.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="One that trains many seeds at once: jax.")] = "jax",
+    count: Annotated[int, typer.Option(min=1, max=1024, help="Seeds, from 0.")] = 16,
+    steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Strength of the pull.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    k: Annotated[float | None, typer.Option(help="Slope of the sigmoid, per step.")] = None,
+    t0: Annotated[float | None, typer.Option(help="Middle of the sigmoid, in steps.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Evaluate every so many steps.")] = None,
+    out: Annotated[Path, typer.Option(help="Directory of seeds.json and seeds.png.")] = Path("runs/seeds"),
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier sweep in the directory.")] = False,
+) -> None:
+    """Train from many seeds in one program, and show how much they differ."""
+    from .finetuning.files import replacing, write_json
+    from .finetuning.plots import seeds_figure
+    from .finetuning.seeds import sweep_seeds
+
+    given = {"steps": steps, "gamma": gamma, "lr": lr, "k": k, "t0": t0, "eval_every": eval_every}
+    changes = {name: value for name, value in given.items() if value is not None}
+    names = list(dict.fromkeys(optimizer or ["recadam", "annealed", "adamw"]))
+    configs = [RunConfig.for_task(task, backend, name, **changes) for name in names]
+    if out.exists() and not out.is_dir():
+        raise RecAdamError(f"{out}: is a file; give a directory")
+    if (out / "seeds.json").exists() and not overwrite:
+        raise RecAdamError(f"{out}: holds a sweep already; give --overwrite or another directory")
+    for name in get_task(task).archives(**configs[0].options):
+        fetch(name)
+    sweeps = []
+    with _bar(len(configs), f"{task}, {count} seeds") as tell:
+        for done, config in enumerate(configs):
+            tell(done, config.optimizer)
+            sweeps.append(sweep_seeds(config, range(count)))
+        tell(len(configs), "")
+    figures = list(sweeps[0].evaluations)
+    table = Table(box=None, pad_edge=False)
+    for title in ("optimizer", *(name.replace("_", " ") for name in figures)):
+        table.add_column(title, justify="left" if title == "optimizer" else "right")
+    for sweep in sweeps:
+        spread = (sweep.quartiles(name) for name in figures)
+        cells = (f"{middle:.4f} ({low:.4f} to {high:.4f})" for low, middle, high in spread)
+        table.add_row(sweep.config.optimizer, *cells)
+    _show(table)
+    print(f"medians and middle halves of {count} seeds after step {sweeps[0].config.steps}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "seeds.json", [sweep.to_dict() for sweep in sweeps])
+    with replacing(out / "seeds.png") as beside:
+        seeds_figure(sweeps).savefig(beside, format="png", dpi=150)
+    print(out / "seeds.png")
+
+
+@app.command()
 def schedule(
     steps: Annotated[int, typer.Option(min=1, help="Steps of the training.")] = 1000,
     annealing: Annotated[str, typer.Option(help=f"One of {', '.join(ANNEALINGS)}.")] = "sigmoid",

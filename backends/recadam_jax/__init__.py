@@ -8,7 +8,29 @@ updates, state = tx.update(grads, state, params)
 params = optax.apply_updates(params, updates)
 """
 
-from .backend import JaxBackend, backend
-from .transformation import RecAdamState, recadam
+from .anchors import load_anchor, release
+from .backend import FLAG, JaxBackend, backend
+from .transformation import (
+    HostCoefficients,
+    RecAdamState,
+    Released,
+    from_hyperparameters,
+    host_coefficients,
+    recadam,
+    scale_by_recadam,
+)
 
-__all__ = ["JaxBackend", "RecAdamState", "backend", "recadam"]
+__all__ = [
+    "FLAG",
+    "HostCoefficients",
+    "JaxBackend",
+    "RecAdamState",
+    "Released",
+    "backend",
+    "from_hyperparameters",
+    "host_coefficients",
+    "load_anchor",
+    "recadam",
+    "release",
+    "scale_by_recadam",
+]

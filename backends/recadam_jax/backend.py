@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -24,9 +24,9 @@ from recadam_core import (
 )
 from recadam_core.backends import Exact, Functional, Specification, Stepper, Variant
 
-from .transformation import recadam
+from .transformation import from_hyperparameters, host_coefficients
 
-__all__ = ["JaxBackend", "backend"]
+__all__ = ["FLAG", "JaxBackend", "backend"]
 
 
 # The moments' decay rates are static: 1 - beta is then taken in float64, as on every other backend.
@@ -48,21 +48,6 @@ def _step(
         update(*arrays, c) for arrays in zip(params, grads, moments, stars, strict=True)
     ]
     return [apply(theta, delta) for theta, (delta, _) in zip(params, new, strict=True)], [s for _, s in new]
-
-
-def transformation(hp: Hyperparameters) -> Callable[..., optax.GradientTransformation]:
-    """`recadam` with the settings of a `Hyperparameters` bound; takes the learning rate first."""
-    return partial(
-        recadam,
-        b1=hp.betas[0],
-        b2=hp.betas[1],
-        eps=hp.eps,
-        weight_decay=hp.weight_decay,
-        gamma=hp.gamma,
-        annealing=hp.annealing,
-        bias_correction=hp.bias_correction,
-        form=hp.form,
-    )
 
 
 # LLVM fuses a multiplication and an addition into one rounding wherever the processor can, and only
@@ -121,10 +106,21 @@ class JaxBackend:
             Variant(
                 "optax",
                 "recadam_jax.recadam",
-                Exact("never", "give host coefficients through recadam_core.RecAdam instead"),
+                Exact("never", "give it host_coefficients, as optax-host does"),
                 traced=True,
                 rounds_update=True,
                 misses={"exact": TRACED, "denormals": TRACED},
+            ),
+            Variant(
+                "optax-host",
+                "recadam_jax.recadam, coefficients=host_coefficients(t, hp)",
+                Exact(
+                    f"XLA_FLAGS={FLAG}",
+                    "no AVX2 in the whole process; to be set before JAX starts",
+                    {"XLA_FLAGS": FLAG},
+                ),
+                rounds_update=True,
+                misses=FLUSHED,
             ),
         ),
         finetunes=("mlp", "bert"),
@@ -173,10 +169,10 @@ class JaxBackend:
         hp: Hyperparameters,
         exact: bool = False,
     ) -> Stepper:
-        """`recadam_jax.recadam` in one compiled step with traced coefficients; or `recadam_core.RecAdam`."""
+        """`recadam_jax.recadam` in one compiled step, or `recadam_core.RecAdam`."""
         self.capabilities.variant(variant)
-        if variant == "optax":
-            return _OptaxStepper(params, anchors, hp)
+        if variant.startswith("optax"):
+            return _OptaxStepper(params, anchors, hp, host=variant == "optax-host")
         return Functional(JaxBackend(jit=variant == "functional", exact=exact), params, anchors, hp)
 
     def traced_coefficients(
@@ -219,20 +215,24 @@ class JaxBackend:
 class _OptaxStepper:
     """`recadam_jax.recadam` as the conformance kit drives it."""
 
-    def __init__(self, params: dict[str, Any], anchors: dict[str, Any], hp: Hyperparameters) -> None:
-        make = transformation(hp)
-        self.params = params
-        self.state: Any = make(hp.lr, anchor={name: anchors.get(name) for name in params}).init(params)
+    def __init__(
+        self, params: dict[str, Any], anchors: dict[str, Any], hp: Hyperparameters, host: bool
+    ) -> None:
+        stars = {name: anchors.get(name) for name in params}
+        self.params, self.hp, self.host = params, hp, host
+        self.state: Any = from_hyperparameters(hp, anchor=stars).init(params)
 
         @jax.jit
-        def train(params: Any, grads: Any, state: Any, lr: Any) -> Any:
-            updates, state = make(lr).update(grads, state, params)
+        def train(params: Any, grads: Any, state: Any, lr: Any, given: Any) -> Any:
+            tx = from_hyperparameters(hp, lr)
+            updates, state = tx.update(grads, state, params, coefficients=given)
             return optax.apply_updates(params, updates), state
 
         self.train = train
 
     def __call__(self, grads: dict[str, jax.Array], lr: float) -> dict[str, jax.Array]:
-        self.params, self.state = self.train(self.params, grads, self.state, lr)
+        given = host_coefficients(int(self.state.count) + 1, self.hp, lr) if self.host else None
+        self.params, self.state = self.train(self.params, grads, self.state, lr, given)
         return self.params
 
     def moments(self) -> dict[str, Moments]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import cache, partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from recadam_core import Hyperparameters, Moments
 from recadam_core.finetuning.engine import StepRecord, coupled_gradients, policy
 from recadam_core.finetuning.models import Model, Ops
 
-from .backend import backend, transformation
+from .backend import backend
+from .transformation import from_hyperparameters
 
 __all__ = ["JaxEngine"]
 
@@ -38,29 +39,10 @@ class JaxEngine:
         self.model, self.dtype = model, dtype
         self.params = {n: backend.from_numpy(x, dtype) for n, x in params.items()}
         self.start = {n: backend.copy(x) for n, x in self.params.items()}
-        if optimizer == "adamw":
-            b1, b2 = hp.betas
-            make = partial(optax.adamw, b1=b1, b2=b2, eps=hp.eps, weight_decay=hp.weight_decay)
-        else:
-            settings, pulled = policy(optimizer, hp, anchored)
-            make = partial(transformation(settings), anchor_mask={n: n in pulled for n in self.params})
-        self.state = make(0.0).init(self.params)
+        init, train = _training(model, frozenset(params), anchored, optimizer, hp)
+        self.state = init(self.params)
         self.t = 0
-
-        def train(params: Any, state: Any, start: Any, batch: Any, t: Any, lr: Any) -> Any:
-            loss, grads = jax.value_and_grad(lambda p: model.loss(OPS, p, batch))(params)
-            norm = _norm(grads.values())
-            if optimizer == "coupled":
-                stars = {n: start[n] for n in anchored}
-                grads = coupled_gradients(grads, params, stars, hp, t, jnp)
-            updates, state = make(lr).update(grads, state, params)
-            params = optax.apply_updates(params, updates)
-            moved = {n: p - start[n] for n, p in params.items()}
-            distance = _norm(moved[n] for n in sorted(anchored))
-            return params, state, (loss, norm, distance, _norm(moved.values()))
-
         self.train = jax.jit(train, donate_argnums=(0, 1))
-        self.methods: dict[str, Any] = {}
 
     def step(self, batch: Mapping[str, Array], lr: float) -> StepRecord:
         """One step."""
@@ -72,9 +54,8 @@ class JaxEngine:
 
     def call(self, function: str, batch: Mapping[str, Array]) -> Array:
         """A method of the model, compiled for each shape of batch."""
-        if function not in self.methods:
-            self.methods[function] = jax.jit(partial(getattr(self.model, function), OPS))
-        return np.array(self.methods[function](self.params, self._batch(batch)))
+        model = cast(Hashable, self.model)
+        return np.array(_method(model, function)(self.params, self._batch(batch)))
 
     def weights(self) -> dict[str, Array]:
         """A copy of the parameters."""
@@ -101,8 +82,77 @@ class JaxEngine:
         }
         self.state = optax.tree_utils.tree_set(self.state, **held)
 
+    @staticmethod
+    def sweep(
+        model: Model,
+        starts: Sequence[Mapping[str, Array]],
+        batches: Mapping[str, Array],
+        rates: Array,
+        kept: Sequence[int],
+        anchored: frozenset[str],
+        optimizer: str,
+        hp: Hyperparameters,
+        dtype: str,
+    ) -> tuple[dict[str, Array], list[dict[str, Array]]]:
+        """Train from many starts in one program; see `recadam_core.finetuning.seeds`."""
+        init, train = _training(model, frozenset(starts[0]), anchored, optimizer, hp)
+        rows = {n: x.astype(dtype if x.dtype.kind == "f" else np.int32) for n, x in batches.items()}
+        times, rates = np.arange(1.0, len(rates) + 1).astype(dtype), rates.astype(dtype)
+
+        def one(start: Any, rows: Any) -> Any:
+            def step(carry: Any, now: Any) -> Any:
+                t, lr, batch = now
+                params, state, record = train(*carry, start, batch, t, lr)
+                return (params, state), record
+
+            carry, records, weights, first = (start, init(start)), [], [], 0
+            for last in kept:
+                part = slice(first, last)
+                now = times[part], rates[part], {n: x[part] for n, x in rows.items()}
+                carry, record = jax.lax.scan(step, carry, now)
+                records.append(record)
+                weights.append(carry[0])
+                first = last
+            return jax.tree.map(lambda *xs: jnp.concatenate(xs), *records), weights
+
+        stacked = {n: backend.from_numpy(np.stack([x[n] for x in starts]), dtype) for n in starts[0]}
+        records, weights = jax.jit(jax.vmap(one))(stacked, rows)
+        found = [{n: np.array(x) for n, x in each.items()} for each in weights]
+        return dict(zip(StepRecord._fields, map(np.array, records), strict=True)), found
+
     def _batch(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         return {n: x.astype(self.dtype if x.dtype.kind == "f" else np.int32) for n, x in batch.items()}
+
+
+@cache
+def _method(model: Hashable, function: str) -> Callable[..., Any]:
+    return jax.jit(partial(getattr(model, function), OPS))
+
+
+def _training(
+    model: Model, names: frozenset[str], anchored: frozenset[str], optimizer: str, hp: Hyperparameters
+) -> tuple[Callable[[Any], Any], Callable[..., Any]]:
+    """From parameters to the optimizer's first state; and a step, to be compiled."""
+    if optimizer == "adamw":
+        b1, b2 = hp.betas
+        make = partial(optax.adamw, b1=b1, b2=b2, eps=hp.eps, weight_decay=hp.weight_decay)
+    else:
+        settings, pulled = policy(optimizer, hp, anchored)
+        make = partial(from_hyperparameters, settings, anchor_mask={n: n in pulled for n in names})
+
+    def train(params: Any, state: Any, start: Any, batch: Any, t: Any, lr: Any) -> Any:
+        loss, grads = jax.value_and_grad(lambda p: model.loss(OPS, p, batch))(params)
+        norm = _norm(grads.values())
+        if optimizer == "coupled":
+            stars = {n: start[n] for n in anchored}
+            grads = coupled_gradients(grads, params, stars, hp, t, jnp)
+        updates, state = make(lr).update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        moved = {n: p - start[n] for n, p in params.items()}
+        distance = _norm(moved[n] for n in sorted(anchored))
+        return params, state, (loss, norm, distance, _norm(moved.values()))
+
+    return make(0.0).init, train
 
 
 def _norm(arrays: Iterable[jax.Array]) -> jax.Array:

@@ -11,8 +11,9 @@ import numpy as np
 from ..annealing import Annealing
 from .compare import TINY, Comparison
 from .run import Run
+from .seeds import Sweep
 
-__all__ = ["SOURCE_LABELS", "schedule_figure", "task_figure"]
+__all__ = ["SOURCE_LABELS", "schedule_figure", "seeds_figure", "task_figure"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -197,4 +198,41 @@ def schedule_figure(annealing: Annealing, lr: float, gamma: float, steps: int) -
     pull.set(title="Pull: share of the way home in a step", xlabel="step")
     pull.set_yscale("log")
     pull.set_ylim(1e-6, 4)
+    return figure
+
+
+@_styled
+def seeds_figure(sweeps: Sequence[Sweep]) -> Any:
+    """The spread over seeds: target accuracy, what was kept, and drift, by optimizer.
+
+    Args:
+        sweeps: sweeps of one task, one for each optimizer.
+
+    Returns:
+        A matplotlib figure; lines are medians, bands hold the middle half and the range.
+    """
+    figure, panels = _figure(3)
+    source = sweeps[0].headline
+    for sweep in sweeps:
+        name = sweep.config.optimizer
+        steps = np.arange(1, sweep.config.steps + 1)
+        curves = (
+            (sweep.at, sweep.evaluations["target_accuracy"]),
+            (sweep.at, sweep.evaluations[source]),
+            (steps, sweep.steps["distance"]),
+        )
+        for panel, (x, values) in zip(panels, curves, strict=True):
+            low, first, middle, third, high = np.quantile(values, [0, 0.25, 0.5, 0.75, 1], axis=0)
+            panel.fill_between(x, low, high, color=COLOURS[name], alpha=0.12, linewidth=0)
+            panel.fill_between(x, first, third, color=COLOURS[name], alpha=0.3, linewidth=0)
+            panel.plot(x, middle, color=COLOURS[name], label=NAMES[name])
+    count = len(sweeps[0].seeds)
+    titles = (
+        "Target accuracy",
+        SOURCE_LABELS[source][0].upper() + SOURCE_LABELS[source][1:],
+        "Distance to the anchor",
+    )
+    for panel, title in zip(panels, titles, strict=True):
+        panel.set(title=title, xlabel=f"step ({count} seeds)")
+    panels[0].legend()
     return figure

@@ -1,0 +1,236 @@
+"""Anchors from checkpoints, and states without them once the annealing is over."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from recadam_core import Annealing, RecAdamError, release_step
+
+from .transformation import RecAdamState, Released, paths
+
+__all__ = ["load_anchor", "release"]
+
+
+def load_anchor(
+    source: str | Path, params: Any, name: Callable[[str], str | None] | None = None, new: Any = ()
+) -> Any:
+    """The anchors that a checkpoint holds for a tree of parameters.
+
+    Of a `.safetensors` file each device gets its own part, read when it is asked for; an orbax checkpoint is
+    restored into the parameters' shardings.
+
+    Args:
+        source: a `.safetensors` file, its index (`.safetensors.index.json`), or an orbax checkpoint's folder
+            whose tree has the parameters' paths.
+        params: the parameters, of arrays or `jax.ShapeDtypeStruct`; they say shapes, and shardings where they
+            are committed to one.
+        name: from a parameter's path, as `encoder/layer_3/kernel`, to the tensor's name in the file; None
+            where there is none. By default the path itself, or with dots for slashes.
+        new: paths of new heads, which need no anchor; a path stands for all below it.
+
+    Returns:
+        A tree like the parameters, with None for new heads, in the checkpoint's dtypes: `recadam`'s `anchor`.
+
+    Raises:
+        RecAdamError: when there is no such checkpoint, it is damaged, it has another shape for a parameter,
+            or none that is not in `new`; when a path in `new` is none of the parameters'.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.numpy import save_file
+        >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
+        >>> save_file({"dense.kernel": np.ones(2, np.float32)}, path)
+        >>> anchor = load_anchor(path, {"dense": {"kernel": np.zeros(2)}, "head": np.zeros(3)}, new=["head"])
+        >>> anchor["head"] is None, anchor["dense"]["kernel"].tolist()
+        (True, [1.0, 1.0])
+    """
+    ours, leaves = paths(params), jax.tree.leaves(params)
+    for path in new:
+        if not any(f"{x}/".startswith(f"{path}/") for x in ours):
+            raise RecAdamError(
+                f"anchors: new names {path!r}, which is no parameter{_nearest(path, ours)}; give a path"
+            )
+    wanted = {x: leaf for x, leaf in zip(ours, leaves, strict=True) if not _below(x, new)}
+    path = Path(source)
+    if not path.exists():
+        raise RecAdamError(f"anchors: {path}: no such file or folder; give the pretrained checkpoint")
+    read = _orbax if path.is_dir() else _safetensors
+    found = read(path, wanted, name)
+    tree: Any = jax.tree.structure(params)
+    return tree.unflatten([found.get(x) for x in ours])
+
+
+def release(state: Any, annealing: Annealing) -> Any:
+    """The state without its anchors, for the second phase of a run: after the annealing nothing reads them.
+
+    The steps after it have the same bits as with the anchors. A compiled step is compiled once more, since
+    the state has another structure.
+
+    Args:
+        state: of a transformation with `recadam` in it, anywhere.
+        annealing: its annealing, which says when the recall weight is zero for good.
+
+    Returns:
+        A state of the same kind with `Released()` in place of each anchor; new heads have None as before. An
+        abstract state (of `jax.eval_shape`, to restore a checkpoint into) is released whatever its count.
+
+    Raises:
+        RecAdamError: when the anchors will be read again, naming the step from which they are not; when there
+            is no state of `recadam`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from recadam_core import Linear
+        >>> from recadam_jax import recadam
+        >>> tx, params = recadam(1e-3, gamma=100.0, annealing=Linear(t0=1)), jnp.ones(2)
+        >>> release(tx.init(params), Linear(t0=1)).anchor
+        Released()
+    """
+    last = release_step(annealing)
+    seen = 0
+
+    def without(part: Any) -> Any:
+        nonlocal seen
+        if not isinstance(part, RecAdamState):
+            return part
+        seen += 1
+        if not isinstance(part.count, (jax.ShapeDtypeStruct, jax.core.Tracer)):
+            t = int(np.min(np.asarray(part.count))) + 1  # after vmap there is a count for each member
+            if last is None:
+                raise RecAdamError(f"release: {annealing!r} never ends; its anchors are read in every step")
+            if t < last:
+                raise RecAdamError(
+                    f"release: step {t} still reads the anchors; release them before step {last}, no earlier"
+                )
+        return part._replace(anchor=jax.tree.map(lambda _: Released(), part.anchor))
+
+    found = jax.tree.map(without, state, is_leaf=lambda x: isinstance(x, RecAdamState))
+    if not seen:
+        raise RecAdamError("release: this state has no part of recadam; give the optimizer's state")
+    return found
+
+
+def _below(path: str, roots: Any) -> bool:
+    return any(f"{path}/".startswith(f"{root}/") for root in roots)
+
+
+def _safetensors(
+    path: Path, wanted: dict[str, Any], name: Callable[[str], str | None] | None
+) -> dict[str, Any]:
+    files = _files(path)
+    found = {}
+    for ours, leaf in wanted.items():
+        choices = [ours, ours.replace("/", ".")] if name is None else [name(ours)]
+        theirs = next((x for x in choices if x in files), None)
+        if theirs is None:
+            raise _lacking(path, ours, choices[-1], files)
+        piece = files[theirs].get_slice(theirs)
+        _check_shape(path, ours, theirs, tuple(piece.get_shape()), leaf)
+        found[ours] = _placed(leaf, files[theirs], theirs)
+    return found
+
+
+def _placed(leaf: Any, file: Any, name: str) -> Any:
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None or not getattr(leaf, "committed", True):
+        return file.get_tensor(name)
+    if not leaf.shape:
+        return jax.device_put(file.get_tensor(name), sharding)
+    piece = file.get_slice(name)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda where: np.asarray(piece[where]))
+
+
+def _files(path: Path) -> dict[str, Any]:
+    """The open file of each tensor."""
+    if path.name.endswith(".index.json"):
+        try:
+            weights = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            shards = {shard: _open(path.parent / shard) for shard in sorted(set(weights.values()))}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, RecAdamError):
+                raise
+            raise RecAdamError(f"anchors: {path}: damaged index ({error!r}); fetch it again") from error
+        return {tensor: shards[shard] for tensor, shard in weights.items()}
+    file = _open(path)
+    return dict.fromkeys(file.keys(), file)
+
+
+def _open(path: Path) -> Any:
+    try:
+        from safetensors import safe_open
+    except ModuleNotFoundError:
+        raise RecAdamError(f"anchors: {path} needs 'safetensors'; pip install safetensors") from None
+    try:
+        return safe_open(path, framework="numpy")
+    except Exception as error:
+        raise RecAdamError(f"anchors: {path}: damaged, or not there ({error}); fetch it again") from error
+
+
+def _orbax(path: Path, wanted: dict[str, Any], name: Callable[[str], str | None] | None) -> dict[str, Any]:
+    try:
+        import orbax.checkpoint as ocp
+    except ModuleNotFoundError:
+        raise RecAdamError(f"anchors: {path} needs 'orbax-checkpoint'; pip install it") from None
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        try:
+            held = checkpointer.metadata(path).item_metadata.tree
+        except Exception as error:
+            raise RecAdamError(
+                f"anchors: {path}: no checkpoint of orbax ({_first(error)}); give one"
+            ) from error
+        shapes = {x: tuple(leaf.shape) for x, leaf in zip(paths(held), jax.tree.leaves(held), strict=True)}
+        asked, places = {}, {}
+        for ours, leaf in wanted.items():
+            theirs = ours if name is None else name(ours)
+            if theirs not in shapes:
+                raise _lacking(path, ours, theirs, shapes)
+            _check_shape(path, ours, theirs, shapes[theirs], leaf)
+            sharding = getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
+            asked[theirs], places[theirs] = ours, sharding
+        keys = paths(held)
+        tree: Any = jax.tree.structure(held)
+        item = tree.unflatten([jax.tree.leaves(held)[i] if x in asked else ... for i, x in enumerate(keys)])
+        arguments = tree.unflatten(
+            [
+                ocp.ArrayRestoreArgs(sharding=places[x])
+                if places.get(x)
+                else ocp.RestoreArgs(restore_type=np.ndarray)
+                for x in keys
+            ]
+        )
+        restored = checkpointer.restore(
+            path, args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
+        )
+    values = dict(zip(paths(restored), jax.tree.leaves(restored), strict=True))
+    return {ours: values[theirs] for theirs, ours in asked.items()}
+
+
+def _lacking(path: Path, ours: str, theirs: str | None, known: Iterable[str]) -> RecAdamError:
+    return RecAdamError(
+        f"anchors: {path} has no {theirs!r} for parameter {ours!r}{_nearest(theirs, known)}; give name=, or "
+        "list it in new="
+    )
+
+
+def _nearest(name: str | None, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (there is {near[0]!r})" if near else ""
+
+
+def _check_shape(path: Path, ours: str, theirs: str, shape: tuple[int, ...], leaf: Any) -> None:
+    if shape != tuple(np.shape(leaf)):
+        raise RecAdamError(
+            f"anchors: {path}: {theirs!r} has shape {shape}, parameter {ours!r} {tuple(np.shape(leaf))}; "
+            "give the pretrained checkpoint of this model, or list it in new="
+        )
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,217 @@
+"""`recadam_jax` over eight devices; test_jax_sharding.py runs this file in a process that has them.
+
+With the flag that keeps XLA from contracting operations every bit must be that of one device; without it XLA
+contracts differently in arrays of other sizes, and numbers differ in their last digits.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import save_file
+
+from recadam_core import Hyperparameters, Linear
+from recadam_jax import FLAG, from_hyperparameters, host_coefficients, load_anchor, release
+
+HP = Hyperparameters(lr=1e-2, gamma=20.0, weight_decay=0.1, annealing=Linear(t0=8))
+SHAPES = {"encoder": {"kernel": (16, 24), "bias": (24,)}, "head": {"kernel": (24, 8)}}
+EXACT = FLAG in os.environ.get("XLA_FLAGS", "")
+COLLECTIVE = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter")
+# Mesh, and by number of dimensions how an array is laid out.
+LAYOUTS = {
+    "data": ({"data": 8}, {1: P(), 2: P()}),
+    "fsdp": ({"fsdp": 8}, {1: P("fsdp"), 2: P("fsdp", None)}),
+    "tensor": ({"model": 8}, {1: P("model"), 2: P(None, "model")}),
+    "both": ({"fsdp": 2, "model": 4}, {1: P("model"), 2: P("fsdp", "model")}),
+}
+
+
+def draw(seed):
+    rng = np.random.default_rng(seed)
+    one = lambda shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    return jax.tree.map(one, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def shardings(layout, kind=AxisType.Auto):
+    sizes, specs = LAYOUTS[layout]
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes))
+    return jax.tree.map(lambda x: NamedSharding(mesh, specs[x.ndim]), draw(0))
+
+
+def make(**kept):
+    return from_hyperparameters(HP, anchor={"encoder": draw(1)["encoder"], "head": None}, **kept)
+
+
+def trained(tx, params, state=None, steps=range(12)):
+    state = tx.init(params) if state is None else state
+    places = jax.tree.map(lambda p: p.sharding, params)
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for t in steps:
+        params, state = step(params, state, jax.device_put(draw(t), places))
+    return params, state
+
+
+def assert_equal(a, b):
+    bound = 0 if EXACT else 1e-6
+    compare = lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=bound, atol=bound)  # noqa: E731
+    jax.tree.map(compare, a, b)
+
+
+def assert_laid_out(tree, places):
+    for x, place in zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True):
+        assert x.sharding.is_equivalent_to(place, x.ndim)
+        assert x.addressable_shards[0].data.shape == place.shard_shape(x.shape)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The trajectory on one device."""
+    return trained(make(), jax.tree.map(jnp.asarray, draw(0)))
+
+
+def test_there_are_eight_devices():
+    assert jax.device_count() == 8
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sharded_run_is_the_run_on_one_device(layout, kind, alone):
+    places = shardings(layout, kind)
+    params, state = trained(make(), jax.device_put(draw(0), places))
+    assert_equal(params, alone[0])
+    assert_equal(state, alone[1])
+    for tree in (params, state.mu, state.nu):
+        assert_laid_out(tree, places)
+    assert_laid_out(state.anchor["encoder"], places["encoder"])
+    assert state.anchor["head"] == {"kernel": None}
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["init", "compiled init"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_device_holds_or_fetches_more_than_its_part(layout, jit):
+    places = shardings(layout)
+    params = jax.device_put(draw(0), places)
+    tx = from_hyperparameters(HP)
+    state = jax.jit(tx.init)(params) if jit else tx.init(params)
+    for tree in (state.mu, state.nu, state.anchor):
+        assert_laid_out(tree, places)
+    grads = jax.device_put(draw(1), places)
+    compiled = jax.jit(tx.update, donate_argnums=(0, 1)).lower(grads, state, params).compile()
+    assert COLLECTIVE.findall(compiled.as_text()) == []
+
+
+def test_the_pattern_knows_a_collective():
+    places = shardings("fsdp")
+    x = jax.device_put(draw(0), places)["encoder"]["kernel"]
+    gathers = jax.jit(lambda x: x.sum()).lower(x).compile().as_text()
+    assert "all-reduce" in COLLECTIVE.findall(gathers)
+
+
+def test_inside_a_scan(alone):
+    params = jax.device_put(draw(0), shardings("fsdp"))
+    grads = jax.tree.map(lambda *xs: jnp.stack(xs), *(draw(t) for t in range(12)))
+    tx = make()
+
+    @jax.jit
+    def train(params, state, grads):
+        def step(carry, grads):
+            updates, state = tx.update(grads, carry[1], carry[0])
+            return (optax.apply_updates(carry[0], updates), state), None
+
+        return jax.lax.scan(step, (params, state), grads)[0]
+
+    assert_equal(train(params, tx.init(params), grads)[0], alone[0])
+
+
+def test_inside_a_shard_map(alone):
+    places = shardings("fsdp")
+    params = jax.device_put(draw(0), places)
+    mesh = places["encoder"]["bias"].mesh
+    tx = make()
+    state = tx.init(params)
+    specs = jax.tree.map(lambda x: x.spec, places)
+    part = {"encoder": specs["encoder"], "head": {"kernel": None}}
+    states = type(state)(P(), specs, specs, part)
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=(specs, states, specs), out_specs=(specs, states))
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for t in range(12):
+        params, state = step(params, state, jax.device_put(draw(t), places))
+    assert_equal(params, alone[0])
+
+
+def test_anchors_in_the_hosts_memory(alone):
+    params = jax.device_put(draw(0), shardings("both"))
+    tx = make(anchor_memory="pinned_host")
+    end, state = trained(tx, params)
+    assert_equal(end, alone[0])
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(state.anchor)} == {"pinned_host"}
+    kernel = state.anchor["encoder"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 8
+
+
+def test_anchors_from_a_file_are_read_in_parts(tmp_path, alone):
+    file = tmp_path / "model.safetensors"
+    save_file({f"encoder.{n}": x for n, x in draw(1)["encoder"].items()}, file)
+    params = jax.device_put(draw(0), shardings("both"))
+    anchor = load_anchor(file, params, new=["head"])
+    assert_laid_out(anchor["encoder"], shardings("both")["encoder"])
+    assert_equal(trained(from_hyperparameters(HP, anchor=anchor), params)[0], alone[0])
+
+
+@pytest.mark.parametrize("phase", ["anchored", "released"])
+@pytest.mark.parametrize("target", ["fsdp", "both", "one device"])
+def test_a_checkpoint_is_restored_into_another_layout(target, phase, tmp_path, alone):
+    tx, at = make(), 5 if phase == "anchored" else 9
+    params, state = trained(tx, jax.device_put(draw(0), shardings("tensor")), steps=range(at))
+    if phase == "released":
+        state = release(state, HP.annealing)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", {"params": params, "state": state})
+        checkpointer.wait_until_finished()
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        places = jax.tree.map(lambda _: one, draw(0)) if target == "one device" else shardings(target)
+        bias = places["encoder"]["bias"]
+        rest = one if target == "one device" else NamedSharding(bias.mesh, P())
+        like = jax.eval_shape(tx.init, params)
+        like = release(like, HP.annealing) if phase == "released" else like
+        by_shape = {x.shape: place for x, place in zip(*map(jax.tree.leaves, (params, places)), strict=True)}
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_shape.get(x.shape, rest)),
+            {"params": params, "state": like},
+        )
+        saved = checkpointer.restore(tmp_path / "state", abstract)
+    assert_laid_out(saved["params"], places)
+    assert_laid_out(saved["state"].mu, places)
+    end = trained(tx, saved["params"], saved["state"], range(at, 12))
+    assert_equal(end[0], alone[0])
+
+
+def test_coefficients_of_the_host(alone):
+    places = shardings("fsdp")
+    params = jax.device_put(draw(0), places)
+    tx = make()
+    state = tx.init(params)
+    step = jax.jit(lambda p, s, g, c: tx.update(g, s, p, coefficients=c))
+    for t in range(12):
+        updates, state = step(params, state, jax.device_put(draw(t), places), host_coefficients(t + 1, HP))
+        params = optax.apply_updates(params, updates)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-6), params, alone[0])
