@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from recadam_core import Constant, Linear, RecAdamError, Sigmoid
-from recadam_jax import recadam
+import recadam_core as rc
+from recadam_core import Constant, Hyperparameters, Linear, RecAdamError, Sigmoid
+from recadam_jax import (
+    HostCoefficients,
+    from_hyperparameters,
+    host_coefficients,
+    load_anchor,
+    recadam,
+    release,
+    scale_by_recadam,
+)
 
 SETTINGS = {"gamma": 10.0, "annealing": Sigmoid(k=0.3, t0=15)}
 
@@ -216,6 +227,204 @@ def test_an_unanchored_tree_has_no_pull_to_refuse():
     assert jax.tree.leaves(state.anchor) == []
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_scale_by_recadam_in_a_chain_is_recadam(weight_decay):
+    with jax.enable_x64(True):
+        params = tree(dtype=jnp.float64)
+        chain = optax.chain(
+            scale_by_recadam(**SETTINGS),
+            optax.add_decayed_weights(weight_decay),
+            optax.scale_by_learning_rate(1e-2),
+        )
+        whole, _ = run(recadam(1e-2, weight_decay=weight_decay, **SETTINGS), params, 40)
+        parts, _ = run(chain, params, 40)
+        assert_close(parts, whole, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "annealing",
+    [
+        lambda count: jnp.minimum(1.0, (count + 1) / 20),
+        optax.linear_schedule(1 / 20, 1.0, 19),
+        lambda count: (jnp.minimum(1.0, (count + 1) / 20), jnp.maximum(0.0, (19 - count) / 20)),
+    ],
+)
+def test_any_schedule_of_the_count_is_an_annealing(annealing):
+    with jax.enable_x64(True):
+        params = tree(dtype=jnp.float64)
+        ours, _ = run(recadam(1e-2, gamma=10.0, annealing=annealing), params, 30)
+        named, _ = run(recadam(1e-2, gamma=10.0, annealing=Linear(t0=20)), params, 30)
+        assert_close(ours, named, rtol=0, atol=1e-8)  # a schedule of int32 counts is float32
+
+
+def test_a_number_is_an_annealing_that_does_not_change():
+    ours, _ = run(recadam(1e-2, gamma=10.0, annealing=0.25), tree(), 10)
+    named, _ = run(recadam(1e-2, gamma=10.0, annealing=Constant(0.25, 0.75)), tree(), 10)
+    assert_close(ours, named, rtol=0, atol=1e-7)
+
+
+def test_k_and_t0_are_injected_and_changed_in_mid_run():
+    @optax.inject_hyperparams
+    def make(learning_rate, k, t0):
+        return recadam(learning_rate, gamma=10.0, annealing=Sigmoid(k, t0))
+
+    params = tree()
+    tx = make(1e-2, k=0.3, t0=15.0)
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for _ in range(3):
+        _, state = update(params, state, params)
+    state.hyperparams["t0"] = jnp.asarray(1e6)  # recall for good: all pull, no task
+    moved = jax.tree.map(lambda p: p + 1, params)
+    updates, _ = update(params, state, moved)
+    assert_close(updates, jax.tree.map(lambda p: jnp.full_like(p, -0.1), params), rtol=1e-4, atol=0)
+
+
+def test_tree_map_params_finds_the_anchor_that_was_given():
+    params = tree()
+    tx = recadam(1e-2, gamma=10.0, anchor={**params, "head": None})
+    state = tx.init(params)
+    specs = jax.tree.map(lambda p: p.shape, params)
+    found = optax.tree_utils.tree_map_params(
+        tx, lambda _, spec: spec, state, specs, is_leaf=lambda x: x is None, transform_non_params=lambda _: ()
+    )
+    assert found == (found.count, specs, specs, specs)
+
+
+# A compiled step on the host's coefficients is the specification up to contraction; without it, see the kit.
+@pytest.mark.parametrize("form", ["decoupled", "released", "proximal"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_host_coefficients_are_the_specifications(form, weight_decay):
+    hp = Hyperparameters(lr=1e-2, weight_decay=weight_decay, form=form, gamma=10.0, annealing=Linear(t0=20))
+    params = {"w": np.linspace(-1, 1, 7, dtype=np.float32), "head": np.ones(3, np.float32)}
+    anchor = {"w": np.zeros(7, np.float32), "head": None}
+    opt = rc.RecAdam(hp, rc.get_backend("numpy"))
+    theirs, held = dict(params), opt.init(params, {"w": anchor["w"]})
+    tx = from_hyperparameters(hp, anchor=anchor)
+    ours, state = jax.tree.map(jnp.asarray, params), tx.init(params)
+    update = jax.jit(lambda g, s, p, c: tx.update(g, s, p, coefficients=c))
+    for t in range(1, 31):
+        lr = 1e-2 / t
+        grads = {name: np.sin(x * t).astype(np.float32) for name, x in theirs.items()}
+        theirs, held = opt.step(theirs, grads, held, lr=lr)
+        updates, state = update(grads, state, ours, host_coefficients(t, hp, lr))
+        ours = optax.apply_updates(ours, updates)
+    assert_close(ours, theirs, rtol=0, atol=5e-7)
+    with pytest.raises(RecAdamError, match=r"step 1: lr \* gamma \* recall = 9\.5 diverges"):
+        host_coefficients(1, hp.replace(form="decoupled"), lr=1.0)
+
+
+def test_a_pull_that_diverges_later_is_refused_on_the_host_when_it_does():
+    hp = Hyperparameters(lr=1e-3, gamma=1000.0, annealing=Constant(1.0, 1.0))
+    assert isinstance(host_coefficients(5, hp), HostCoefficients)
+    with pytest.raises(RecAdamError, match=r"^step 6: lr"):
+        host_coefficients(6, hp, lr=1e-2)
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1, "form": "released"}, {"form": "proximal"}])
+@pytest.mark.parametrize("annealing", [Linear(t0=10), Sigmoid(k=4.0, t0=5)], ids=str)
+def test_released_anchors_change_no_bit(annealing, settings):
+    tx = optax.chain(optax.clip(1.0), recadam(1e-2, gamma=10.0, annealing=annealing, **settings))
+    last = rc.release_step(annealing)
+    params = tree()
+    whole, _ = run(tx, params, 30)
+
+    @jax.jit
+    def step(params, state, t):
+        grads = jax.tree.map(lambda p: jnp.sin(p * (t + 1)), params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for t in range(30):
+        if t + 1 == last - 1:
+            with pytest.raises(RecAdamError, match=f"release: step {last - 1} still reads the anchors"):
+                release(state, annealing)
+        if t + 1 == last:
+            before = sum(x.size for x in jax.tree.leaves(state))
+            state = release(state, annealing)
+            assert before - sum(x.size for x in jax.tree.leaves(state)) == 18
+        params, state = step(params, state, t)
+    assert_close(params, whole, rtol=0, atol=0)
+
+
+def test_anchors_keep_a_dtype_and_a_memory_of_their_own():
+    params = tree()
+    kept = {"anchor_dtype": jnp.bfloat16, "anchor_memory": "pinned_host"}
+    for init in (lambda tx: tx.init(params), lambda tx: jax.jit(tx.init)(params)):
+        tx = recadam(1e-2, gamma=10.0, annealing=Constant(0.0, 1.0), **kept)
+        state = init(tx)
+        assert {x.dtype for x in jax.tree.leaves(state.anchor)} == {jnp.dtype(jnp.bfloat16)}
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(state.anchor)} == {"pinned_host"}
+    updates, after = jax.jit(tx.update, donate_argnums=1)(params, state, params)
+    wanted = jax.tree.map(lambda p: 0.1 * (p.astype(jnp.bfloat16).astype(jnp.float32) - p), params)
+    assert_close(updates, wanted, rtol=1e-5, atol=1e-9)
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(after.anchor)} == {"pinned_host"}
+
+
+def test_members_of_a_vmap_are_released_together():
+    annealing = Linear(t0=3)
+    tx = recadam(1e-2, gamma=10.0, annealing=annealing)
+    params = jnp.ones((4, 2))
+    state = jax.vmap(tx.init)(params)
+    for _ in range(2):
+        _, state = jax.vmap(tx.update)(params, state, params)
+    assert jax.tree.leaves(release(state, annealing).anchor) == []
+
+
+def test_anchors_are_turned_from_a_file_of_pytorch(tmp_path):
+    from safetensors.numpy import save_file
+
+    weight = np.arange(6, dtype=np.float32).reshape(2, 3)
+    save_file({"dense.weight": weight, "dense.bias": np.ones(2, np.float32)}, tmp_path / "m.safetensors")
+    params = {"dense": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}, "head": jnp.zeros(2)}
+    names = {"dense/kernel": "dense.weight", "dense/bias": "dense.bias"}
+    for source in ("m.safetensors", "m.safetensors.index.json"):
+        if source.endswith("json"):
+            index = {"weight_map": dict.fromkeys(names.values(), "m.safetensors")}
+            (tmp_path / source).write_text(json.dumps(index))
+        anchor = load_anchor(
+            tmp_path / source, params, names.get, new=["head"], transpose=lambda path: path == "dense/kernel"
+        )
+        np.testing.assert_array_equal(anchor["dense"]["kernel"], weight.T)
+        assert anchor["head"] is None
+        assert recadam(1e-5, anchor=anchor).init(params).anchor["dense"]["bias"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("file", "more", "message"),
+    [
+        ("m.safetensors", {}, "anchors: {}/m.safetensors has no 'head' for parameter 'head'; give name="),
+        ("m.safetensors", {"new": ["hed"]}, "anchors: new names 'hed', which is no parameter (there is"),
+        ("other.safetensors", {}, "anchors: {}/other.safetensors: no such file or folder; give"),
+        ("bad.safetensors", {}, "anchors: {}/bad.safetensors: damaged, or not there (Error while"),
+        ("bad.safetensors.index.json", {}, "anchors: {}/bad.safetensors.index.json: damaged index ("),
+        ("lost.safetensors.index.json", {}, "anchors: {}/lost.safetensors: damaged, or not there (No such"),
+        (
+            "m.safetensors",
+            {"name": lambda path: "dense.bias", "new": ["head"]},
+            "anchors: {}/m.safetensors: 'dense.bias' has shape (2,), parameter 'dense/kernel' (2, 3); give",
+        ),
+        ("empty", {}, "anchors: {}/empty: no checkpoint of orbax ("),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_no_anchor_is_named_in_one_line(tmp_path, file, more, message):
+    from safetensors.numpy import save_file
+
+    save_file({"dense.kernel": np.ones((2, 3)), "dense.bias": np.ones(2)}, tmp_path / "m.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"no such thing")
+    (tmp_path / "bad.safetensors.index.json").write_text("[]")
+    lost = {"weight_map": {"dense.kernel": "lost.safetensors"}}
+    (tmp_path / "lost.safetensors.index.json").write_text(json.dumps(lost))
+    (tmp_path / "empty").mkdir()
+    params = {"dense": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(2)}, "head": jnp.zeros(2)}
+    with pytest.raises(RecAdamError) as caught:
+        load_anchor(tmp_path / file, params, **more)
+    assert str(caught.value).startswith(message.format(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 PARAMS = {"a": {"w": jnp.ones(2)}}
 
 
@@ -236,6 +445,46 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
             "gradient 'a/w' is None; give one",
         ),
         (lambda: recadam(1e-5, mu_dtype=jnp.int32), "recadam: mu_dtype is"),
+        (lambda: recadam(1e-5, anchor_dtype=jnp.int8), "recadam: anchor_dtype is"),
+        (lambda: recadam(1e-5, anchor_memory="disk"), "recadam: anchor_memory is 'disk', which devices"),
+        (lambda: recadam(1e-5, annealing=Sigmoid), "Hyperparameters: annealing is"),
+        (
+            lambda: recadam(1e-4, anchor={"a": {"w": jnp.arange(2)}}).init(PARAMS),
+            "anchor 'a/w' has dtype int32; give the pretrained values",
+        ),
+        (
+            lambda: recadam(1e-4, anchor={"a": {"v": jnp.ones(2)}}).init(PARAMS),
+            "anchor: not the parameters' tree (it has 'a/v', which they have not); give one",
+        ),
+        (
+            lambda: recadam(1e-4, anchor={}).init(PARAMS),
+            "anchor: not the parameters' tree (it lacks 'a/w'); give one of that structure",
+        ),
+        (
+            lambda: recadam(1e-4).update({"a": {"w": jnp.ones(3)}}, recadam(1e-4).init(PARAMS), PARAMS),
+            "gradient 'a/w' has shape (3,), its parameter (2,); give equal shapes",
+        ),
+        (
+            lambda: recadam(1e-4).update({"a": {"w": jnp.arange(2)}}, recadam(1e-4).init(PARAMS), PARAMS),
+            "gradient 'a/w' has dtype int32; give a floating array",
+        ),
+        (
+            lambda: recadam(1e-4).update(PARAMS, recadam(1e-4).init({"a": {"w": jnp.ones(3)}}), PARAMS),
+            "moment 'a/w' has shape (3,), its parameter (2,); give equal shapes",
+        ),
+        (
+            lambda: recadam(1e-4).update(PARAMS, recadam(1e-4).init({"b": jnp.ones(3)}), PARAMS),
+            "the state's mu: not the parameters' tree (it has 'b', which they have not)",
+        ),
+        (
+            lambda: recadam(1e-4).update(PARAMS, recadam(1e-4).init(PARAMS), PARAMS, coefficients=(1.0,)),
+            "recadam: coefficients are tuple; give those of host_coefficients(t, hp)",
+        ),
+        (lambda: release(optax.adam(1e-3).init(PARAMS), Linear(t0=3)), "release: this state has no part of"),
+        (
+            lambda: release(recadam(1e-4).init(PARAMS), Constant(1.0, 1.0)),
+            "release: Constant(task=1.0, recall=1.0) never ends; its anchors are read in every step",
+        ),
         (
             lambda: recadam(1e-5, anchor={"a": {"w": jnp.array([1.0, jnp.nan])}}).init(PARAMS),
             "anchor 'a/w' holds NaN",

@@ -19,7 +19,11 @@ __all__ = ["load_anchor", "release"]
 
 
 def load_anchor(
-    source: str | Path, params: Any, name: Callable[[str], str | None] | None = None, new: Any = ()
+    source: str | Path,
+    params: Any,
+    name: Callable[[str], str | None] | None = None,
+    new: Iterable[str] = (),
+    transpose: Callable[[str], bool] = lambda path: False,
 ) -> Any:
     """The anchors that a checkpoint holds for a tree of parameters.
 
@@ -34,6 +38,8 @@ def load_anchor(
         name: from a parameter's path, as `encoder/layer_3/kernel`, to the tensor's name in the file; None
             where there is none. By default the path itself, or with dots for slashes.
         new: paths of new heads, which need no anchor; a path stands for all below it.
+        transpose: of a parameter's path, whether a `.safetensors` file holds it with its axes in reverse
+            order, as PyTorch's linear layers are to kernels here.
 
     Returns:
         A tree like the parameters, with None for new heads, in the checkpoint's dtypes: `recadam`'s `anchor`.
@@ -58,11 +64,13 @@ def load_anchor(
                 f"anchors: new names {path!r}, which is no parameter{_nearest(path, ours)}; give a path"
             )
     wanted = {x: leaf for x, leaf in zip(ours, leaves, strict=True) if not _below(x, new)}
-    path = Path(source)
-    if not path.exists():
-        raise RecAdamError(f"anchors: {path}: no such file or folder; give the pretrained checkpoint")
-    read = _orbax if path.is_dir() else _safetensors
-    found = read(path, wanted, name)
+    file = Path(source)
+    if not file.exists():
+        raise RecAdamError(f"anchors: {file}: no such file or folder; give the pretrained checkpoint")
+    if file.is_dir():
+        found = _orbax(file, wanted, name or (lambda x: x))
+    else:
+        found = _safetensors(file, wanted, name, transpose)
     tree: Any = jax.tree.structure(params)
     return tree.unflatten([found.get(x) for x in ours])
 
@@ -122,7 +130,10 @@ def _below(path: str, roots: Any) -> bool:
 
 
 def _safetensors(
-    path: Path, wanted: dict[str, Any], name: Callable[[str], str | None] | None
+    path: Path,
+    wanted: dict[str, Any],
+    name: Callable[[str], str | None] | None,
+    transpose: Callable[[str], bool],
 ) -> dict[str, Any]:
     files = _files(path)
     found = {}
@@ -131,20 +142,22 @@ def _safetensors(
         theirs = next((x for x in choices if x in files), None)
         if theirs is None:
             raise _lacking(path, ours, choices[-1], files)
+        turned = transpose(ours)
         piece = files[theirs].get_slice(theirs)
-        _check_shape(path, ours, theirs, tuple(piece.get_shape()), leaf)
-        found[ours] = _placed(leaf, files[theirs], theirs)
+        shape = tuple(piece.get_shape())
+        _check_shape(path, ours, theirs, shape[::-1] if turned else shape, leaf)
+        sharding = getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
+        if sharding is None or not shape:
+            whole = files[theirs].get_tensor(theirs)
+            found[ours] = whole.T if turned else whole
+        else:
+            found[ours] = jax.make_array_from_callback(tuple(leaf.shape), sharding, _reader(piece, turned))
     return found
 
 
-def _placed(leaf: Any, file: Any, name: str) -> Any:
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None or not getattr(leaf, "committed", True):
-        return file.get_tensor(name)
-    if not leaf.shape:
-        return jax.device_put(file.get_tensor(name), sharding)
-    piece = file.get_slice(name)
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda where: np.asarray(piece[where]))
+def _reader(piece: Any, turned: bool) -> Callable[[Any], Any]:
+    """Reads the part of a tensor that a device is to hold."""
+    return lambda where: np.asarray(piece[where[::-1]]).T if turned else np.asarray(piece[where])
 
 
 def _files(path: Path) -> dict[str, Any]:
@@ -173,7 +186,7 @@ def _open(path: Path) -> Any:
         raise RecAdamError(f"anchors: {path}: damaged, or not there ({error}); fetch it again") from error
 
 
-def _orbax(path: Path, wanted: dict[str, Any], name: Callable[[str], str | None] | None) -> dict[str, Any]:
+def _orbax(path: Path, wanted: dict[str, Any], name: Callable[[str], str | None]) -> dict[str, Any]:
     try:
         import orbax.checkpoint as ocp
     except ModuleNotFoundError:
@@ -188,8 +201,8 @@ def _orbax(path: Path, wanted: dict[str, Any], name: Callable[[str], str | None]
         shapes = {x: tuple(leaf.shape) for x, leaf in zip(paths(held), jax.tree.leaves(held), strict=True)}
         asked, places = {}, {}
         for ours, leaf in wanted.items():
-            theirs = ours if name is None else name(ours)
-            if theirs not in shapes:
+            theirs = name(ours)
+            if theirs is None or theirs not in shapes:
                 raise _lacking(path, ours, theirs, shapes)
             _check_shape(path, ours, theirs, shapes[theirs], leaf)
             sharding = getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None

@@ -488,8 +488,11 @@ def _flatten(params: Any) -> tuple[list[Any], Any]:
 
 def paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
     """The key path of each leaf, as `encoder/layer_3/kernel`."""
-    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
+    found = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)]
+    wrapped = jax.tree_util.GetAttrKey("value")
+    if all(path and path[-1] == wrapped for path in found):  # as each variable of flax.nnx holds its array
+        found = [path[:-1] for path in found]
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path in found]
 
 
 def _leaves(params: Any, other: Any, what: str, prefix: bool = True) -> list[Any]:

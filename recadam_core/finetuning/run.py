@@ -537,10 +537,11 @@ def _weights_path(out: Path, step: int) -> Path:
 
 
 def _save_weights(path: Path, weights: Mapping[str, Array], metadata: dict[str, str] | None = None) -> None:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
+    # Not by save_file, which writes beside its place too: a kill would leave that file, under any name.
     with replacing(path) as beside:
-        save_file({name: np.ascontiguousarray(x) for name, x in weights.items()}, beside, metadata)
+        beside.write_bytes(save({name: np.ascontiguousarray(x) for name, x in weights.items()}, metadata))
 
 
 def _provenance(problem: Problem, config: RunConfig) -> dict[str, Any]:
