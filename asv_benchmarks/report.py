@@ -2,6 +2,7 @@
 
     python asv_benchmarks/report.py [--growth PICTURE] [--json FILE]
     python asv_benchmarks/report.py --profile
+    python asv_benchmarks/report.py --harness
 
 RECADAM_BENCH=regular takes the shapes of BERT-base (16 GB of memory); fast a small model's.
 """
@@ -16,6 +17,7 @@ import os
 import platform
 import pstats
 import statistics
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,6 +25,11 @@ import numpy as np
 from benchmarks.common import GIVING_BACK, PROFILE, SHAPES, in_a_process, interquartile, ratio, turns
 from benchmarks.contenders import JAX, NUMPY, TORCH, made
 from benchmarks.step import BesideOptax, Memory, Start
+
+from recadam_core import Hyperparameters, get_backend
+from recadam_core.finetuning.engine import make_engine
+from recadam_core.finetuning.models import Bert
+from recadam_core.finetuning.models.bert import BertConfig
 
 PEER = "torch AdamW fused"
 SIZE = sum(int(np.prod(shape)) for shape in SHAPES)
@@ -192,13 +199,42 @@ def profile() -> None:
         print(f"| {place} | {10 * own:.2f} | {own / total:.0%} |")
 
 
+def harness() -> None:
+    """Print what a step of fine-tuning MiniLM takes, forward and backward pass and all, by framework."""
+    bert = Bert(BertConfig(), classes=2)
+    rng = np.random.default_rng(0)
+    params = {name: 0.02 * rng.standard_normal(shape) for name, shape in bert.config.shapes().items()}
+    params |= bert.init_head(rng)
+    hp = Hyperparameters(lr=1e-5, gamma=100.0)
+    batch = {
+        "ids": rng.integers(0, bert.config.vocab_size, (16, 32)),
+        "mask": np.ones((16, 32)),
+        "targets": np.eye(2)[rng.integers(0, 2, 16)],
+    }
+    anchored = frozenset(bert.config.shapes())
+    engines = {
+        name: make_engine(get_backend(name), bert, params, anchored, "recadam", hp, "float32")
+        for name in ("torch", "jax")
+    }
+    seconds = turns({name: partial(engine.step, batch, 1e-5) for name, engine in engines.items()}, rounds=21)
+    print("| step of the harness | ms | over torch (middle half) |\n|---|---|---|")
+    for name in engines:
+        low, high = interquartile(seconds, name, "torch")
+        middle = 1e3 * statistics.median(seconds[name])
+        print(f"| {name} | {middle:.0f} | {ratio(seconds, name, 'torch'):.2f} ({low:.2f} to {high:.2f}) |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--growth", type=Path, help="draw how the cost grows into this picture, too")
     parser.add_argument("--json", type=Path, help="write every round of every contender into this file, too")
     parser.add_argument("--growth-alone", type=Path, metavar="PICTURE", help="do that, and no more")
     parser.add_argument("--profile", action="store_true", help="profile a thousand small tensors, no more")
+    parser.add_argument("--harness", action="store_true", help="time the harness's step, no more")
     options = parser.parse_args()
+    if options.harness:
+        harness()
+        return
     if options.profile:
         profile()
         return

@@ -176,8 +176,14 @@ MUTATIONS = [
     ),
     *_kernel(
         "jax", "recadam_jax.transformation", "optax",
-        ("t is off by one", "t = count.astype", "t = state.count.astype"),
-        ("heads are anchored", "by_anchored[star is not None]", "by_anchored[True]._replace(recall=0.0)"),
+        ("t is off by one", "optax.safe_increment(count).astype", "count.astype"),
+        ("heads are anchored", "c = by_anchored[star is not None]", "c = by_anchored[True]._replace(recall=0.0)"),
+    ),
+    *_kernel(
+        "jax", "recadam_jax.transformation", "optax-host",
+        ("heads are anchored", "(False, given.new)", "(False, given.anchored)"),
+        ("the decay is missing", "0.0 if is_zero(hp.weight_decay) else decay", "0.0"),
+        ("eps and step are swapped", "(step, eps, recall, decay) in (", "(eps, step, recall, decay) in ("),
     ),
     *_kernel(
         "jax", "recadam_jax.backend", "functional",

@@ -153,6 +153,7 @@ def test_schedule_advice(hp, steps, warning):
     assert advice[0].startswith(warning)
 
 
+@pytest.mark.heavy
 def test_demo_of_the_quick_task(recadam, tmp_path):
     result = recadam("demo", "--only", "digits", "--out", tmp_path / "demo")
     assert result.returncode == 0, result.stderr

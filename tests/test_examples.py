@@ -15,9 +15,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 pytestmark = pytest.mark.heavy
 
 
-def run(*words):
+def run(*words, **variables):
     command = [sys.executable, "-W", "ignore", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=500, env=environment, check=False
     )
@@ -32,6 +32,8 @@ def run(*words):
         ["plain_loop.py", "--bfloat16", "--rounding", "compensated"],
         ["trainer.py"],
         ["lora.py"],
+        ["jax_nnx.py"],
+        ["jax_equinox.py"],
     ],
     ids=" ".join,
 )
@@ -49,6 +51,14 @@ def test_the_example_on_two_processes():
     assert len(held) == 2
     assert sum(held) == 17241984
     assert re.search(r"test accuracy: 0\.\d{3}", printed)
+
+
+def test_the_example_on_eight_devices():
+    flag = "--xla_force_host_platform_device_count=8"
+    printed = run(EXAMPLES / "jax_sharded.py", "--steps", 4, XLA_FLAGS=flag)
+    assert "step 3: the anchors are released" in printed
+    assert "a device holds 6,466,038 of 51,728,262 numbers" in printed
+    assert re.search(r"test accuracy: 0\.\d{3}$", printed.strip())
 
 
 def test_the_plain_loop_resumes(tmp_path):

@@ -9,8 +9,12 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from safetensors.numpy import save_file
 
 from recadam_core import Linear
 from recadam_jax import recadam
@@ -24,11 +28,45 @@ DOCS = HERE.parent / "docs" / "jax.md"
 DOCUMENTED = dict(re.findall(r"^\| (.+?) \| (.*) \|$", DOCS.read_text(encoding="utf-8"), re.M))
 
 
-@pytest.mark.parametrize("case", jax_interop.CASES, ids=lambda case: case.name)
+LIGHT = ("alone", "`inject_hyperparams`", "`flax.nnx.Optimizer`")
+CASES = [
+    pytest.param(case, id=case.name, marks=[] if case.name in LIGHT else pytest.mark.heavy)
+    for case in jax_interop.CASES
+]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_the_table_of_uses_is_what_holds(case):
     cells = [jax_interop.cell(case, check) for check in jax_interop.COLUMNS.values()]
     assert "no" not in cells
     assert " | ".join(cells) == DOCUMENTED[case.name]
+
+
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", DOCS.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_shows_each_use_in_ten_lines_that_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weight, bias = np.ones((2, 4), np.float32), np.zeros(2, np.float32)
+    save_file({"encoder.weight": weight, "encoder.bias": bias}, "pretrained.safetensors")
+    encoder = {"kernel": jnp.asarray(weight.T), "bias": jnp.asarray(bias)}
+    names = {
+        "jax": jax,
+        "jnp": jnp,
+        "params": {"encoder": encoder, "head": {"kernel": jnp.ones((2, 3))}},
+        "pretrained": {"encoder": encoder},
+        "batch": jnp.ones((5, 4)),
+        "loss": lambda p, x: jnp.sum(
+            (x @ p["encoder"]["kernel"] + p["encoder"]["bias"]) @ p["head"]["kernel"]
+        ),
+        "folder": tmp_path,
+    }
+    assert len(BLOCKS) == 12
+    for block in BLOCKS:
+        assert len([line for line in block.splitlines() if line.strip()]) <= 10
+        exec(block, names)
+    np.testing.assert_array_equal(names["saved"]["state"].mu.weight, names["state"].mu.weight)
 
 
 def optax_expectations():
@@ -92,7 +130,7 @@ Contrib.recadam.__signature__ = _signature.replace(
     ]
 )
 
-TestWhatOptaxAsksOfItsOwn = optax_expectations()
+TestWhatOptaxAsksOfItsOwn = pytest.mark.heavy(optax_expectations())
 
 
 def test_optax_asks_that_much():
