@@ -17,11 +17,8 @@ from jax.sharding import PartitionSpec as P
 from recadam_core import Linear
 from recadam_jax import recadam, release
 
-RANK, PORT = int(sys.argv[1]), sys.argv[2]
 ANNEALING = Linear(t0=8)
 TX = recadam(1e-2, gamma=20.0, annealing=ANNEALING)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"localhost:{PORT}", 2, RANK)
 
 
 def draw(seed):
@@ -44,16 +41,22 @@ def train(place):
     return params, state
 
 
-mesh = jax.make_mesh((8,), ("fsdp",))
-sharding = NamedSharding(mesh, P("fsdp"))
-params, state = train(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda where: x[where]))
-with jax.default_device(jax.local_devices()[0]):
-    alone = np.asarray(train(jnp.asarray)[0])
-assert jax.device_count() == 8
-assert len(params.addressable_shards) == 4
-for shard in params.addressable_shards:
-    np.testing.assert_array_equal(np.asarray(shard.data), alone[shard.index])
-total = float(jax.jit(jnp.sum)(params))  # over both processes
-np.testing.assert_allclose(total, alone.sum(), rtol=1e-5)
-jax.distributed.shutdown()
-print("the same bits")
+def main(rank, port):
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{port}", 2, rank)
+    sharding = NamedSharding(jax.make_mesh((8,), ("fsdp",)), P("fsdp"))
+    params, _ = train(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda where: x[where]))
+    with jax.default_device(jax.local_devices()[0]):
+        alone = np.asarray(train(jnp.asarray)[0])
+    assert jax.device_count() == 8
+    assert len(params.addressable_shards) == 4
+    for shard in params.addressable_shards:
+        np.testing.assert_array_equal(np.asarray(shard.data), alone[shard.index])
+    total = float(jax.jit(jnp.sum)(params))  # over both processes
+    np.testing.assert_allclose(total, alone.sum(), rtol=1e-5)
+    jax.distributed.shutdown()
+    print("the same bits")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

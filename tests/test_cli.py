@@ -194,6 +194,7 @@ def test_what_is_printed_is_no_markup(monkeypatch, capsys):
     assert "list[int] :smile:" in capsys.readouterr().out
 
 
+@pytest.mark.heavy
 def test_runs_that_part_are_compared_in_json_too(tmp_path, recadam):
     for backend in ("numpy", "torch"):
         recadam("finetune", "digits", "--backend", backend, "--steps", 3, "--out", tmp_path / backend)
