@@ -206,10 +206,10 @@ def scale_by_recadam(
     Math:
         $u = \lambda_t\,\hat m/(\sqrt{\hat v}+\varepsilon) - \gamma\,\bar\lambda_t\,(\theta^* - \theta)$
 
-    It is `recadam` in the form "decoupled" before the learning rate: up to rounding,
-    `optax.chain(scale_by_recadam(...), optax.add_decayed_weights(weight_decay),
-    optax.scale_by_learning_rate(learning_rate))` is `recadam`. The other forms are no such product. Since
-    it does not know the learning rate, a pull that diverges is not refused here.
+    It is `recadam` in the form "decoupled" before the learning rate: in a chain with
+    `optax.add_decayed_weights` and `optax.scale_by_learning_rate` after it, it is `recadam`, up to rounding.
+    The other forms are no such product. Since it does not know the learning rate, a pull that diverges is
+    not refused here.
 
     Args:
         b1: decay rate of the first moment.
