@@ -196,7 +196,7 @@ def profile() -> None:
     print(f"| of {10 * total:.1f} ms a step | ms | share |\n|---|---|---|")
     for own, (file, line, name) in rows[:8]:
         place = f"{Path(file).name}:{line} {name}" if line else name
-        print(f"| {place} | {10 * own:.2f} | {own / total:.0%} |")
+        print(f"| `{place}` | {10 * own:.2f} | {own / total:.0%} |")
 
 
 def harness() -> None:

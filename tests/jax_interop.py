@@ -210,7 +210,7 @@ CASES = [
 
 
 class Missing(Exception):
-    """Does not apply, for the reason that is the message."""
+    """Does not apply; the page says why."""
 
 
 def _end(case, steps, run=None, **more):
@@ -233,7 +233,7 @@ def _same(a, b, atol=0.0):
 
 def same_path(case):
     if case.own_path:
-        raise Missing("another path, by intent")
+        raise Missing("its own")
     return _same(_whole(case), _whole(CASES[0]), atol=2e-6)
 
 
@@ -260,9 +260,9 @@ def takes_extra_arguments(case):
 def finds_anchors(case):
     """`tree_map_params` meets the anchors, the moments too."""
     if case.loop is Nnx:
-        raise Missing("its state is a module's")
+        raise Missing("(b)")
     if "flatten" in case.name:
-        raise Missing("nor `optax.adamw`'s moments")
+        raise Missing("(a)")
     run = case.loop(case.make)
     met = []
     optax.tree_utils.tree_map_params(run.tx, met.append, run.state, is_leaf=lambda x: x is None)
@@ -288,7 +288,7 @@ def resumes(case):
 def releases(case):
     """Without its anchors from the step on that no longer reads them: the same bits."""
     if "k and t0" in case.name:
-        raise Missing("its annealing may change")
+        raise Missing("(c)")
     run = _end(case, range(8))
     run.release()
     gone = [x for x in jax.tree.leaves(run.state, is_leaf=_is_released) if _is_released(x)]
@@ -300,13 +300,13 @@ def _is_released(x):
 
 
 COLUMNS = {
-    "path of recadam alone": same_path,
-    "compiled once": compiled_once,
-    "dtypes kept": keeps_dtypes,
-    "extra arguments": takes_extra_arguments,
-    "`tree_map_params` meets anchors": finds_anchors,
-    "orbax, resumed bit for bit": resumes,
-    "released bit for bit": releases,
+    "path": same_path,
+    "once": compiled_once,
+    "dtypes": keeps_dtypes,
+    "extra": takes_extra_arguments,
+    "anchors": finds_anchors,
+    "resumed": resumes,
+    "released": releases,
 }
 
 
