@@ -432,6 +432,7 @@ def seeds(
         raise RecAdamError(f"{out}: is a file; give a directory")
     if (out / "seeds.json").exists() and not overwrite:
         raise RecAdamError(f"{out}: holds a sweep already; give --overwrite or another directory")
+    out.mkdir(parents=True, exist_ok=True)
     for name in get_task(task).archives(**configs[0].options):
         fetch(name)
     sweeps = []
@@ -450,7 +451,6 @@ def seeds(
         table.add_row(sweep.config.optimizer, *cells)
     _show(table)
     print(f"medians and middle halves of {count} seeds after step {sweeps[0].config.steps}")
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "seeds.json", [sweep.to_dict() for sweep in sweeps])
     with replacing(out / "seeds.png") as beside:
         seeds_figure(sweeps).savefig(beside, format="png", dpi=150)

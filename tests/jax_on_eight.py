@@ -105,7 +105,8 @@ def test_a_sharded_run_is_the_run_on_one_device(layout, kind, alone):
 def test_no_device_holds_or_fetches_more_than_its_part(layout, jit):
     places = shardings(layout)
     params = jax.device_put(draw(0), places)
-    tx = from_hyperparameters(HP)
+    given = jax.device_put(draw(1), places) if layout == "fsdp" else draw(1)
+    tx = from_hyperparameters(HP, anchor=given)
     state = jax.jit(tx.init)(params) if jit else tx.init(params)
     for tree in (state.mu, state.nu, state.anchor):
         assert_laid_out(tree, places)

@@ -405,7 +405,7 @@ def test_anchors_are_turned_from_a_file_of_pytorch(tmp_path):
             {"name": lambda path: "dense.bias", "new": ["head"]},
             "anchors: {}/m.safetensors: 'dense.bias' has shape (2,), parameter 'dense/kernel' (2, 3); give",
         ),
-        ("empty", {}, "anchors: {}/empty: no checkpoint of orbax ("),
+        ("empty", {}, "anchors: {}/empty: no checkpoint of orbax; give the folder"),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
@@ -423,6 +423,60 @@ def test_what_is_no_anchor_is_named_in_one_line(tmp_path, file, more, message):
         load_anchor(tmp_path / file, params, **more)
     assert str(caught.value).startswith(message.format(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [jnp.asarray, np.asarray], ids=["jax", "numpy"])
+def test_a_given_anchor_may_be_taken_while_tracing(make):
+    params = tree()
+    tx = recadam(1e-2, anchor=jax.tree.map(lambda p: make(p + 1), params), **SETTINGS)
+    eager, traced = tx.init(params), jax.jit(tx.init)(params)
+    assert_close(traced, eager, rtol=0, atol=0)
+    shapes = jax.eval_shape(tx.init, params)
+    assert jax.tree.map(lambda x: x.shape, shapes.anchor) == jax.tree.map(lambda x: x.shape, params)
+    bad = recadam(1e-2, anchor=jax.tree.map(lambda p: make(p * jnp.nan), params), **SETTINGS)
+    with pytest.raises(RecAdamError, match="anchor 'encoder/bias' holds NaN"):
+        jax.jit(bad.init)(params)
+
+
+def test_numpy_arrays_are_stepped_without_jit_too():
+    params, grads = {"w": np.ones(3, np.float32)}, {"w": np.full(3, 0.5, np.float32)}
+    tx = recadam(1e-2, **SETTINGS)
+    state = tx.init(params)
+    updates, _ = tx.update(grads, state, params)
+    again, _ = tx.update(*jax.tree.map(jnp.asarray, (grads, state, params)))
+    assert_close(updates, again, rtol=0, atol=0)
+
+
+def test_two_parameters_may_take_one_tensor_of_a_checkpoint(tmp_path):
+    import orbax.checkpoint as ocp
+    from safetensors.numpy import save_file
+
+    save_file({"emb": np.ones(2, np.float32)}, tmp_path / "m.safetensors")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", {"emb": jnp.ones(2), "other": jnp.zeros(3)})
+    params = {"decoder": jnp.zeros(2), "encoder": jnp.zeros(2)}
+    for source in ("m.safetensors", "orbax"):
+        anchor = load_anchor(tmp_path / source, params, name=lambda path: "emb")
+        assert_close(anchor, jax.tree.map(jnp.ones_like, params), rtol=0, atol=0)
+    with pytest.raises(RecAdamError, match="transpose is for"):
+        load_anchor(tmp_path / "orbax", params, name=lambda path: "emb", transpose=lambda path: True)
+    for chunk in (tmp_path / "orbax").rglob("d/*"):
+        chunk.write_bytes(b"")
+    with pytest.raises(RecAdamError, match=r"orbax: (cannot be read|no checkpoint of orbax)"):
+        load_anchor(tmp_path / "orbax", params, name=lambda path: "emb")
+
+
+def test_a_checkpoint_of_flax_nnx_has_the_paths_of_its_state(tmp_path):
+    import orbax.checkpoint as ocp
+    from flax import nnx
+
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", state)
+    anchor = load_anchor(tmp_path / "orbax", state, new=iter(["bias"]))
+    np.testing.assert_array_equal(anchor["kernel"][...], state["kernel"][...])
+    (kept,) = jax.tree.leaves(recadam(1e-5, anchor=anchor).init(state).anchor)
+    np.testing.assert_array_equal(kept, state["kernel"][...])
 
 
 PARAMS = {"a": {"w": jnp.ones(2)}}
@@ -446,7 +500,7 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
         ),
         (lambda: recadam(1e-5, mu_dtype=jnp.int32), "recadam: mu_dtype is"),
         (lambda: recadam(1e-5, anchor_dtype=jnp.int8), "recadam: anchor_dtype is"),
-        (lambda: recadam(1e-5, anchor_memory="disk"), "recadam: anchor_memory is 'disk', which devices"),
+        (lambda: recadam(1e-5, anchor_memory="disk"), "recadam: anchor_memory is 'disk'; give 'pinned"),
         (lambda: recadam(1e-5, annealing=Sigmoid), "Hyperparameters: annealing is"),
         (
             lambda: recadam(1e-4, anchor={"a": {"w": jnp.arange(2)}}).init(PARAMS),
@@ -458,7 +512,7 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
         ),
         (
             lambda: recadam(1e-4, anchor={}).init(PARAMS),
-            "anchor: not the parameters' tree (it lacks 'a/w'); give one of that structure",
+            "anchor: not the parameters' tree (it lacks 'a/w'; None stands for a new head); give",
         ),
         (
             lambda: recadam(1e-4).update({"a": {"w": jnp.ones(3)}}, recadam(1e-4).init(PARAMS), PARAMS),
@@ -479,6 +533,57 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
         (
             lambda: recadam(1e-4).update(PARAMS, recadam(1e-4).init(PARAMS), PARAMS, coefficients=(1.0,)),
             "recadam: coefficients are tuple; give those of host_coefficients(t, hp)",
+        ),
+        (
+            lambda: recadam(1e-4, anchor={"a": jnp.ones(2)}).init({"a": {**PARAMS["a"], "v": jnp.ones(2)}}),
+            "anchor: an array stands where the parameters have a branch; give an array for each, or None",
+        ),
+        (
+            lambda: recadam(1e-4, anchor_mask={"a": {"w": "no"}}).init(PARAMS),
+            "anchor_mask 'a/w' is 'no'; give True or False",
+        ),
+        (
+            lambda: recadam(1e-4, anchor_mask=PARAMS).init(PARAMS),
+            "anchor_mask 'a/w' is of shape (2,); give True or False",
+        ),
+        (
+            lambda: recadam(1e-4, anchor={"a": {"w": jnp.full(2, 1e5)}}, anchor_dtype="float16").init(PARAMS),
+            "anchor 'a/w' has values beyond anchor_dtype float16; give another",
+        ),
+        (lambda: recadam(1e-4, anchor_dtype="float99"), "recadam: anchor_dtype is float99; give a floating"),
+        (lambda: recadam(lambda count: None).init(PARAMS), "recadam: the learning rate's schedule"),
+        (
+            lambda: recadam(1e-4, annealing=lambda count: jnp.nan).init(PARAMS),
+            "recadam, step 1: task weight is nan; give a finite number",
+        ),
+        (
+            lambda: recadam(1e-4, annealing=lambda count: (1.0, 2.0, 3.0)).init(PARAMS),
+            "recadam: the annealing gives (1.0, 2.0, 3.0); have it give the task weight, or both",
+        ),
+        (
+            lambda: recadam(1e-4).update(PARAMS, (), PARAMS),
+            "recadam: the state is a tuple; give what init returned",
+        ),
+        (
+            lambda: scale_by_recadam().update(
+                PARAMS, scale_by_recadam().init(PARAMS), PARAMS,
+                coefficients=host_coefficients(1, Hyperparameters(lr=1e-4)),
+            ),
+            "scale_by_recadam: coefficients hold the learning rate; give them to recadam",
+        ),
+        (
+            lambda: recadam(1e-4, annealing=Constant(1.0, 1.0)).update(
+                PARAMS, release(jax.eval_shape(recadam(1e-4).init, PARAMS), Linear(t0=3)), PARAMS
+            ),
+            "recadam: the anchors are released, and Constant(task=1.0, recall=1.0) reads them in every step",
+        ),
+        (
+            lambda: jax.jit(lambda s: release(s, Linear(t0=3)))(recadam(1e-4).init(PARAMS)),
+            "release: the count is traced; release outside of jit, where it can be checked",
+        ),
+        (
+            lambda: release(jax.eval_shape(recadam(1e-4).init, PARAMS), Constant(1.0, 1.0)),
+            "release: Constant(task=1.0, recall=1.0) never ends",
         ),
         (lambda: release(optax.adam(1e-3).init(PARAMS), Linear(t0=3)), "release: this state has no part of"),
         (

@@ -23,7 +23,7 @@ def load_anchor(
     params: Any,
     name: Callable[[str], str | None] | None = None,
     new: Iterable[str] = (),
-    transpose: Callable[[str], bool] = lambda path: False,
+    transpose: Callable[[str], bool] | None = None,
 ) -> Any:
     """The anchors that a checkpoint holds for a tree of parameters.
 
@@ -58,21 +58,30 @@ def load_anchor(
         (True, [1.0, 1.0])
     """
     ours, leaves = paths(params), jax.tree.leaves(params)
-    for path in new:
-        if not any(f"{x}/".startswith(f"{path}/") for x in ours):
+    heads = [new] if isinstance(new, str) else list(new)
+    for path in heads:
+        if not any(_below(x, [path]) for x in ours):
             raise RecAdamError(
                 f"anchors: new names {path!r}, which is no parameter{_nearest(path, ours)}; give a path"
             )
-    wanted = {x: leaf for x, leaf in zip(ours, leaves, strict=True) if not _below(x, new)}
-    file = Path(source)
+    wanted = {x: leaf for x, leaf in zip(ours, leaves, strict=True) if not _below(x, heads)}
+    file = Path(source).resolve()
     if not file.exists():
         raise RecAdamError(f"anchors: {file}: no such file or folder; give the pretrained checkpoint")
-    if file.is_dir():
-        found = _orbax(file, wanted, name or (lambda x: x))
-    else:
-        found = _safetensors(file, wanted, name, transpose)
+    if file.is_dir() and transpose is not None:
+        raise RecAdamError(f"anchors: {file}: transpose is for .safetensors files; leave it out")
+    try:
+        found = (
+            _orbax(file, wanted, name or (lambda x: x))
+            if file.is_dir()
+            else _safetensors(file, wanted, name, transpose or (lambda x: False))
+        )
+    except (RecAdamError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # whatever a reader raises on a damaged file
+        raise RecAdamError(f"anchors: {file}: cannot be read ({_first(error)}); fetch it again") from error
     tree: Any = jax.tree.structure(params)
-    return tree.unflatten([found.get(x) for x in ours])
+    return tree.unflatten([found[x] if x in wanted else None for x in ours])
 
 
 def release(state: Any, annealing: Annealing) -> Any:
@@ -109,10 +118,14 @@ def release(state: Any, annealing: Annealing) -> Any:
         if not isinstance(part, RecAdamState):
             return part
         seen += 1
-        if not isinstance(part.count, (jax.ShapeDtypeStruct, jax.core.Tracer)):
+        if last is None:
+            raise RecAdamError(f"release: {annealing!r} never ends; its anchors are read in every step")
+        if isinstance(part.count, jax.core.Tracer):
+            raise RecAdamError(
+                "release: the count is traced; release outside of jit, where it can be checked"
+            )
+        if not isinstance(part.count, jax.ShapeDtypeStruct):
             t = int(np.min(np.asarray(part.count))) + 1  # after vmap there is a count for each member
-            if last is None:
-                raise RecAdamError(f"release: {annealing!r} never ends; its anchors are read in every step")
             if t < last:
                 raise RecAdamError(
                     f"release: step {t} still reads the anchors; release them before step {last}, no earlier"
@@ -146,8 +159,8 @@ def _safetensors(
         piece = files[theirs].get_slice(theirs)
         shape = tuple(piece.get_shape())
         _check_shape(path, ours, theirs, shape[::-1] if turned else shape, leaf)
-        sharding = getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
-        if sharding is None or not shape:
+        sharding = _sharding(leaf)
+        if sharding is None or 0 in shape or not shape:
             whole = files[theirs].get_tensor(theirs)
             found[ours] = whole.T if turned else whole
         else:
@@ -192,37 +205,47 @@ def _orbax(path: Path, wanted: dict[str, Any], name: Callable[[str], str | None]
     except ModuleNotFoundError:
         raise RecAdamError(f"anchors: {path} needs 'orbax-checkpoint'; pip install it") from None
     with ocp.PyTreeCheckpointer() as checkpointer:
-        try:
-            held = checkpointer.metadata(path).item_metadata.tree
-        except Exception as error:
-            raise RecAdamError(
-                f"anchors: {path}: no checkpoint of orbax ({_first(error)}); give one"
-            ) from error
-        shapes = {x: tuple(leaf.shape) for x, leaf in zip(paths(held), jax.tree.leaves(held), strict=True)}
-        asked, places = {}, {}
+        metadata = checkpointer.metadata(path).item_metadata
+        if metadata is None:
+            raise RecAdamError(f"anchors: {path}: no checkpoint of orbax; give the folder of one step's item")
+        keys, held = _names(metadata.tree), jax.tree.leaves(metadata.tree)
+        shapes = {x: tuple(leaf.shape) for x, leaf in zip(keys, held, strict=True)}
+        sources, places = {}, {}
         for ours, leaf in wanted.items():
             theirs = name(ours)
             if theirs is None or theirs not in shapes:
                 raise _lacking(path, ours, theirs, shapes)
             _check_shape(path, ours, theirs, shapes[theirs], leaf)
-            sharding = getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
-            asked[theirs], places[theirs] = ours, sharding
-        keys = paths(held)
-        tree: Any = jax.tree.structure(held)
-        item = tree.unflatten([jax.tree.leaves(held)[i] if x in asked else ... for i, x in enumerate(keys)])
-        arguments = tree.unflatten(
-            [
-                ocp.ArrayRestoreArgs(sharding=places[x])
-                if places.get(x)
-                else ocp.RestoreArgs(restore_type=np.ndarray)
-                for x in keys
-            ]
-        )
+            sources[ours], places[theirs] = theirs, _sharding(leaf)
+        tree: Any = jax.tree.structure(metadata.tree)
+        arguments = [
+            ocp.ArrayRestoreArgs(sharding=places[x])
+            if places.get(x)
+            else ocp.RestoreArgs(restore_type=np.ndarray)
+            for x in keys
+        ]
         restored = checkpointer.restore(
-            path, args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
+            path,
+            args=ocp.args.PyTreeRestore(
+                item=tree.unflatten([x if key in places else ... for key, x in zip(keys, held, strict=True)]),
+                restore_args=tree.unflatten(arguments),
+                partial_restore=True,
+            ),
         )
-    values = dict(zip(paths(restored), jax.tree.leaves(restored), strict=True))
-    return {ours: values[theirs] for theirs, ours in asked.items()}
+    values = dict(zip(_names(restored), jax.tree.leaves(restored), strict=True))
+    return {ours: values[theirs] for ours, theirs in sources.items()}
+
+
+def _names(tree: Any) -> list[str]:
+    """Paths in a checkpoint, in which the variables of flax.nnx are dicts of one value."""
+    found = paths(tree)
+    wrapped = all(x.endswith("/value") for x in found)
+    return [x.removesuffix("/value") for x in found] if wrapped else found
+
+
+def _sharding(leaf: Any) -> Any:
+    """Where a parameter is meant to be; None where that is not decided."""
+    return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
 
 
 def _lacking(path: Path, ours: str, theirs: str | None, known: Iterable[str]) -> RecAdamError:

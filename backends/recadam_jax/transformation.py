@@ -26,6 +26,7 @@ from recadam_core import (
     release_step,
     update,
 )
+from recadam_core.annealing import ANNEALINGS
 from recadam_core.coefficients import check_pull, is_zero
 from recadam_core.errors import check_number
 
@@ -288,7 +289,11 @@ class _Schedule:
             found = self.function
         else:
             found = self.function((t - 1).astype(jnp.int32) if xp else int(t) - 1)
-        task, recall = found if isinstance(found, tuple) else (found, 1 - found)
+        if found is None or (isinstance(found, (tuple, list)) and len(found) != 2):
+            raise RecAdamError(
+                f"recadam: the annealing gives {found!r}; have it give the task weight, or both"
+            )
+        task, recall = found if isinstance(found, (tuple, list)) else (found, 1 - found)
         return (task, recall) if xp else (float(task), float(recall))
 
 
@@ -313,13 +318,15 @@ class _Kept:
     def __post_init__(self) -> None:
         for name in ("anchor_dtype", "mu_dtype"):
             dtype = getattr(self, name)
-            if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+            try:
+                floating = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+            except TypeError:
+                floating = False
+            if not floating:
                 raise RecAdamError(f"recadam: {name} is {dtype}; give a floating dtype")
-        known = {m.kind for m in jax.local_devices()[0].addressable_memories()} if self.anchor_memory else ()
-        if self.anchor_memory and self.anchor_memory not in known:
+        if self.anchor_memory not in (None, "device", "pinned_host"):
             raise RecAdamError(
-                f"recadam: anchor_memory is {self.anchor_memory!r}, which devices here do not have; "
-                f"give one of {', '.join(sorted(known))}"
+                f"recadam: anchor_memory is {self.anchor_memory!r}; give 'pinned_host' or 'device'"
             )
 
     def anchors(self, params: Any) -> list[Any]:
@@ -329,9 +336,20 @@ class _Kept:
             return []
         names = paths(params)
         stars = leaves if self.anchor is None else _leaves(params, self.anchor, "anchor")
+        given = len(jax.tree.leaves(leaves if self.anchor is None else self.anchor))
+        if given != sum(star is not None for star in stars):
+            raise RecAdamError(
+                "anchor: an array stands where the parameters have a branch; give an array for each, or None"
+            )
         mask = self.anchor_mask(params) if callable(self.anchor_mask) else self.anchor_mask
         if mask is not None:
             keep = _leaves(params, mask, "anchor_mask")
+            for path, kept in zip(names, keep, strict=True):
+                if not isinstance(kept, (bool, np.bool_)):
+                    raise RecAdamError(
+                        f"anchor_mask {path!r} is {_kind(kept)}; give True or False, and name anchor_mask in "
+                        "static_args of inject_hyperparams"
+                    )
             stars = [star if kept else None for star, kept in zip(stars, keep, strict=True)]
         for path, p, star in zip(names, leaves, stars, strict=True):
             if star is None:
@@ -347,9 +365,15 @@ class _Kept:
                 )
             if not isinstance(star, jax.core.Tracer) and not _is_finite(star):
                 raise RecAdamError(f"anchor {path!r} holds NaN or infinity; give the pretrained values")
-        return [
+        placed = [
             None if star is None else self._placed(star, p) for star, p in zip(stars, leaves, strict=True)
         ]
+        for path, star in zip(names, placed, strict=True):
+            concrete = star is not None and not isinstance(star, jax.core.Tracer)
+            if concrete and self.anchor_dtype is not None and not _is_finite(star):
+                dtype = jnp.dtype(self.anchor_dtype)
+                raise RecAdamError(f"anchor {path!r} has values beyond anchor_dtype {dtype}; give another")
+        return placed
 
     def _placed(self, star: Any, p: Any) -> Any:
         """A copy of an anchor where its parameter is, part by part."""
@@ -357,6 +381,8 @@ class _Kept:
         if isinstance(p, jax.Array) and not isinstance(p, jax.core.Tracer) and p.committed:
             star = jax.device_put(star, p.sharding)
         star = jnp.array(star, dtype=dtype, copy=True)
+        if isinstance(p, jax.core.Tracer):
+            star = _alike(star, p)
         if self.anchor_memory is None:
             return star
         if isinstance(star, jax.core.Tracer):
@@ -365,18 +391,27 @@ class _Kept:
         return jax.device_put(star, star.sharding.with_memory_kind(self.anchor_memory))
 
 
+def _alike(x: Any, p: jax.Array) -> Any:
+    """While tracing: the array, to be sharded as the parameter is."""
+    alike: Any = shard_alike
+    return alike(x, p)[0]
+
+
 def _zeros_like(p: jax.Array) -> Moments:
     """Moments before the first step, sharded as the parameter is, while tracing, too."""
     zeros = Moments.zeros_like(p)
-    if not isinstance(p, jax.core.Tracer):
-        return zeros
-    alike: Any = shard_alike
-    return Moments(*(alike(x, p)[0] for x in zeros))
+    return Moments(*(_alike(x, p) for x in zeros)) if isinstance(p, jax.core.Tracer) else zeros
 
 
 def _is_finite(star: Any) -> bool:
-    finite = np.isfinite(star) if isinstance(star, np.ndarray) else jnp.isfinite(star)
-    return bool(finite.all())
+    with jax.ensure_compile_time_eval():  # within a trace, too
+        finite = np.isfinite(star) if isinstance(star, np.ndarray) else jnp.isfinite(star)
+        return bool(finite.all())
+
+
+def _kind(x: Any) -> str:
+    """A value, for a message; an array by its shape."""
+    return f"of shape {jnp.shape(x)}" if hasattr(x, "shape") else repr(x)
 
 
 def _transformation(
@@ -413,6 +448,10 @@ def _transformation(
     ) -> tuple[Any, RecAdamState]:
         if params is None:
             raise RecAdamError(f"{name}: update needs the parameters; call update(grads, state, params)")
+        if not isinstance(state, RecAdamState):
+            raise RecAdamError(f"{name}: the state is a {type(state).__name__}; give what init returned")
+        if coefficients is not None and learning_rate is None:
+            raise RecAdamError(f"{name}: coefficients hold the learning rate; give them to recadam")
         thetas, tree = _flatten(params)
         grads, mus, nus, stars = (
             _leaves(params, x, what, prefix=False)
@@ -425,6 +464,10 @@ def _transformation(
         )
         for path, theta, grad, m in zip(paths(params), thetas, grads, mus, strict=True):
             _check_step(path, theta, grad, m)
+        if any(isinstance(star, Released) for star in stars) and _never_ends(hp.annealing):
+            raise RecAdamError(
+                f"{name}: the anchors are released, and {hp.annealing!r} reads them in every step"
+            )
         count = optax.safe_increment(state.count)
         by_anchored = _coefficients(hp, learning_rate, state.count, coefficients)
         new = []
@@ -432,10 +475,10 @@ def _transformation(
             c = by_anchored[star is not None]
             if isinstance(star, Released):
                 # The recall weight is zero: the same operations on what is there, so the same bits.
-                star = theta
+                star = jnp.asarray(theta)
             elif star is not None and kept.anchor_memory is not None:
                 star = jax.device_put(star, jax.memory.Space.Device)
-            new.append(update(theta, grad, Moments(m, v), star, c))
+            new.append(update(jnp.asarray(theta), jnp.asarray(grad), Moments(m, v), star, c))
         deltas = [delta if learning_rate is not None else -delta for delta, _ in new]
         return tree.unflatten([d.astype(p.dtype) for d, p in zip(deltas, thetas, strict=True)]), RecAdamState(
             count=count,
@@ -447,13 +490,29 @@ def _transformation(
     return optax.GradientTransformationExtraArgs(init, update_fn)
 
 
+def _never_ends(annealing: Any) -> bool:
+    """Whether its recall weight is known never to come to zero for good."""
+    try:
+        return type(annealing) in ANNEALINGS.values() and release_step(annealing) is None
+    except jax.errors.JAXTypeError:  # traced
+        return False
+
+
+def _rate(learning_rate: Any, count: Any) -> Any:
+    """The learning rate of a step."""
+    rate = learning_rate(count) if callable(learning_rate) else learning_rate
+    if callable(learning_rate) and rate is None:
+        raise RecAdamError("recadam: the learning rate's schedule gives None; have it give a number")
+    return rate
+
+
 def _coefficients(
     hp: Hyperparameters, learning_rate: Any, count: jax.Array, given: HostCoefficients | None
 ) -> dict[bool, Coefficients]:
     """A step's coefficients by whether a parameter is anchored: the host's, or traced."""
     if given is None:
         t = optax.safe_increment(count).astype(jax.dtypes.canonicalize_dtype(jnp.float64))
-        lr = learning_rate(count) if callable(learning_rate) else learning_rate
+        lr = _rate(learning_rate, count)
         return {a: coefficients(t, hp, lr, a, xp=jnp) for a in (True, False)}
     if not isinstance(given, HostCoefficients):
         raise RecAdamError(
@@ -508,11 +567,11 @@ def _leaves(params: Any, other: Any, what: str, prefix: bool = True) -> list[Any
         ours, theirs = paths(params), paths(other, lambda x: x is None)
         lacking = [x for x in ours if not any(f"{x}/".startswith(f"{y}/") for y in theirs)]
         unknown = [y for y in theirs if y not in ours and not any(x.startswith(f"{y}/") for x in ours)]
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())
         if unknown:
             reason = f"it has {unknown[0]!r}, which they have not"
         elif lacking:
-            reason = f"it lacks {lacking[0]!r}"
+            reason = f"it lacks {lacking[0]!r}; None stands for a new head"
         raise RecAdamError(
             f"{what}: not the parameters' tree ({reason}); give one of that structure"
         ) from None
@@ -529,10 +588,13 @@ def _check_strength(hp: Hyperparameters, learning_rate: Any) -> None:
         with jax.ensure_compile_time_eval():
             pulls = []
             for t in steps:
-                rate = learning_rate(jnp.asarray(t - 1)) if callable(learning_rate) else learning_rate
-                check_number(f"recadam, step {t}", "learning rate", float(rate), low=0.0)
-                pulls.append(float(rate) * float(hp.gamma) * float(hp.annealing.weights(t)[1]))
-    except (jax.errors.ConcretizationTypeError, TypeError):
+                rate = float(_rate(learning_rate, jnp.asarray(t - 1)))
+                check_number(f"recadam, step {t}", "learning rate", rate, low=0.0)
+                weights = [float(x) for x in hp.annealing.weights(t)]
+                for what, weight in zip(("task weight", "recall weight"), weights, strict=True):
+                    check_number(f"recadam, step {t}", what, weight)
+                pulls.append(rate * float(hp.gamma) * weights[1])
+    except jax.errors.JAXTypeError:
         return  # traced settings
     worst = max(range(len(steps)), key=lambda i: pulls[i])
     check_pull(pulls[worst], hp.form, f"recadam, step {steps[worst]}")

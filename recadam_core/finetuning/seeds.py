@@ -74,9 +74,10 @@ def sweep_seeds(config: RunConfig, seeds: Sequence[int]) -> Sweep:
         >>> sweep_seeds(config, [0, 1, 2]).evaluations["target_accuracy"].shape
         (3, 2)
     """
+    seeds = list(seeds)
     if not seeds or len(set(seeds)) < len(seeds):
-        raise RecAdamError(f"seeds are {list(seeds)}; give some, each once")
-    configs = [dataclasses.replace(config, seed=int(seed)) for seed in seeds]
+        raise RecAdamError(f"seeds are {seeds}; give some, each once")
+    configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
     backend = get_backend(config.backend)
     train = getattr(getattr(backend, "engine", None), "sweep", None)
     if train is None:
