@@ -170,6 +170,13 @@ class RecAdam:
                     f"gradient of {name!r} has shape {tuple(grads[name].shape)}, its parameter "
                     f"{tuple(theta.shape)}; give the gradient of that parameter"
                 )
+            m, v = state.moments[name]
+            for what, x in (("moments", m), ("moments", v), ("anchor", state.anchors.get(name))):
+                if x is not None and tuple(x.shape) != tuple(theta.shape):
+                    raise RecAdamError(
+                        f"{what} of {name!r} in the state: shape {tuple(x.shape)}, its parameter "
+                        f"{tuple(theta.shape)}; give the state that init made for it"
+                    )
         for name in grads:
             if name not in params:
                 raise RecAdamError(f"gradient {name!r} matches no parameter; leave it out")

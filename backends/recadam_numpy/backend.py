@@ -74,6 +74,8 @@ class NumpyBackend(Specification):
             if dtype.itemsize < 4:
                 dtype = np.dtype(np.float32)
             copy = None if self._in_place else True
+            if self._in_place and not (old.flags.writeable and m.flags.writeable and v.flags.writeable):
+                raise RecAdamError("NumpyBackend: an array is read-only; give copies, or leave in_place out")
             theta, m_new, v_new = (np.array(x, dtype=dtype, copy=copy, order="C") for x in (old, m, v))
             others = [np.asarray(grad, dtype=dtype)]
             if star is not None:

@@ -151,6 +151,9 @@ def one_pass(
         anchors: pretrained values; None where `c.recall` is 0.
         c: coefficients, Python floats.
 
+    Raises:
+        RecAdamError: when shapes or dtypes differ, or what is to be overwritten cannot be.
+
     Example:
         >>> theta, m, v = np.ones(2), np.zeros(2), np.zeros(2)
         >>> c = Coefficients(0.9, 0.999, 0.0, 1e-8, 0.25, 0.0)
@@ -162,6 +165,20 @@ def one_pass(
     """
     if not len(thetas):
         return
+    # What follows goes by addresses alone.
+    for i, theta in enumerate(thetas):
+        star = theta if anchors is None else anchors[i]
+        for what, x in (("grad", grads[i]), ("m", ms[i]), ("v", vs[i]), ("anchor", star)):
+            if x.shape != theta.shape or x.dtype != theta.dtype:
+                raise RecAdamError(
+                    f"one_pass: {what} {i} is {x.dtype} of shape {x.shape}, theta {theta.dtype} of "
+                    f"{theta.shape}; give equal ones"
+                )
+        for what, x in (("theta", theta), ("m", ms[i]), ("v", vs[i])):
+            if not (x.flags.writeable and x.flags.c_contiguous and x.dtype.isnative):
+                raise RecAdamError(
+                    f"one_pass: {what} {i} is read-only, not in C order or of other byte order; give a copy"
+                )
     # In another layout these may be copied: they are only read.
     grads = [np.ascontiguousarray(x) for x in grads]
     stars = grads if anchors is None else [np.ascontiguousarray(x) for x in anchors]

@@ -215,7 +215,7 @@ class Anchors(Mapping[str, Tensor]):
                 hint = f"the nearest is {near[0]!r}" if near else "see model.named_parameters()"
                 raise RecAdamError(f"anchors: new={pattern!r} matches no parameter; {hint}")
         coverage = _match(parameters, opened, patterns, _renaming(model))
-        if not coverage.having("anchored") and coverage.having("new", "shape", "ambiguous"):
+        if not coverage.having("anchored", "ambiguous") and coverage.having("new", "shape"):
             raise RecAdamError(
                 f"anchors: nothing in {opened.path or 'the state dict'} matches a parameter; it has "
                 f"{_some(list(opened))}, the model {_some(list(parameters))}"
@@ -235,7 +235,7 @@ class Anchors(Mapping[str, Tensor]):
         Raises:
             RecAdamError: when the model that was matched has no such parameter.
         """
-        found = self._matches.get(name) or self._matches.get(bare(name))
+        found = self._found(name)
         if found is None:
             near = difflib.get_close_matches(name, self._matches, n=1)
             hint = f" (the nearest is {near[0]!r})" if near else ""
@@ -245,12 +245,16 @@ class Anchors(Mapping[str, Tensor]):
             )
         return found
 
+    def _found(self, name: str) -> Match | None:
+        return self._matches.get(name) or self._matches.get(bare(name))
+
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self.match(name).has_anchor
+        found = self._found(name) if isinstance(name, str) else None
+        return found is not None and found.has_anchor
 
     def __getitem__(self, name: str) -> Tensor:
-        match = self.match(name)
-        if not match.has_anchor:
+        match = self._found(name)
+        if match is None or not match.has_anchor:
             raise KeyError(name)
         whole = tuple(slice(0, n) for n in match.shape)
         tensor = self.source.read(match.stored, whole)
@@ -405,6 +409,17 @@ def _match(
         if not p.requires_grad:
             match = match._replace(status="frozen", stored=match.stored if match.status == "anchored" else "")
         matches.append(match)
+    # Two that come to one stored tensor by what was dropped or added: one of them may be a new head.
+    claims: dict[str, list[int]] = {}
+    for i, match in enumerate(matches):
+        if match.status == "anchored" and match.stored not in {match.parameter, bare(match.parameter)}:
+            claims.setdefault(match.stored, []).append(i)
+    for stored_name, several in claims.items():
+        if len(several) > 1:
+            for i in several:
+                others = _some([matches[j].parameter for j in several if j != i])
+                note = f"{stored_name} would be {others}'s as well"
+                matches[i] = matches[i]._replace(status="ambiguous", stored="", note=note)
     lacking = [m.parameter for m in matches if m.status == "new"]
     for i, match in enumerate(matches):
         if match.status == "new" and not any(fnmatch.fnmatch(match.parameter, p) for p in patterns):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from recadam_core import RecAdamError
+from recadam_core.errors import check_number
 from recadam_core.optimizer import check_anchors
 
 from .anchors import Anchors, bare, placed
@@ -23,7 +24,7 @@ __all__ = ["anchor_of", "check_saved", "from_file", "saved_anchors", "take_hashe
 def anchor_of(anchors: Mapping[str, Tensor], name: str, p: Tensor) -> Tensor | None:
     """The anchor of a parameter, copied; None when there is none."""
     if isinstance(anchors, Anchors):
-        anchor = anchors.part(name, p) if name in anchors else None
+        anchor = anchors.part(name, p) if anchors.match(name).has_anchor else None
     elif name in anchors:
         given = anchors[name]
         check_anchors({name: p.shape}, {name: given})
@@ -83,6 +84,8 @@ def take_hashes(states: Iterable[dict[str, Any]]) -> None:
 def check_saved(param_groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) -> None:
     """Raise unless a checkpoint is of RecAdam and of parameters of these names and shapes."""
     saved_groups = state_dict["param_groups"]
+    for group in saved_groups:
+        check_number("load_state_dict", "lr", group.get("lr"), low=0.0)
     if any(name not in group for group in saved_groups for name in ("gamma", "annealing", "form")):
         raise RecAdamError("load_state_dict: the state is another optimizer's; give one that RecAdam saved")
     for saved_group, group in zip(saved_groups, param_groups, strict=False):
@@ -102,7 +105,9 @@ def check_saved(param_groups: Sequence[dict[str, Any]], state_dict: dict[str, An
             )
         for index, p in zip(saved_group["params"], group["params"], strict=True):
             saved = state_dict["state"].get(index, {})
-            if {"step", "exp_avg", "exp_avg_sq"} - saved.keys() or saved["exp_avg"].shape != p.shape:
+            tensors = [saved.get(key) for key in ("step", "exp_avg", "exp_avg_sq")]
+            whole = all(isinstance(x, Tensor) and x.is_floating_point() for x in tensors)
+            if not whole or any(x.shape != p.shape for x in (*tensors[1:], saved.get("residual", p))):
                 raise RecAdamError(
                     f"load_state_dict: no state for parameter {index} of shape {tuple(p.shape)}; "
                     "give one that was saved with this model"

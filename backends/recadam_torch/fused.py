@@ -17,6 +17,7 @@ from shutil import which
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,6 +108,7 @@ class NumbaKernel:
     def __init__(self) -> None:
         self._table: Any = None
         self._shape: Any = None
+        self._filled: Any = None
 
     def __call__(
         self,
@@ -128,22 +130,33 @@ class NumbaKernel:
             kernel_(thetas, grads, ms, vs, anchors, c, exact=walkable is not None)  # moments of 16 bits, say
             return
         written = thetas, ms, vs
-        thetas, grads, ms, vs = (regular(xs, wide, walkable, None) for xs in (thetas, grads, ms, vs))
-        stars = None if anchors is None else regular(anchors, wide, walkable, None)
+        host = torch.device("cpu")
+        thetas, grads, ms, vs = (regular(xs, wide, walkable, host) for xs in (thetas, grads, ms, vs))
+        stars = None if anchors is None else regular(anchors, wide, walkable, host)
         columns = [thetas, grads, ms, vs, grads if stars is None else stars]
         sizes = alike(columns)
         names = [str(xs[0].dtype).removeprefix("torch.") for xs in columns]
         shape = names, torch.get_num_threads(), sizes
         if shape != self._shape:
             self._table, self._shape = Table(sizes, names, shape[1]), shape
+            self._filled = np.array(sizes) > 0
         for row, xs in zip(self._table.addresses, columns, strict=True):
             row[:] = list(map(Tensor.data_ptr, xs))
+        if not self._table.addresses.all() and any(0 in row[self._filled] for row in self._table.addresses):
+            raise RecAdamError(
+                "a parameter, its gradient, moments or anchor has no memory (a freed storage, or the meta "
+                "device); make a new optimizer"
+            )
         self._table.run(c, stars is not None, torch_team())
         for old, new in zip(written, (thetas, ms, vs), strict=True):
             if new is not old:
                 torch._foreach_copy_(old, new)
         # Written behind autograd's back: say so, for graphs that still hold the old values.
         torch.autograd.graph.increment_version(written[0])
+
+
+_shape = attrgetter("shape")
+_dtype_and_device = attrgetter("dtype", "device")
 
 
 def alike(columns: Sequence[list[Tensor]]) -> list[int]:
@@ -156,15 +169,15 @@ def alike(columns: Sequence[list[Tensor]]) -> list[int]:
         >>> alike([[torch.ones(2)], [torch.ones(2)]])
         [2]
     """
-    sizes = list(map(Tensor.numel, columns[0]))
+    shapes = list(map(_shape, columns[0]))
     for xs in columns[1:]:
-        if (others := list(map(Tensor.numel, xs))) != sizes:
-            ours, theirs = next((a, b) for a, b in zip(sizes, others, strict=True) if a != b)
+        if (others := list(map(_shape, xs))) != shapes:
+            ours, theirs = next((a, b) for a, b in zip(shapes, others, strict=True) if a != b)
             raise RecAdamError(
-                f"a parameter has {ours} elements, its gradient, moments or anchor {theirs}: its size was "
-                "changed; make a new optimizer"
+                f"a parameter has shape {tuple(ours)}, its gradient, moments or anchor {tuple(theirs)}: its "
+                "shape was changed; make a new optimizer"
             )
-    return sizes
+    return list(map(Tensor.numel, columns[0]))
 
 
 def regular(
@@ -183,12 +196,15 @@ def regular(
         >>> regular(x, torch.float32, frozenset([torch.float32]), None) is x
         True
     """
-    dtypes = set(map(attrgetter("dtype"), tensors))
+    kinds = set(map(_dtype_and_device, tensors))
+    dtypes = {dtype for dtype, _ in kinds}
+    if any(place.type == "meta" for _, place in kinds):
+        raise RecAdamError("a parameter, its gradient, moments or anchor is on meta; make a new optimizer")
     if any(map(Tensor.is_neg, tensors)):  # which only say that they are negative
         tensors = [x.resolve_neg() for x in tensors]
     if len(dtypes) > 1 or not dtypes <= walkable:
         tensors = [x.detach().to(device, wide, non_blocking=True) for x in tensors]
-    elif device is not None and any(x.device != device for x in tensors):
+    elif device is not None and any(place != device for _, place in kinds):
         tensors = [x.detach().to(device, non_blocking=True) for x in tensors]
     if all(map(Tensor.is_contiguous, tensors)):
         return tensors

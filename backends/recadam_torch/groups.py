@@ -61,7 +61,10 @@ def param_groups(
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        anchored = anchors is None or name in anchors
+        named_there = (
+            anchors.match(name).has_anchor if isinstance(anchors, Anchors) else name in (anchors or ())
+        )
+        anchored = anchors is None or named_there
         decays = p.ndim > 1 and id(p) not in norms and not name.endswith("bias")
         decay = (anchored_weight_decay if anchored else weight_decay) if decays else 0.0
         group = groups.setdefault(

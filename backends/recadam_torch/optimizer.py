@@ -17,6 +17,7 @@ from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
 from recadam_core import Hyperparameters, RecAdamError, Sigmoid, coefficients
 from recadam_core.annealing import annealed_weights
+from recadam_core.errors import check_number
 from recadam_core.optimizer import check_anchors
 
 from .anchors import Anchors, bare
@@ -76,7 +77,7 @@ class RecAdam(Optimizer):
     Raises:
         RecAdamError: for a value outside its range, an anchor that matches no parameter or has
             another shape, complex or integer parameters, sparse gradients, or a diverging pull. A
-            step that raises has changed nothing.
+            step that is refused so has changed nothing.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -312,6 +313,10 @@ class RecAdam(Optimizer):
             if p.grad.is_sparse:
                 raise RecAdamError(f"gradient of {name!r} is sparse; RecAdam needs dense gradients")
             state = self.state[p]
+            if p.dtype == torch.float64 != state["exp_avg"].dtype:
+                raise RecAdamError(
+                    f"parameter {name!r} is {p.dtype} and was {state['exp_avg'].dtype}; make a new optimizer"
+                )
             t = None if group["capturable"] else int(state["step"]) + 1
             freed = "anchor" in state and state["anchor"] is None
             names, params = lists.setdefault((t, "anchor" in state, freed, p.dtype, p.device), ([], []))
@@ -567,6 +572,7 @@ class RecAdam(Optimizer):
         return {name: between[p] for name, p in pairs}
 
     def _between(self, alpha: float, anchors: Mapping[str, Tensor] | None) -> dict[Tensor, Tensor]:
+        check_number("interpolate", "alpha", alpha)
         self._settle()
         if self._parts:
             raise RecAdamError(
@@ -594,7 +600,9 @@ class RecAdam(Optimizer):
                 if anchor is not None:
                     mine, star = local(new), local(anchor).to(p.device)
                     wide = torch.promote_types(p.dtype, torch.float32)
-                    mine.copy_((1 - alpha) * star.to(wide) + alpha * mine.to(wide))
+                    if alpha != 1:  # at the ends exactly, whatever is at the other
+                        part = alpha * mine.to(wide) if alpha else 0.0
+                        mine.copy_((1 - alpha) * star.to(wide) + part)
                 found[p] = new
         return found
 
