@@ -707,6 +707,7 @@ def test_a_stranger_finds_its_backend_and_the_kit(stranger):
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(1800)
 def test_a_stranger_passes_the_whole_kit(stranger):
     result = stranger("pytest", "-q", "-p", "no:cacheprovider", "test_mine.py")
     assert "9 passed" in result.stdout, result.stdout + result.stderr

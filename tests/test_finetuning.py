@@ -448,6 +448,7 @@ def test_a_damaged_model_in_the_cache_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("optimizer", ["recadam", "adamw"])
+@pytest.mark.timeout(1800)
 def test_movie_reviews_end_to_end_in_float32(tmp_path, optimizer):
     """A real pretrained encoder, 60 steps in torch and in JAX, each with its own autodiff."""
     runs = [

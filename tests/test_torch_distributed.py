@@ -37,7 +37,7 @@ def launch(tmp_path_factory):
             for rank in range(world)
         ]
         try:
-            printed = [process.communicate(timeout=240)[0] for process in processes]
+            printed = [process.communicate(timeout=540)[0] for process in processes]
         finally:
             for process in processes:
                 process.kill()
