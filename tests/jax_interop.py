@@ -256,6 +256,8 @@ def keeps_dtypes(case):
 def takes_extra_arguments(case):
     """What nobody knows is left alone; coefficients of the host arrive."""
     _end(case, range(2), unknown=jnp.ones(()))
+    if "scale_by_recadam" in case.name:
+        raise Missing("(d)")
     given = host_coefficients(1, HP.replace(lr=0.0, gamma=0.0))
     start = case.loop(case.make)
     return _same(_end(case, range(1), coefficients=given), start, atol=1e-7)
