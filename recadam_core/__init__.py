@@ -24,6 +24,7 @@ from .coefficients import Coefficients, InstabilityWarning, coefficients
 from .errors import RecAdamError
 from .hyperparameters import Hyperparameters
 from .optimizer import RecAdam, State
+from .strength import DriftBudget, gamma_for
 from .update import Moments, apply, update
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "Capabilities",
     "Coefficients",
     "Constant",
+    "DriftBudget",
     "Hyperparameters",
     "InstabilityWarning",
     "Linear",
@@ -49,6 +51,7 @@ __all__ = [
     "available_backends",
     "backend_for",
     "coefficients",
+    "gamma_for",
     "get_backend",
     "release_step",
     "update",

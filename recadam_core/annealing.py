@@ -5,9 +5,11 @@ first multiplies the target task's step, the second the pull towards the anchor.
 
 | annealing | task weight | recall weight |
 |---|---|---|
-| `Sigmoid(k, t0)` | $\sigma(k(t - t_0))$ | $\sigma(-k(t - t_0))$ |
+| `Sigmoid(k, t0)`, `Sigmoid.over(steps)` | $\sigma(k(t - t_0))$ | $\sigma(-k(t - t_0))$ |
 | `Linear(t0)` | $\min(1, t/t_0)$ | $\max(0, (t_0 - t)/t_0)$ |
 | `Constant(task, recall)` | task | recall |
+
+`Sigmoid` and `Linear` take a floor under the recall weight: they then never let go of the anchor altogether.
 
 The recall weight is computed as such, never as one minus the task weight: near the end of the
 annealing that difference would have no correct digit left.
@@ -19,6 +21,7 @@ Steps count from 1, after the optimizer's increment. Any object with a method
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -64,12 +67,13 @@ class Sigmoid:
     r"""Sigmoid annealing, the paper's: $\lambda_t = w\,\sigma(k(t - t_0))$.
 
     Math:
-        task $= w / (1 + e^{-k(t-t_0)})$, recall $= w / (1 + e^{k(t-t_0)})$.
+        task $= w / (1 + e^{-k(t-t_0)})$, recall $= \max(f, w / (1 + e^{k(t-t_0)}))$.
 
     Args:
         k: slope of the sigmoid, per step; > 0. Large k turns the annealing into a switch.
         t0: step at which both weights are w/2; >= 0.
         weight: w, the sum of both weights; >= 0.
+        floor: f, below which the recall weight does not fall; >= 0. Above 0 the anchor is needed to the end.
 
     Raises:
         RecAdamError: when an argument is outside its range.
@@ -84,12 +88,47 @@ class Sigmoid:
     k: float = 0.1
     t0: float = 250
     weight: float = 1.0
+    floor: float = 0.0
     name: ClassVar[str] = "sigmoid"
 
     def __post_init__(self) -> None:
         check_number("Sigmoid", "k", self.k, low=0.0, open_low=True)
         check_number("Sigmoid", "t0", self.t0, low=0.0)
         check_number("Sigmoid", "weight", self.weight, low=0.0)
+        check_number("Sigmoid", "floor", self.floor, low=0.0)
+
+    @classmethod
+    def over(
+        cls, steps: int, center: float = 0.25, width: float = 0.5, weight: float = 1.0, floor: float = 0.0
+    ) -> Sigmoid:
+        r"""The sigmoid that fits a training of so many steps, wherever that is long or short.
+
+        Math:
+            $t_0 = \mathrm{center} \cdot \mathrm{steps}$,
+            $k = 2 \ln 9 / (\mathrm{width} \cdot \mathrm{steps})$
+
+        Args:
+            steps: number of steps of the training; >= 1.
+            center: share of the training after which both weights are equal; >= 0.
+            width: share of the training in which the task weight rises from a tenth to nine tenths; > 0.
+            weight: sum of both weights.
+            floor: below which the recall weight does not fall.
+
+        Returns:
+            The annealing.
+
+        Raises:
+            RecAdamError: when an argument is outside its range.
+
+        Example:
+            >>> curve = Sigmoid.over(1000, center=0.25, width=0.4)
+            >>> [round(curve.weights(t)[0], 3) for t in (50, 250, 450)]
+            [0.1, 0.5, 0.9]
+        """
+        check_number("Sigmoid.over", "steps", steps, low=1)
+        check_number("Sigmoid.over", "center", center, low=0.0)
+        check_number("Sigmoid.over", "width", width, low=0.0, open_low=True)
+        return cls(k=2 * math.log(9) / (width * steps), t0=center * steps, weight=weight, floor=floor)
 
     def weights(self, t: Any, xp: Any = None) -> tuple[Any, Any]:
         """Task and recall weight of step `t`, each accurate to the last digits at both ends.
@@ -106,7 +145,7 @@ class Sigmoid:
         e = xp.exp(-abs(x))
         high, low = self.weight / (1.0 + e), self.weight * e / (1.0 + e)
         rising = x >= 0
-        return xp.where(rising, high, low), xp.where(rising, low, high)
+        return xp.where(rising, high, low), _floored(xp.where(rising, low, high), self.floor, xp)
 
 
 @dataclass(frozen=True)
@@ -114,11 +153,12 @@ class Linear:
     r"""Linear annealing: the task weight rises from 0 to `weight` over `t0` steps.
 
     Math:
-        task $= w \min(1, t/t_0)$, recall $= w \max(0, (t_0 - t)/t_0)$.
+        task $= w \min(1, t/t_0)$, recall $= \max(f, w (t_0 - t)/t_0)$.
 
     Args:
         t0: number of steps; > 0.
         weight: w, the sum of both weights; >= 0.
+        floor: f, below which the recall weight does not fall; >= 0.
 
     Raises:
         RecAdamError: when an argument is outside its range.
@@ -132,11 +172,13 @@ class Linear:
 
     t0: float = 250
     weight: float = 1.0
+    floor: float = 0.0
     name: ClassVar[str] = "linear"
 
     def __post_init__(self) -> None:
         check_number("Linear", "t0", self.t0, low=0.0, open_low=True)
         check_number("Linear", "weight", self.weight, low=0.0)
+        check_number("Linear", "floor", self.floor, low=0.0)
 
     def weights(self, t: Any, xp: Any = None) -> tuple[Any, Any]:
         """Task and recall weight of step `t`; arguments and returns as in `Sigmoid.weights`."""
@@ -144,7 +186,16 @@ class Linear:
         rising = t < self.t0
         task, recall = self.weight * (t / self.t0), self.weight * ((self.t0 - t) / self.t0)
         zero = 0.0 * t
-        return xp.where(rising, task, zero + self.weight), xp.where(rising, recall, zero)
+        return xp.where(rising, task, zero + self.weight), _floored(
+            xp.where(rising, recall, zero), self.floor, xp
+        )
+
+
+def _floored(recall: Any, floor: Any, xp: Any) -> Any:
+    """The recall weight, not below the floor; without one it is not touched."""
+    if isinstance(floor, (int, float)) and not floor:
+        return recall
+    return xp.where(recall < floor, 0.0 * recall + floor, recall)
 
 
 @dataclass(frozen=True)
@@ -217,7 +268,7 @@ def annealing_to_dict(annealing: Any) -> dict[str, Any]:
 
     Example:
         >>> annealing_to_dict(Linear(t0=100))
-        {'name': 'linear', 't0': 100, 'weight': 1.0}
+        {'name': 'linear', 't0': 100, 'weight': 1.0, 'floor': 0.0}
     """
     for name, known in ANNEALINGS.items():
         if type(annealing) is known:
@@ -239,7 +290,7 @@ def annealing_from_dict(fields: dict[str, Any]) -> Any:
 
     Example:
         >>> annealing_from_dict({"name": "sigmoid", "k": 0.2})
-        Sigmoid(k=0.2, t0=250, weight=1.0)
+        Sigmoid(k=0.2, t0=250, weight=1.0, floor=0.0)
     """
     name = fields.get("name")
     if name not in ANNEALINGS:

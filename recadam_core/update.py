@@ -51,7 +51,9 @@ def accumulator_dtype(xp: Any, *dtypes: Any) -> Any:
     return xp.float32 if xp.finfo(dtype).bits < 32 else dtype
 
 
-def update(theta: Any, grad: Any, state: Moments, anchor: Any, c: Coefficients) -> tuple[Any, Moments]:
+def update(
+    theta: Any, grad: Any, state: Moments, anchor: Any, c: Coefficients, importance: Any = None
+) -> tuple[Any, Moments]:
     r"""One step of RecAdam for one array: what to add to the parameter, and the new moments.
 
     Math:
@@ -61,7 +63,8 @@ def update(theta: Any, grad: Any, state: Moments, anchor: Any, c: Coefficients) 
 
         $\delta = r(\theta^* - \theta) - s\,\frac{m'}{\sqrt{v'} + \varepsilon} - d\,\theta$
 
-        with $s, \varepsilon, r, d$ = `c.step`, `c.eps`, `c.recall`, `c.decay`. Every operation is
+        with $s, \varepsilon, r, d$ = `c.step`, `c.eps`, `c.recall`, `c.decay`; with an importance $f$ the
+        pull is $f\,(r(\theta^* - \theta))$. Every operation is
         elementwise, one of + - * / sqrt, and rounded once, in the order written here: an
         implementation that does the same gets the same bits.
 
@@ -71,6 +74,8 @@ def update(theta: Any, grad: Any, state: Moments, anchor: Any, c: Coefficients) 
         state: the moments before the step, theta's shape.
         anchor: pretrained value $\theta^*$, theta's shape; None when there is none or `c.recall` is 0.
         c: coefficients of this step: Python floats, or 0-d arrays.
+        importance: how much each weight matters to the old task, theta's shape, in [0, 1], so that the
+            bounds on the pull hold as they are; None for 1 everywhere. As EWC has the Fisher information.
 
     Returns:
         delta in the accumulator's dtype (float32 for 16-bit parameters), to be added to theta and
@@ -88,14 +93,20 @@ def update(theta: Any, grad: Any, state: Moments, anchor: Any, c: Coefficients) 
         >>> delta
         array([-0.25,  0.  ])
 
-    Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12.
+    Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12; the importance after EWC, arXiv 1612.00796.
     """
-    for what, array in (("grad", grad), ("m", state.m), ("v", state.v), ("anchor", anchor)):
+    for what, array in (
+        ("grad", grad),
+        ("m", state.m),
+        ("v", state.v),
+        ("anchor", anchor),
+        ("importance", importance),
+    ):
         if array is not None and array.shape != theta.shape:
             raise RecAdamError(
                 f"update: {what} has shape {array.shape}, theta {theta.shape}; give equal shapes"
             )
-    xp = array_namespace(theta, grad, state.m, state.v, *([] if anchor is None else [anchor]))
+    xp = array_namespace(theta, grad, state.m, state.v, *(x for x in (anchor, importance) if x is not None))
     dtype = accumulator_dtype(xp, theta.dtype, state.m.dtype, state.v.dtype)
 
     def cast(x: Any) -> Any:
@@ -108,7 +119,10 @@ def update(theta: Any, grad: Any, state: Moments, anchor: Any, c: Coefficients) 
     adam = step * (m / (xp.sqrt(v) + eps))
     # A weight that the host knows to be zero costs nothing and reads nothing.
     if anchor is not None and not is_zero(recall):
-        delta = recall * (cast(anchor) - theta) - adam
+        if importance is None:
+            delta = recall * (cast(anchor) - theta) - adam
+        else:
+            delta = cast(importance) * (recall * (cast(anchor) - theta)) - adam
     elif anchor is None and not is_zero(recall):
         raise RecAdamError(
             f"update: recall is {recall!r} but there is no anchor; use coefficients(..., anchored=False)"

@@ -104,7 +104,7 @@ def test_release_step_of_a_pull_that_stays():
         ),
         (
             lambda: annealing_from_dict({"name": "linear", "k": 1}),
-            "unknown argument of annealing 'linear': 'k': choose one of (t0, weight)",
+            "unknown argument of annealing 'linear': 'k': choose one of (floor, t0, weight)",
         ),
     ],
 )

@@ -125,6 +125,12 @@ class TorchBackend:
 
         return TorchEngine
 
+    def trial(self, trial: Any) -> dict[str, Any]:
+        """One training of the experiments; see `recadam_core.experiments.run_trial`."""
+        from .trials import run
+
+        return run(trial)
+
 
 class _Stepper:
     """`recadam_torch.RecAdam` as the conformance kit drives it."""

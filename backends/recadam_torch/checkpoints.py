@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .settings import FROM, group_policy, named
 from .shards import fingerprints, is_sharded, like, local
 from .sources import Tensors, open_source
 
-__all__ = ["anchor_of", "check_saved", "from_file", "saved_anchors", "take_hashes"]
+__all__ = ["anchor_of", "check_saved", "from_file", "saved_anchors", "take_hashes", "weigh"]
 
 
 def anchor_of(anchors: Mapping[str, Tensor], name: str, p: Tensor) -> Tensor | None:
@@ -44,6 +45,45 @@ def check_values(name: str, anchor: Any) -> None:
         raise RecAdamError(f"anchors: {name!r} is {getattr(anchor, 'dtype', anchor)}; give a floating tensor")
     if not anchor.is_meta and not bool(torch.isfinite(anchor).all()):
         raise RecAdamError(f"anchors: {name!r} holds NaN or infinity; give the pretrained values")
+
+
+def _copied(given: Tensor, device: torch.device, where: tuple[slice, ...]) -> Tensor:
+    return given.detach()[where].to(device, copy=True)
+
+
+def weigh(group: Mapping[str, Any], states: list[dict[str, Any]], importance: Any) -> None:
+    """Put each parameter's importance into its state.
+
+    Args:
+        group: a group with its parameters' names.
+        states: their states.
+        importance: tensors by parameter name; None for none.
+
+    Raises:
+        RecAdamError: when an anchored parameter has none, or one is no tensor in [0, 1] of its shape.
+    """
+    if importance is None or not group["anchored"]:
+        return
+    if group["fused"]:
+        raise RecAdamError("RecAdam: importance and fused are both set; give one of them")
+    if "param_names" not in group:
+        raise RecAdamError(
+            "importance is matched by name; pass model.named_parameters() instead of model.parameters()"
+        )
+    for (name, p), state in zip(named(group), states, strict=True):
+        if "anchor" not in state:
+            continue
+        given = importance.get(name)
+        if not isinstance(given, Tensor) or given.shape != p.shape or not given.is_floating_point():
+            what = f"has shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"is {given!r}"
+            raise RecAdamError(
+                f"importance of {name!r} {what}; give a floating tensor of shape {tuple(p.shape)}"
+            )
+        if not bool(((given >= 0) & (given <= 1)).all()):
+            raise RecAdamError(
+                f"importance of {name!r} leaves [0, 1]; scale it, and set the strength by gamma"
+            )
+        state["importance"] = like(p, partial(_copied, given, p.device))
 
 
 def from_file(group: Mapping[str, Any], wanted: list[tuple[Tensor, int]]) -> dict[Tensor, dict[str, Any]]:

@@ -19,6 +19,7 @@ def kernel_(
     anchors: list[Tensor] | None,
     c: Coefficients,
     exact: bool = False,
+    importances: list[Tensor] | None = None,
 ) -> None:
     r"""One step for tensors that share their coefficients, in place on `thetas`, `ms` and `vs`.
 
@@ -36,6 +37,7 @@ def kernel_(
         c: coefficients, Python floats.
         exact: whether to round the square root correctly, too, as torch's own does everywhere but on the
             CPU. There NumPy takes it then, on the tensors' memory and in one thread.
+        importances: by which the pulls are multiplied, the parameters' shapes; None for 1.
 
     Example:
         >>> theta, m, v = torch.ones(2), torch.zeros(2), torch.zeros(2)
@@ -63,6 +65,8 @@ def kernel_(
     else:
         pull = list(torch._foreach_sub(_like(anchors, ms), old))
         torch._foreach_mul_(pull, c.recall)
+        if importances is not None:
+            torch._foreach_mul_(pull, _like(importances, ms))
         torch._foreach_sub_(pull, delta)
         delta = pull
     if c.decay:

@@ -21,7 +21,7 @@ from recadam_core.errors import check_number
 from recadam_core.optimizer import check_anchors
 
 from .anchors import Anchors, bare
-from .checkpoints import anchor_of, check_saved, from_file, saved_anchors, take_hashes
+from .checkpoints import anchor_of, check_saved, from_file, saved_anchors, take_hashes, weigh
 from .fused import chosen_fused, fused_kernel
 from .kernel import kernel_
 from .prepared import Prepared
@@ -53,6 +53,9 @@ class RecAdam(Optimizer):
         anchors: pretrained values by parameter name: `Anchors`, or a state dict, which is copied. A
             parameter without one is a new head and gets plain Adam(W). None anchors every parameter
             where it is now, except in groups that say `"anchored": False`.
+        importance: how much each weight matters to the old task, by parameter name: tensors in [0, 1] of
+            the parameters' shapes, by which the pull is multiplied (as EWC has the Fisher information). Every
+            anchored parameter has one, or none does. Such parameters are not stepped in one pass.
         bias_correction: whether the moments are corrected for their start at zero.
         form: "decoupled" (the paper's algorithm), "released" (the authors' code) or "proximal"
             (stable at any lr * gamma).
@@ -101,6 +104,7 @@ class RecAdam(Optimizer):
         gamma: float = 5000.0,
         annealing: Any = None,
         anchors: Mapping[str, Tensor] | None = None,
+        importance: Mapping[str, Tensor] | None = None,
         bias_correction: bool = True,
         form: str = "decoupled",
         foreach: bool | None = None,
@@ -134,7 +138,7 @@ class RecAdam(Optimizer):
         }
         defaults = {name: plain(value) for name, value in defaults.items()}
         # Read by add_param_group, which the base class calls for each group.
-        self._anchors = anchors
+        self._anchors, self._importance = anchors, importance
         self._names: dict[Tensor, str] = {}
         # Policy and learning rate of the last step of each list of parameters, by the first of them.
         self._last: dict[Tensor, tuple[list[Tensor], Hyperparameters, Any]] = {}
@@ -142,7 +146,7 @@ class RecAdam(Optimizer):
         self._prepared: dict[int, Prepared] = {}
         self._kernels: dict[Any, Callable[..., None]] = {}
         super().__init__(params, defaults)
-        self._anchors = None
+        self._anchors = self._importance = None
         if anchors is not None:
             anchored = [group for group in self.param_groups if group["anchored"]]
             names = list(chain.from_iterable(group["param_names"] for group in anchored))
@@ -156,7 +160,8 @@ class RecAdam(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle."""
         super().__setstate__(state)
-        self._anchors, self._last, self._prepared, self._kernels = None, {}, {}, {}
+        self._anchors = self._importance = None
+        self._last, self._prepared, self._kernels = {}, {}, {}
         self._parts = self.__dict__.get("_parts", {})  # which loading a state changes nothing of
         self._names = {}
         for group in self.param_groups:
@@ -176,7 +181,7 @@ class RecAdam(Optimizer):
             RecAdamError: as the constructor; then nothing is added.
         """
         group = {key: plain(value) for key, value in param_group.items()}
-        own = group.pop("anchors", None)
+        own, importance = group.pop("anchors", None), group.pop("importance", self._importance)
         settings = {**self.defaults, **group}
         check_settings(settings)
         hp, _ = group_policy(settings)
@@ -190,6 +195,7 @@ class RecAdam(Optimizer):
             if isinstance(anchors, Anchors) and group["anchored"] and "param_names" in group:
                 group.update(_provenance(anchors, group))
             states = self._initial_states(group, anchors)
+            weigh(group, states, importance)
             if own is not None and not isinstance(own, Anchors):
                 shapes = [p.shape for p in group["params"]]
                 check_anchors(dict(zip(group["param_names"], shapes, strict=True)), own)
@@ -319,12 +325,13 @@ class RecAdam(Optimizer):
                 )
             t = None if group["capturable"] else int(state["step"]) + 1
             freed = "anchor" in state and state["anchor"] is None
-            names, params = lists.setdefault((t, "anchor" in state, freed, p.dtype, p.device), ([], []))
+            key = (t, "anchor" in state, freed, p.dtype, p.device, "importance" in state)
+            names, params = lists.setdefault(key, ([], []))
             names.append(bare(name))
             params.append(p)
         lr = torch.as_tensor(group["lr"], dtype=torch.float64) if traced else rate
         found = []
-        for (t, anchored, freed, _, device), (names, params) in lists.items():
+        for (t, anchored, freed, _, device, weighed), (names, params) in lists.items():
             # On the host where that knows the step, also if the device computes its own: this raises.
             c = None if t is None else coefficients(t, hp, rate, anchored)
             if freed and c is not None and c.recall:
@@ -334,7 +341,7 @@ class RecAdam(Optimizer):
                 )
             if traced:  # numbers that change would be compiled anew
                 t = c = None
-            fused = "" if compiling else chosen_fused(group, device)
+            fused = "" if compiling or weighed else chosen_fused(group, device)
             if traced and fused != "triton":  # which alone takes coefficients from the device
                 fused = ""
             kernel: Callable[..., None] = partial(kernel_, exact=group["exact"] and not traced)
@@ -350,6 +357,7 @@ class RecAdam(Optimizer):
                 ms=[local(state["exp_avg"]) for state in states],
                 vs=[local(state["exp_avg_sq"]) for state in states],
                 anchors=[local(state["anchor"]) for state in states] if anchored and not freed else None,
+                importances=[local(state["importance"]) for state in states] if weighed else None,
                 residuals=[_residual(p, state, group) for p, state in zip(params, states, strict=True)],
                 steps=[state["step"] for state in states],
                 t=t,

@@ -27,6 +27,7 @@ class Work(NamedTuple):
     ms: list[Tensor]
     vs: list[Tensor]
     anchors: list[Tensor] | None  # None where there are none, or they are freed
+    importances: list[Tensor] | None  # None where every weight matters alike
     residuals: list[Tensor | None]
     steps: list[Tensor]  # step counts before the step
     t: int | None  # the step, which all share; None where only the device knows
@@ -75,12 +76,15 @@ def _step(work: Work, rounding: str, anchors: list[Tensor] | None, c: Coefficien
     """As `execute`, by kernels that know of nothing but the formula."""
     group = work.group
     grads = list(torch._foreach_neg(work.grads)) if group["maximize"] else work.grads
+    # One-pass kernels do not know of importances, and are not chosen where there are any.
+    more: dict[str, Any] = {} if work.importances is None else {"importances": work.importances}
     if work.c is None and not work.fused:  # the formula takes a coefficient of the device for each parameter
         c = Coefficients(*(list(x.unbind()) if isinstance(x, Tensor) else x for x in c))
     if group["differentiable"]:
         for i, theta in enumerate(work.thetas):
             moments = Moments(work.ms[i], work.vs[i])
-            delta, new = update(theta, grads[i], moments, anchors and anchors[i], _pick(c, i))
+            importance = work.importances and work.importances[i]
+            delta, new = update(theta, grads[i], moments, anchors and anchors[i], _pick(c, i), importance)
             work.ms[i].copy_(new.m)
             work.vs[i].copy_(new.v)
             theta.copy_(apply(theta, delta))
@@ -88,7 +92,7 @@ def _step(work: Work, rounding: str, anchors: list[Tensor] | None, c: Coefficien
         # The kernel steps float32 copies; what is special is how they are made and rounded.
         pairs = zip(work.thetas, work.residuals, strict=True)
         wide = [widened(theta, residual) for theta, residual in pairs]
-        work.kernel(wide, grads, work.ms, work.vs, anchors, c)
+        work.kernel(wide, grads, work.ms, work.vs, anchors, c, **more)
         for i, theta in enumerate(work.thetas):
             chance = None
             if rounding == "stochastic":
@@ -96,11 +100,12 @@ def _step(work: Work, rounding: str, anchors: list[Tensor] | None, c: Coefficien
                 chance = noise(work.params[i], work.names[i], t)
             round_(theta, wide[i], work.residuals[i], chance)
     elif work.together:
-        work.kernel(work.thetas, grads, work.ms, work.vs, anchors, c)
+        work.kernel(work.thetas, grads, work.ms, work.vs, anchors, c, **more)
     else:
         for part in (slice(i, i + 1) for i in range(len(work.thetas))):
             lists = (work.thetas[part], grads[part], work.ms[part], work.vs[part])
-            work.kernel(*lists, anchors and anchors[part], c)
+            own = {name: xs[part] for name, xs in more.items()}
+            work.kernel(*lists, anchors and anchors[part], c, **own)
 
 
 BUCKET = 1 << 26

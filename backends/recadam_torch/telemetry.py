@@ -42,8 +42,9 @@ def squares(p: Tensor, state: dict[str, Any], c: Coefficients | None) -> list[Te
         found += [torch.full_like(m, torch.nan)] * 2
     else:
         adam = c.step * (m / (v.sqrt() + c.eps))
-        before = (theta - c.recall * star + adam) / (1 - c.recall - c.decay)
-        found += [(c.recall * (star - before)).square(), adam.square()]
+        recall = c.recall * local(state["importance"]).to(m.dtype) if "importance" in state else c.recall
+        before = (theta - recall * star + adam) / (1 - recall - c.decay)
+        found += [(recall * (star - before)).square(), adam.square()]
     return [x.sum(dtype=torch.float64) for x in found]
 
 

@@ -14,7 +14,7 @@ from .shards import SHARED
 
 __all__ = ["forget", "is_flat_part", "joined"]
 
-_JOINED = ("exp_avg", "exp_avg_sq", "anchor")
+_JOINED = ("exp_avg", "exp_avg_sq", "anchor", "importance")
 
 
 def is_flat_part(params: Sequence[Tensor], lost: Sequence[Tensor]) -> bool:
@@ -40,7 +40,7 @@ def joined(flat: Tensor, states: Mapping[str, tuple[Tensor, dict[str, Any]]]) ->
         states: parameter and state by name, in the group's order.
 
     Returns:
-        The state: moments and anchor as flat as the part; zeros where it is padded.
+        The state: moments, anchor and importance as flat as the part; zeros where it is padded.
 
     Raises:
         RecAdamError: when some of the parameters are anchored and others are not.

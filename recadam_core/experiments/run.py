@@ -1,0 +1,111 @@
+"""An experiment, run: trials several at once, each on its share of the cores, resumed from the table."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecAdamError
+from ..finetuning.archives import fetch
+from ..finetuning.processes import settle, shares, thread_limits
+from .data import archives
+from .grids import Experiment, Options
+from .table import Entry, Results, Row
+from .trial import run_trial
+
+__all__ = ["run_experiment"]
+
+
+def run_experiment(
+    experiment: Experiment,
+    options: Options,
+    folder: Path,
+    jobs: int,
+    tell: Callable[[int, int, str], None] | None = None,
+) -> Results:
+    """Run what is not in the folder's table yet.
+
+    Args:
+        experiment: what to run.
+        options: how much of it.
+        folder: of the table; what is in it counts as done.
+        jobs: trials at once.
+        tell: called with the number of trials done, of those known so far, and a line on the last one.
+
+    Returns:
+        All rows. A trial that diverged has a row that says so.
+
+    Raises:
+        RecAdamError: when the folder is damaged, or the data cannot be had.
+    """
+    results = Results(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    told = tell or (lambda done, total, text: None)
+    slots = shares(jobs)
+    queue: Any = multiprocessing.get_context("spawn").Queue()
+    for slot in slots:
+        queue.put(slot)
+    # Read by the libraries when a worker imports them.
+    held = {name: os.environ.get(name) for name in thread_limits(slots[0])}
+    os.environ.update(thread_limits(slots[0]))
+    pool = ProcessPoolExecutor(
+        len(slots), multiprocessing.get_context("spawn"), initializer=_begin, initargs=(queue,)
+    )
+    finished = 0
+    try:
+        for stage in experiment.stages:
+            planned = stage(options, results)
+            waiting = [entry for entry in planned if entry.name not in results.rows]
+            finished += len(planned) - len(waiting)
+            for name in dict.fromkeys(n for e in waiting for n in archives(e.trial.target, e.trial.model)):
+                fetch(name)
+            total = finished + len(waiting) + experiment.later(options, stage)
+            told(finished, total, "")
+            for row in _each(pool, waiting):
+                results.add(row)
+                finished += 1
+                told(finished, total, f"{row.entry.arm}: {row.error or row.trial.command}")
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in (getattr(pool, "_processes", None) or {}).values():
+            process.terminate()
+        for name, value in held.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    return results
+
+
+def _each(pool: ProcessPoolExecutor, entries: Sequence[Entry]) -> Any:
+    """Rows as they come. No more trials are handed out than are run, so that an interrupt loses little."""
+    futures: dict[Future[Row], Entry] = {pool.submit(_row, entry): entry for entry in entries}
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+        for future in done:
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                command = futures[future].trial.command
+                raise RecAdamError(f"{command}: its process was killed; run again, and it goes on") from None
+
+
+def _begin(queue: Any) -> None:
+    """In a worker, before anything is imported that starts threads."""
+    share = queue.get()
+    settle(share)
+    sys.stdout = sys.stderr  # what a library prints is no result
+
+
+def _row(entry: Entry) -> Row:
+    """In a worker: one trial."""
+    try:
+        figures = run_trial(entry.trial)
+    except RecAdamError as error:
+        return Row(entry, {}, [], str(error))
+    curve = figures.pop("curve", [])
+    return Row(entry, figures, curve)

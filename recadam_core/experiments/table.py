@@ -1,0 +1,164 @@
+"""The tidy table of an experiment: a row a trial, kept whole on disk, from which it is resumed."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecAdamError
+from ..finetuning.files import replacing
+from .trial import Trial
+
+__all__ = ["CURVES", "FIGURES", "TABLE", "Entry", "Results", "Row"]
+
+TABLE, CURVES = "table.csv", "curves.csv"
+FIELDS = tuple(f.name for f in dataclasses.fields(Trial))
+FIGURES = (
+    "accuracy", "matthews", "f1", "pearson", "spearman",
+    "snli_mnr", "snli_recall_at_1", "snli_auc", "bbc_recall_at_1",
+    "snli_mnr_before", "snli_recall_at_1_before", "snli_auc_before", "bbc_recall_at_1_before",
+    "distance", "loss", "seconds",
+)  # fmt: skip
+POINTS = ("step", "loss", "source_loss", "distance")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A trial's place in an experiment.
+
+    Args:
+        stage: "tune", on validation rows, or "test".
+        arm: what is compared, or moved along an axis.
+        trial: the trial.
+
+    Example:
+        >>> Entry("test", "AdamW", Trial()).name
+        ('test', 'AdamW', 'recadam trial')
+    """
+
+    stage: str
+    arm: str
+    trial: Trial
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        """What tells it from others."""
+        return self.stage, self.arm, self.trial.command
+
+
+@dataclass(frozen=True)
+class Row:
+    """An entry and what was found.
+
+    Args:
+        entry: the entry.
+        figures: figures by name.
+        curve: what was measured along the way.
+        error: why there are no figures; empty where there are.
+    """
+
+    entry: Entry
+    figures: Mapping[str, float]
+    curve: Sequence[Mapping[str, float]] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def trial(self) -> Trial:
+        """Its trial."""
+        return self.entry.trial
+
+
+class Results:
+    """All rows of an experiment, and the files that hold them.
+
+    Args:
+        folder: the folder; rows that it holds already are read.
+
+    Raises:
+        RecAdamError: when a file in it is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: dict[tuple[str, str, str], Row] = {}
+        if (folder / TABLE).exists():
+            curves = self._read_curves()
+            for row in self._read_table(curves):
+                self.rows[row.entry.name] = row
+
+    def _lines(self, name: str) -> Iterable[tuple[int, dict[str, str]]]:
+        path = self.folder / name
+        if not path.exists():
+            return
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            for line in reader:
+                yield reader.line_num, line
+
+    def _read_curves(self) -> dict[str, list[dict[str, float]]]:
+        curves: dict[str, list[dict[str, float]]] = {}
+        try:
+            for _, line in self._lines(CURVES):
+                curves.setdefault(line["key"], []).append({name: float(line[name]) for name in POINTS})
+        except (KeyError, ValueError, TypeError) as error:
+            raise RecAdamError(f"{self.folder / CURVES}: damaged ({error}); delete it and {TABLE}") from None
+        return curves
+
+    def _read_table(self, curves: Mapping[str, list[dict[str, float]]]) -> Iterable[Row]:
+        for number, line in self._lines(TABLE):
+            try:
+                trial = Trial.parse(f"{name}={line[name]}" for name in FIELDS)
+                figures = {name: float(line[name]) for name in FIGURES if line[name]}
+                entry = Entry(line["stage"], line["arm"], trial)
+                yield Row(entry, figures, curves.get(trial.key, []), line["error"])
+            except (KeyError, ValueError, TypeError) as error:
+                where = f"{self.folder / TABLE}: line {number}"
+                raise RecAdamError(
+                    f"{where}: damaged ({error}); delete that line, and its trial is run again"
+                ) from None
+
+    def add(self, row: Row) -> None:
+        """Take a row, and write the files anew: whole, or as they were."""
+        self.rows[row.entry.name] = row
+        self.write()
+
+    def write(self) -> None:
+        """Write the table, and the curves where there are any."""
+        with replacing(self.folder / TABLE) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["stage", "arm", *FIELDS, *FIGURES, "error", "command"])
+            for row in self.rows.values():
+                settings = (getattr(row.trial, name) for name in FIELDS)
+                figures = (_digits(row.figures.get(name)) for name in FIGURES)
+                entry = row.entry
+                values = ["None" if x is None else x for x in settings]
+                writer.writerow([entry.stage, entry.arm, *values, *figures, row.error, row.trial.command])
+        curves = [(row.trial.key, row.curve) for row in self.rows.values() if row.curve]
+        if curves:
+            with (
+                replacing(self.folder / CURVES) as beside,
+                beside.open("w", encoding="utf-8", newline="") as file,
+            ):
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(["key", *POINTS])
+                for key, curve in curves:
+                    writer.writerows([key, *(_digits(point[name]) for name in POINTS)] for point in curve)
+
+    def of(self, stage: str, arm: str | None = None, **settings: Any) -> list[Row]:
+        """Rows of a stage and an arm whose trials have these settings, without those that failed."""
+        return [
+            row
+            for row in self.rows.values()
+            if row.entry.stage == stage
+            and arm in (None, row.entry.arm)
+            and not row.error
+            and all(getattr(row.trial, name) == value for name, value in settings.items())
+        ]
+
+
+def _digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
