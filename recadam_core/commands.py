@@ -31,7 +31,10 @@ from .backends import GROUP, available_backends, get_backend
 from .conformance.claims import LEVELS, MEASURES, Result
 from .conformance.run import certify, plan
 from .conformance.tables import COLUMNS, LEGEND, cells, grouped, markdown, support
-from .errors import Interrupted, RecAdamError
+from .errors import Interrupted, RecAdamError, unknown
+from .experiments.data import TARGETS
+from .experiments.glue import TASKS as GLUE
+from .experiments.grids import EXPERIMENTS, Options
 from .finetuning.archives import ARCHIVES, fetch
 from .finetuning.compare import PREDICTIONS, compare_runs
 from .finetuning.engine import OPTIMIZERS
@@ -65,8 +68,11 @@ def _percent(share: float) -> str:
 
 
 @contextmanager
-def _bar(total: int, label: str) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar on standard error; where that is no terminal, a line for each of a few stages."""
+def _bar(total: int, label: str) -> Iterator[Callable[..., None]]:
+    """A progress bar on standard error; where that is no terminal, a line for each of a few stages.
+
+    What it yields is called with the step, a note, and a new total where that changes.
+    """
     columns: list[ProgressColumn] = [
         TextColumn("{task.description}"),
         BarColumn(),
@@ -79,16 +85,16 @@ def _bar(total: int, label: str) -> Iterator[Callable[[int, str], None]]:
         return
     with Progress(*columns, console=err_console, transient=True) as bar:
         task = bar.add_task(label, total=total, note="")
-        yield lambda step, note: bar.update(task, completed=step, note=note)
+        yield lambda step, note, total=None: bar.update(task, completed=step, note=note, total=total)
 
 
-def _plain(total: int, label: str) -> Callable[[int, str], None]:
+def _plain(total: int, label: str) -> Callable[..., None]:
     told = 0
 
-    def tell(step: int, note: str) -> None:
+    def tell(step: int, note: str, now: int | None = None) -> None:
         nonlocal told
-        if step > told and total < 20:
-            print(f"{label}: {step} of {total} done", file=sys.stderr, flush=True)
+        if step > told and (now is not None or total < 20):
+            print(f"{label}: {step} of {now or total} done", file=sys.stderr, flush=True)
         told = step
 
     return tell
@@ -455,6 +461,95 @@ def seeds(
     with replacing(out / "seeds.png") as beside:
         seeds_figure(sweeps).savefig(beside, format="png", dpi=150)
     print(out / "seeds.png")
+
+
+@app.command()
+def trial(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="name=value, as method=recadam lr=2e-4 pull=0.2; what is left out is at its default."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """One training of the experiments, from the line that its row shows. Prints what is in that row."""
+    from .experiments import Trial, run_trial
+    from .experiments.data import archives
+
+    chosen = Trial.parse(settings or [])
+    for name in archives(chosen.target, chosen.model):
+        fetch(name)
+    figures = run_trial(chosen)
+    if as_json:
+        print(json.dumps(figures, indent=2))
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in figures.items():
+        if name != "curve":
+            table.add_row(name, f"{value:.6g}")
+    _show(table)
+
+
+@app.command()
+def experiment(
+    name: Annotated[
+        str, typer.Argument(help="; ".join(f"{e.name}: {e.about}" for e in EXPERIMENTS.values()))
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of table and report [default: runs/experiments/NAME].")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the tests, from 0.")] = 5,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="minilm-l3 (default), minilm-l6, a checkpoint folder, or org/model; may be repeated."
+        ),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(TARGETS)}; for glue {', '.join(GLUE)}; may be repeated."),
+    ] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="Only this arm; may be repeated.")] = None,
+    quick: Annotated[bool, typer.Option(help="A small version that takes minutes.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Trials at once, each on its share of the cores.")] = (
+        os.cpu_count() or 1
+    ),
+    data: Annotated[str, typer.Option(help="glue: the folder of the official files, or 'hub'.")] = "",
+    preset: Annotated[str, typer.Option(help="glue: bert-base or albert-xxlarge.")] = "bert-base",
+) -> None:
+    """Run one of the paper's experiments, or go on with it, and write its table and its page."""
+    from .experiments.report import write_experiment
+    from .experiments.run import run_experiment
+
+    if name not in EXPERIMENTS:
+        raise unknown("experiment", name, EXPERIMENTS)
+    defaults = Options()
+    options = Options(
+        seeds=tuple(range(min(seeds, 2) if quick else seeds)),
+        models=tuple(model) if model else () if name == "glue" else defaults.models,
+        targets=tuple(f"glue/{x}" for x in target or GLUE)
+        if name == "glue"
+        else tuple(target or defaults.targets),
+        arms=tuple(arm or ()),
+        quick=quick,
+        data=data,
+        preset=preset,
+    )
+    folder = out or Path("runs/experiments") / (f"{name}-quick" if quick else name)
+    if folder.exists() and not folder.is_dir():
+        raise RecAdamError(f"{folder}: is a file; give a directory")
+    try:
+        with _bar(1, name) as tell:
+            results = run_experiment(EXPERIMENTS[name], options, folder, jobs, tell)
+    except KeyboardInterrupt:
+        raise Interrupted(f"{folder} has what is done; run it again, and it goes on") from None
+    for row in results.rows.values():
+        if row.error:
+            print(f"failed: {row.trial.command}: {row.error}", file=sys.stderr)
+    print(write_experiment(name, results))
 
 
 @app.command()

@@ -48,10 +48,12 @@ def run(trial: Trial, device: str | None = None) -> dict[str, Any]:
     began = time.perf_counter()
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     splits = target_of(trial.target, trial.data)
-    if trial.target.startswith("glue/") and (trial.method in SENTENCES_ONLY or trial.curve_every):
+    if trial.target.startswith("glue/") and (
+        trial.method in SENTENCES_ONLY or trial.curve_every or trial.head == "probed"
+    ):
         raise RecAdamError(
-            f"{trial.target}: method {trial.method!r} with curve_every={trial.curve_every} needs a source "
-            "task to measure, and GLUE has none; give another target, or leave it out"
+            f"{trial.target}: method {trial.method!r}, head={trial.head}, curve_every={trial.curve_every}: "
+            "one of them needs sentence embeddings, and GLUE's classifiers have none; give another target"
         )
     subject = _Subject(trial, splits.classes, where)
     texts, held = _rows(trial, splits.train), getattr(splits, trial.split)
@@ -61,11 +63,8 @@ def run(trial: Trial, device: str | None = None) -> dict[str, Any]:
         before = _source_before(trial.model, trial.split, trial.max_length, str(where))
         figures.update({f"{name}_before": value for name, value in before.items()})
     after = subject.encoded(held.first, held.second)
-    if trial.method == "frozen":
-        scores, figures["distance"] = _frozen(trial, subject, train, texts, after), 0.0
-    else:
-        figures.update(_train(trial, subject, train, texts, splits.classes))
-        scores = after.each(subject.module.eval())
+    figures.update(_train(trial, subject, train, texts, splits.classes))
+    scores = after.each(subject.module.eval())
     figures.update(splits.metrics(scores, held.labels))
     if subject.sentences:
         figures.update(subject.source(trial.split))
@@ -116,6 +115,12 @@ class _Subject:
         return float(torch.stack(parts).double().norm())
 
     @torch.no_grad()
+    def probe(self, head: tuple[Array, Array]) -> None:
+        """Take the weight and bias of a head."""
+        for p, x in zip((self.module.classifier.weight, self.module.classifier.bias), head, strict=True):
+            p.copy_(torch.tensor(x))
+
+    @torch.no_grad()
     def shrink(self, alpha: float) -> None:
         """Go back to this share of the way from the anchors."""
         named = dict(self.module.named_parameters())
@@ -160,6 +165,10 @@ def _grouped(order: Array, lengths: Array, seed: int) -> Array:
 
 def _train(trial: Trial, subject: _Subject, train: Encoded, texts: Texts, classes: int) -> dict[str, Any]:
     """Train the subject, in place."""
+    if trial.head == "probed" or trial.method == "frozen":
+        subject.probe(_probe(trial, subject, train, texts))
+    if trial.method == "frozen":
+        return {"distance": 0.0, "curve": []}
     torch.manual_seed(trial.seed)  # of adapters and dropout, whatever was loaded and measured before
     wanted = torch.tensor(texts.labels, device=subject.device)
     loss_of: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
@@ -284,12 +293,13 @@ def _importance(name: str, length: int, device: str) -> Mapping[str, Tensor]:
     return {n: (x / top).clamp_(max=1.0) for n, x in fisher.items()}
 
 
-def _frozen(trial: Trial, subject: _Subject, train: Encoded, texts: Texts, after: Encoded) -> Array:
-    """Scores of a logistic regression on the pretrained encoder's features."""
+def _probe(trial: Trial, subject: _Subject, train: Encoded, texts: Texts) -> tuple[Array, Array]:
+    """Weight and bias of a logistic regression on the pretrained encoder's features."""
     from sklearn.linear_model import LogisticRegression
 
-    module = subject.module.eval()
-    known, asked = train.each(module.features), after.each(module.features)
-    head = LogisticRegression(C=trial.inverse_strength, max_iter=2000).fit(known, texts.labels)
-    scores = head.decision_function(asked)
-    return np.stack([-scores, scores], axis=1) if scores.ndim == 1 else scores
+    features = train.each(subject.module.eval().features)
+    head = LogisticRegression(C=trial.inverse_strength, max_iter=2000).fit(features, texts.labels)
+    weight, bias = head.coef_, head.intercept_
+    if len(weight) == 1:  # of two classes it gives the second's score alone
+        weight, bias = (np.concatenate([-x, x]) / 2 for x in (weight, bias))
+    return weight, bias

@@ -95,6 +95,10 @@ def _product(*names: str, rows: Sequence[Sequence[Any]]) -> tuple[dict[str, Any]
     return tuple(dict(zip(names, row, strict=True)) for row in rows)
 
 
+def _probed(trials: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    return tuple({**settings, "head": "probed"} for settings in trials)
+
+
 RATES = _product("lr", rows=[(2e-5,), (5e-5,), (1e-4,), (2e-4,), (4e-4,), (8e-4,)])
 ANNEALED = _product(
     "lr", "pull", "center",
@@ -155,6 +159,9 @@ ARMS = {
     "wiseft": Arm("WiSE-FT", "wiseft", SHARES),
     "lora": Arm("LoRA", "lora", RANKS),
     "frozen": Arm("frozen encoder", "frozen", STRENGTHS),
+    "adamw-probed": Arm("AdamW from a probed head", "adamw", _probed(RATES)),
+    "recadam-probed": Arm("RecAdam from a probed head", "recadam", _probed(ANNEALED)),
+    "l2sp-probed": Arm("constant pull from a probed head", "l2sp", _probed(CONSTANTS)),
     "multitask": Arm("multi-task, with source data", "multitask", SOURCES),
 }
 """What `comparison` compares, by name."""
@@ -290,7 +297,7 @@ WATCHED: dict[str, Any] = {"method": "recadam", "lr": 2e-4, "pull": 0.2, "curve_
 FORGETTING: dict[str, dict[str, Any]] = {
     "AdamW": {"lr": 2e-4, "curve_every": 10},
     **{f"k={k:g}": {**WATCHED, "k": k, "t0": 50.0} for k in (0.05, 0.1, 0.2, 0.5, 1.0)},
-    **{f"t0={t0:g}": {**WATCHED, "k": 0.2, "t0": t0} for t0 in (10.0, 25.0, 75.0, 90.0)},
+    **{f"t0={t0:g}": {**WATCHED, "k": 0.2, "t0": t0} for t0 in (10.0, 25.0, 50.0, 75.0, 90.0)},
 }
 
 
@@ -298,14 +305,15 @@ def _with(**settings: Any) -> dict[str, Any]:
     return {**POINT, **settings}
 
 
+RATES_AROUND = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 SENSITIVITY: dict[str, dict[str, Any]] = {
     # The pull, at one learning rate.
     **{f"pull={p:g}": _with(pull=p) for p in (0.01, 0.05, 0.2, 0.5, 0.9)},
     # The learning rate, with lr * gamma held, and with gamma held at that of the middle.
-    **{f"lr={lr:g}, lr·γ=0.2": _with(lr=lr) for lr in (5e-5, 1e-4, 4e-4, 8e-4)},
-    **{f"lr={lr:g}, γ=1000": _with(lr=lr, pull=lr * 1000) for lr in (5e-5, 1e-4, 4e-4, 8e-4)},
+    **{f"lr={lr:g}, lr·γ=0.2": _with(lr=lr) for lr in RATES_AROUND},
+    **{f"lr={lr:g}, γ=1000": _with(lr=lr, pull=lr * 1000) for lr in RATES_AROUND},
     # The middle of the annealing.
-    **{f"center={c:g}": _with(center=c) for c in (0.0, 0.5, 0.75, 1.0)},
+    **{f"center={c:g}": _with(center=c) for c in (0.0, 0.25, 0.5, 0.75, 1.0)},
     # Rows, two epochs of them up to 2,000 and one from there.
     **{
         f"rows={rows}, {label}": {**settings, "rows": rows, "steps": steps}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from ..finetuning.processes import settle, shares, thread_limits
 from .data import archives
 from .grids import Experiment, Options
 from .table import Entry, Results, Row
-from .trial import run_trial
+from .trial import Trial, run_trial
 
 __all__ = ["run_experiment"]
 
@@ -27,7 +29,7 @@ def run_experiment(
     options: Options,
     folder: Path,
     jobs: int,
-    tell: Callable[[int, int, str], None] | None = None,
+    tell: Callable[[int, str, int], None] | None = None,
 ) -> Results:
     """Run what is not in the folder's table yet.
 
@@ -36,7 +38,7 @@ def run_experiment(
         options: how much of it.
         folder: of the table; what is in it counts as done.
         jobs: trials at once.
-        tell: called with the number of trials done, of those known so far, and a line on the last one.
+        tell: called with the number of trials done, a line on the last one, and the number known so far.
 
     Returns:
         All rows. A trial that diverged has a row that says so.
@@ -46,7 +48,7 @@ def run_experiment(
     """
     results = Results(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    told = tell or (lambda done, total, text: None)
+    told = tell or (lambda done, text, total: None)
     slots = shares(jobs)
     queue: Any = multiprocessing.get_context("spawn").Queue()
     for slot in slots:
@@ -66,11 +68,11 @@ def run_experiment(
             for name in dict.fromkeys(n for e in waiting for n in archives(e.trial.target, e.trial.model)):
                 fetch(name)
             total = finished + len(waiting) + experiment.later(options, stage)
-            told(finished, total, "")
-            for row in _each(pool, waiting):
+            told(finished, "", total)
+            for row in _each(pool, waiting, results):
                 results.add(row)
                 finished += 1
-                told(finished, total, f"{row.entry.arm}: {row.error or row.trial.command}")
+                told(finished, f"{row.entry.arm}: {row.error or row.trial.command}", total)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in (getattr(pool, "_processes", None) or {}).values():
@@ -80,24 +82,35 @@ def run_experiment(
     return results
 
 
-def _each(pool: ProcessPoolExecutor, entries: Sequence[Entry]) -> Any:
-    """Rows as they come. No more trials are handed out than are run, so that an interrupt loses little."""
-    futures: dict[Future[Row], Entry] = {pool.submit(_row, entry): entry for entry in entries}
-    pending = set(futures)
-    while pending:
-        done, pending = wait(pending, return_when=FIRST_COMPLETED)
-        for future in done:
-            try:
-                yield future.result()
-            except BrokenProcessPool:
-                command = futures[future].trial.command
-                raise RecAdamError(f"{command}: its process was killed; run again, and it goes on") from None
+def _each(pool: ProcessPoolExecutor, entries: Sequence[Entry], results: Results) -> Iterator[Row]:
+    """Rows as they come. A trial that stands in several places is run once."""
+    known = {row.trial: row for row in results.rows.values()}
+    places: dict[Trial, list[Entry]] = {}
+    for entry in entries:
+        if entry.trial in known:
+            yield dataclasses.replace(known[entry.trial], entry=entry)
+        else:
+            places.setdefault(entry.trial, []).append(entry)
+    futures: dict[Future[Row], Trial] = {
+        pool.submit(_row, first): trial for trial, (first, *_) in places.items()
+    }
+    for future in as_completed(futures):
+        trial = futures[future]
+        try:
+            row = future.result()
+        except BrokenProcessPool:
+            raise RecAdamError(
+                f"{trial.command}: its process was killed; run again, and it goes on"
+            ) from None
+        for entry in places[trial]:
+            yield dataclasses.replace(row, entry=entry)
 
 
 def _begin(queue: Any) -> None:
     """In a worker, before anything is imported that starts threads."""
     share = queue.get()
     settle(share)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to see to
     sys.stdout = sys.stderr  # what a library prints is no result
 
 

@@ -111,7 +111,10 @@ class Results:
     def _read_table(self, curves: Mapping[str, list[dict[str, float]]]) -> Iterable[Row]:
         for number, line in self._lines(TABLE):
             try:
-                trial = Trial.parse(f"{name}={line[name]}" for name in FIELDS)
+                read = Trial.reads(line["method"], line.get("head", ""))
+                trial = Trial.parse(
+                    f"{name}={line[name]}" for name in FIELDS if name in line and name in read
+                )
                 figures = {name: float(line[name]) for name in FIGURES if line[name]}
                 entry = Entry(line["stage"], line["arm"], trial)
                 yield Row(entry, figures, curves.get(trial.key, []), line["error"])

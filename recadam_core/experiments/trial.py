@@ -86,6 +86,7 @@ class Trial:
         warmup: steps of the rise; None for a tenth of them.
         seed: of the rows, the new head, and the order of the batches.
         split: "validation" or "test": where target and source task are measured.
+        head: "new", random and small; or "probed", the logistic regression on the pretrained features.
         init: "pretrained", or "random" weights to start from; the anchors are pretrained either way.
         pull: lr * gamma at the peak: the share of the way to the anchor in a step.
         center: middle of the annealing, as a share of the steps.
@@ -96,7 +97,7 @@ class Trial:
         budget: Euclidean distance to the anchor that `budget` holds.
         alpha: share of the way from the pretrained to the tuned weights at which `wiseft` ends.
         rank: of the adapters of `lora`.
-        inverse_strength: C of the logistic regression of `frozen`.
+        inverse_strength: C of the logistic regression of `frozen`, or of a probed head.
         source_weight: weight of the source loss in `multitask`.
         dropout: in training; None for the model's own.
         clip: largest norm of the gradient.
@@ -122,6 +123,7 @@ class Trial:
     warmup: int | None = None
     seed: int = 0
     split: str = "test"
+    head: str = "new"
     init: str = "pretrained"
     pull: float = 0.1
     center: float = 0.25
@@ -132,7 +134,7 @@ class Trial:
     budget: float = 1.0
     alpha: float = 0.5
     rank: int = 8
-    inverse_strength: float = 1.0
+    inverse_strength: float = 0.1
     source_weight: float = 1.0
     dropout: float | None = 0.0
     clip: float = 1.0
@@ -143,7 +145,12 @@ class Trial:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise unknown("method", self.method, METHODS)
-        for name, choices in (("split", ("validation", "test")), ("init", ("pretrained", "random"))):
+        choices: tuple[str, ...]
+        for name, choices in (
+            ("split", ("validation", "test")),
+            ("head", ("new", "probed")),
+            ("init", ("pretrained", "random")),
+        ):
             if getattr(self, name) not in choices:
                 raise unknown(name, getattr(self, name), choices)
         for name, low in (("rows", 0), ("steps", 1), ("batch_size", 1), ("seed", 0), ("rank", 1),
@@ -165,13 +172,19 @@ class Trial:
         if self.k is not None:
             check_number("trial", "k", self.k, low=0.0, open_low=True)
             check_number("trial", "t0", self.t0, low=0.0)
-        everyone = {name for method in METHODS.values() for name in method.settings}
-        for name in sorted(everyone - set(METHODS[self.method].settings)):
-            if name in self.changed:
-                raise RecAdamError(
-                    f"trial: method {self.method!r} does not read {name}; leave it out (it reads "
-                    f"{', '.join(METHODS[self.method].settings) or 'none of them'})"
-                )
+        for name in self.changed:
+            if name not in self.reads(self.method, self.head):
+                reads = ", ".join(METHODS[self.method].settings) or "none of its kind"
+                raise RecAdamError(f"trial: method {self.method!r} does not read {name} (it reads {reads})")
+
+    @classmethod
+    def reads(cls, method: str, head: str = "new") -> set[str]:
+        """The fields that a method reads, those that all methods read among them."""
+        if method not in METHODS:
+            raise unknown("method", method, METHODS)
+        own = {name for other in METHODS.values() for name in other.settings}
+        read = {f.name for f in dataclasses.fields(cls)} - own | set(METHODS[method].settings)
+        return read | {"inverse_strength"} if head == "probed" else read
 
     @property
     def changed(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from .compare import TINY, Comparison
 from .run import Run
 from .seeds import Sweep
 
-__all__ = ["SOURCE_LABELS", "schedule_figure", "seeds_figure", "task_figure"]
+__all__ = ["SOURCE_LABELS", "schedule_figure", "seeds_figure", "styled", "task_figure"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -44,17 +44,17 @@ STYLE: Any = {
 }
 
 
-def _styled(draw: Callable[P, T]) -> Callable[P, T]:
+def styled(draw: Callable[P, T]) -> Callable[P, T]:
     """Draw under this module's style, importing matplotlib only then."""
 
     @functools.wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> T:
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> T:
         import matplotlib
 
         with matplotlib.rc_context(STYLE):
             return draw(*args, **kwargs)
 
-    return styled
+    return drawn
 
 
 def _figure(columns: int) -> tuple[Any, Any]:
@@ -73,7 +73,7 @@ def _smooth(y: Any, width: int) -> Any:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-@_styled
+@styled
 def task_figure(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Any:
     """Four panels on the runs of one task: learning, drift, what was kept, and the same path.
 
@@ -170,7 +170,7 @@ def task_figure(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Any:
     return figure
 
 
-@_styled
+@styled
 def schedule_figure(annealing: Annealing, lr: float, gamma: float, steps: int) -> Any:
     """Task weight, recall weight and pull of each step.
 
@@ -201,7 +201,7 @@ def schedule_figure(annealing: Annealing, lr: float, gamma: float, steps: int) -
     return figure
 
 
-@_styled
+@styled
 def seeds_figure(sweeps: Sequence[Sweep]) -> Any:
     """The spread over seeds: target accuracy, what was kept, and drift, by optimizer.
 

@@ -1,0 +1,217 @@
+"""Pictures of experiments: who learns, who forgets, at what cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..finetuning.plots import styled
+from .grids import ARMS
+from .statistics import SOURCE, Summary
+from .table import Row
+
+__all__ = ["curves_figure", "label_of", "lines_figure", "pareto_figure"]
+
+FAMILIES = {
+    "AdamW": ("#d1662a", ("adamw", "adamw-careful", "adamw-probed", "AdamW")),
+    "RecAdam": (
+        "#0b6e99",
+        (
+            "recadam", "recadam-released", "recadam-proximal", "recadam-floor", "recadam-probed",
+            "recall", "budget",
+        ),
+    ),
+    "constant pull": ("#1a7f37", ("l2sp", "ewc", "l2sp-probed")),
+    "no anchor, or not in the optimizer": (
+        "#6b4c9a",
+        ("annealed", "coupled", "wiseft", "lora", "frozen", "multitask"),
+    ),
+}  # fmt: skip
+"""Colours of arms, by family."""
+
+INK = "#444444"
+
+
+def label_of(arm: str) -> str:
+    """An arm's label, where it has one besides its name.
+
+    Example:
+        >>> label_of("l2sp"), label_of("k=0.1")
+        ('constant pull (L2-SP)', 'k=0.1')
+    """
+    return ARMS[arm].label if arm in ARMS else arm
+
+
+def _colour(arm: str) -> str:
+    return next((colour for colour, arms in FAMILIES.values() if arm in arms), INK)
+
+
+@styled
+def pareto_figure(summaries: Sequence[Summary], title: str) -> Any:
+    """Target accuracy against the source loss, every run a point, every median with its label.
+
+    Args:
+        summaries: of one target task and one encoder.
+        title: of the picture.
+
+    Returns:
+        A matplotlib figure.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    figure = Figure(figsize=(10.5, 6.4), layout="constrained")
+    panel = figure.subplots()
+    panel.set_xscale("log")
+    panel.invert_xaxis()
+    reference = next((s for s in summaries if s.arm == "adamw"), None)
+    if reference is not None:
+        panel.axhspan(reference.target.low, reference.target.high, color="#d1662a", alpha=0.10, linewidth=0)
+        limit = reference.before + 0.2 * (reference.source.median - reference.before)
+        panel.axvline(limit, color=INK, linewidth=0.9, linestyle=(0, (4, 4)))
+        panel.annotate(
+            "80% kept of what AdamW forgets →", (limit, 0.015), (4, 0), color=INK, fontsize=8,
+            xycoords=("data", "axes fraction"), textcoords="offset points",
+        )  # fmt: skip
+    before = summaries[0].before
+    panel.axvline(before, color=INK, linewidth=0.9)
+    panel.annotate(
+        "before", (before, 0.985), (4, 0), color=INK, fontsize=8, va="top",
+        xycoords=("data", "axes fraction"), textcoords="offset points",
+    )  # fmt: skip
+    places = []
+    for summary in summaries:
+        points = np.array([(r.figures[SOURCE], r.figures["accuracy"]) for r in summary.rows])
+        colour = _colour(summary.arm)
+        panel.plot(*points.T, ".", color=colour, alpha=0.35, markersize=6)
+        panel.plot(summary.source.median, summary.target.median, "o", color=colour, markersize=8)
+        places.append((summary.source.median, summary.target.median, label_of(summary.arm), colour))
+    panel.set(
+        xlabel="source loss after fine-tuning (SNLI pairs; log scale, turned: further right forgets less)",
+        ylabel="target accuracy",
+    )
+    panel.set_title(title)
+    panel.xaxis.set_major_locator(LogLocator(subs=(0.5, 1.0, 2.0)))
+    panel.xaxis.set_major_formatter(ScalarFormatter())
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.margins(0.12, 0.1)
+    _place_labels(panel, places)
+    for name, (colour, arms) in FAMILIES.items():
+        if any(s.arm in arms for s in summaries):
+            panel.plot([], [], "o", color=colour, label=name)
+    panel.legend(loc="lower left", fontsize=8)
+    return figure
+
+
+def _place_labels(panel: Any, places: Sequence[tuple[float, float, str, str]]) -> None:
+    """Labels beside their points, moved down until none lies on another."""
+    panel.figure.canvas.draw() if panel.figure.canvas else None
+    taken: list[tuple[float, float, float, float]] = []
+    for x, y, text, colour in sorted(places, key=lambda place: -place[1]):
+        at_x, at_y = panel.transData.transform((x, y))
+        width, height = 5.2 * len(text) * panel.figure.dpi / 100, 13 * panel.figure.dpi / 100
+        best = None
+        for distance in (0, 13, -13, 26, -26, 39, -39, 52, -52, 65, -65):
+            for side in (1, -1):
+                left = at_x + 9 if side > 0 else at_x - 9 - width
+                box = (left, at_y + distance - height / 2, left + width, at_y + distance + height / 2)
+                if not any(_overlap(box, other) for other in taken):
+                    best = (side, distance, box)
+                    break
+            if best:
+                break
+        side, distance, box = best or (1, 0, (0.0, 0.0, 0.0, 0.0))
+        taken.append(box)
+        scale = 72 / panel.figure.dpi
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+        panel.annotate(
+            text, (x, y), (side * 9 * scale, distance * scale), textcoords="offset points", color=colour,
+            fontsize=8, ha="left" if side > 0 else "right", va="center",
+            arrowprops=line if distance else None,
+        )  # fmt: skip
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+@styled
+def curves_figure(rows: Sequence[Row], groups: dict[str, Sequence[str]]) -> Any:
+    """Target loss, source loss and distance along the way: a row of panels a group of arms.
+
+    Args:
+        rows: rows with curves, of one target task and one encoder.
+        groups: arms by the title of their row.
+
+    Returns:
+        A matplotlib figure; lines are medians over seeds, bands their range.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.3, 3.4 * len(groups)), layout="constrained")
+    panels = figure.subplots(len(groups), 3, squeeze=False)
+    names = {
+        "loss": "target loss (training)",
+        "source_loss": "source loss (SNLI pairs)",
+        "distance": "distance to θ*",
+    }
+    for line, (title, arms) in zip(panels, groups.items(), strict=True):
+        shades = colormaps["viridis"](np.linspace(0.0, 0.85, max(2, len(arms) - 1)))
+        colours = dict(zip([a for a in arms if a != "AdamW"], shades, strict=False))
+        for arm in arms:
+            curves = [row.curve for row in rows if row.entry.arm == arm and row.curve]
+            if not curves:
+                continue
+            steps = [point["step"] for point in curves[0]]
+            for panel, name in zip(line, names, strict=True):
+                values = np.array([[point[name] for point in curve] for curve in curves])
+                colour = colours.get(arm, "#d1662a")
+                panel.plot(steps, np.median(values, axis=0), color=colour, label=arm, linewidth=1.7)
+                panel.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+        for panel, (name, label) in zip(line, names.items(), strict=True):
+            panel.set(title=f"{title}: {label}" if panel is line[0] else label, xlabel="step")
+            if name == "source_loss":
+                panel.set_yscale("log")
+        line[0].legend(fontsize=8, ncols=2)
+    return figure
+
+
+@styled
+def lines_figure(panels: Sequence[tuple[str, str, dict[str, list[tuple[float, Summary]]]]]) -> Any:
+    """Target accuracy above, source loss below, as one setting moves: a column a setting.
+
+    Args:
+        panels: of each column the title, the scale of its axis ("log", "linear"), and lines by label:
+            values of the setting with what was found there.
+
+    Returns:
+        A matplotlib figure; bars are bootstrap intervals.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6 * len(panels), 6.2), layout="constrained")
+    grid = figure.subplots(2, len(panels), squeeze=False, sharex="col", sharey="row")
+    shades = ("#0b6e99", "#d1662a", "#1a7f37")
+    for (title, scale, lines), above, below in zip(panels, grid[0], grid[1], strict=True):
+        for (label, points), colour in zip(lines.items(), shades, strict=False):
+            x = [value for value, _ in points]
+            for panel, intervals in (
+                (above, [s.target for _, s in points]),
+                (below, [s.source for _, s in points]),
+            ):
+                middle = np.array([i.median for i in intervals])
+                spread = [middle - [i.low for i in intervals], [i.high for i in intervals] - middle]
+                panel.errorbar(
+                    x, middle, yerr=spread, fmt="o-", color=colour, label=label, markersize=4, capsize=2
+                )
+        above.set(title=title, xscale=scale)
+        below.set(xscale=scale, yscale="log")
+        below.axhline(next(iter(lines.values()))[0][1].before, color=INK, linewidth=0.8)
+        if len(lines) > 1:
+            above.legend(fontsize=8)
+    grid[0, 0].set_ylabel("target accuracy")
+    grid[1, 0].set_ylabel("source loss (line: before)")
+    return figure

@@ -1,0 +1,126 @@
+"""Medians over seeds, how sure they are, and what an arm learned and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .glue import headline
+from .table import Row
+
+__all__ = ["REFERENCE", "SOURCE", "Interval", "Summary", "median_of", "summarize"]
+
+REFERENCE = ("adamw", "AdamW", "AdamW, pretrained")
+"""Names of the arm that the others are held against, the first that is there."""
+
+SOURCE = "snli_mnr"
+"""The figure by which forgetting is judged; less is better."""
+
+COMMON = ("target", "model", "method", "seed", "split", "rows", "steps", "max_length", "curve_every", "data")
+
+
+class Interval(NamedTuple):
+    """A median and its bootstrap interval.
+
+    Example:
+        >>> str(Interval(0.5, 0.4, 0.6))
+        '0.500 (0.400 to 0.600)'
+    """
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """Three digits."""
+        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def median_of(values: Sequence[float]) -> Interval:
+    """The median, and where 95% of the medians of resampled values are (percentile bootstrap).
+
+    With five values that is from about the least to about the greatest of them.
+
+    Args:
+        values: one a seed.
+
+    Returns:
+        The interval, the same at every call.
+
+    Example:
+        >>> median_of([1.0, 2.0, 3.0])
+        Interval(median=2.0, low=1.0, high=3.0)
+    """
+    x = np.asarray(values, dtype=float)
+    drawn = np.random.default_rng(0).choice(x, (10_000, len(x)))
+    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
+    return Interval(float(np.median(x)), float(low), float(high))
+
+
+class Summary(NamedTuple):
+    """What an arm learned and kept, over its seeds."""
+
+    arm: str
+    rows: list[Row]
+    settings: str  # what was chosen, as `name=value`
+    target: Interval  # of the target task's first figure
+    before: float  # source loss of the pretrained encoder; NaN where none is measured
+    source: Interval  # source loss after training
+    kept: float  # share that it keeps of what the reference forgets; NaN without one
+    recall: Interval  # SNLI recall at 1
+    bbc: Interval  # BBC title recall at 1
+    distance: Interval  # to the anchor
+    time: float  # seconds, over the reference's
+    as_good: bool | None  # whether its median reaches the interval of the reference
+
+
+def summarize(rows: Sequence[Row]) -> list[Summary]:
+    """Summaries by arm, in the order in which arms appear.
+
+    Args:
+        rows: rows of one target task and one encoder.
+
+    Returns:
+        A summary an arm.
+    """
+    arms: dict[str, list[Row]] = {}
+    for row in rows:
+        arms.setdefault(row.entry.arm, []).append(row)
+    reference = next((arms[name] for name in REFERENCE if name in arms), None)
+    return [_summary(arm, members, reference) for arm, members in arms.items()]
+
+
+def _figure(rows: Sequence[Row], name: str) -> Interval:
+    values = [row.figures[name] for row in rows if name in row.figures]
+    return median_of(values) if values else Interval(np.nan, np.nan, np.nan)
+
+
+def _target(rows: Sequence[Row]) -> Interval:
+    return median_of([headline(row.trial.target.removeprefix("glue/"), row.figures) for row in rows])
+
+
+def _forgotten(rows: Sequence[Row]) -> float:
+    values = [r.figures[SOURCE] - r.figures[f"{SOURCE}_before"] for r in rows if SOURCE in r.figures]
+    return float(np.median(values)) if values else np.nan
+
+
+def _summary(arm: str, rows: list[Row], reference: list[Row] | None) -> Summary:
+    fields = rows[0].trial.changed
+    target = _target(rows)
+    lost = _forgotten(reference) if reference else np.nan
+    return Summary(
+        arm=arm,
+        rows=rows,
+        settings=" ".join(f"{name}={value}" for name, value in fields.items() if name not in COMMON),
+        target=target,
+        before=rows[0].figures.get(f"{SOURCE}_before", np.nan),
+        source=_figure(rows, SOURCE),
+        kept=1 - _forgotten(rows) / lost if lost > 0 else np.nan,
+        recall=_figure(rows, "snli_recall_at_1"),
+        bbc=_figure(rows, "bbc_recall_at_1"),
+        distance=_figure(rows, "distance"),
+        time=_figure(rows, "seconds").median / _figure(reference, "seconds").median if reference else np.nan,
+        as_good=target.median >= _target(reference).low if reference else None,
+    )
