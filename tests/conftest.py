@@ -43,3 +43,36 @@ def tiny_checkpoint(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory):
+    """Checkpoint folders of tiny random encoders, "bert" and "albert", whose tokenizers know few words."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "a", "of", "and", "is", "not", "good", "man"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    sizes = {"vocab_size": len(words), "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    kinds = {
+        "bert": lambda: BertModel(BertConfig(num_hidden_layers=1, **sizes)),
+        "albert": lambda: AlbertModel(AlbertConfig(num_hidden_layers=2, embedding_size=8, **sizes)),
+    }
+    folders = {}
+    for kind, make in kinds.items():
+        folders[kind] = str(tmp_path_factory.mktemp(kind))
+        torch.manual_seed(0)
+        make().save_pretrained(folders[kind])
+        names = ["input_ids", "token_type_ids", "attention_mask"]
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **special)
+        fast.save_pretrained(folders[kind])
+    return folders

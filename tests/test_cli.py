@@ -28,7 +28,7 @@ def test_finetune_prints_its_figures_and_its_directory(recadam, tmp_path):
     assert result.stdout.splitlines()[-1] == str(tmp_path / "run")
     assert "ten-digit accuracy (more is better)" in result.stdout
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["hp"]["annealing"] == {"name": "linear", "t0": 4.0, "weight": 1.0}
+    assert config["hp"]["annealing"] == {"name": "linear", "t0": 4.0, "weight": 1.0, "floor": 0.0}
     assert config["hp"]["form"] == "proximal"
 
 

@@ -96,9 +96,10 @@ def _loaded(name: str, kind: Any, **settings: Any) -> tuple[Any, Any]:
     quiet: Any = logging
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
+    folder = model_folder(name)
     try:
-        # What training takes no time beside: so that no trial gets what another has changed.
-        model = kind.from_pretrained(model_folder(name), dtype=torch.float32, **settings)
+        # Anew for each trial, which takes no time beside training: none gets what another has changed.
+        model = kind.from_pretrained(folder, dtype=torch.float32, **settings)
         return _tokenizer(name), model
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -55,8 +56,8 @@ def run(trial: Trial, device: str | None = None) -> dict[str, Any]:
             f"{trial.target}: method {trial.method!r}, head={trial.head}, curve_every={trial.curve_every}: "
             "one of them needs sentence embeddings, and GLUE's classifiers have none; give another target"
         )
-    subject = _Subject(trial, splits.classes, where)
     texts, held = _rows(trial, splits.train), getattr(splits, trial.split)
+    subject = _Subject(trial, splits.classes, where)
     train = subject.encoded(texts.first, texts.second)
     figures: dict[str, Any] = {}
     if subject.sentences:
@@ -245,7 +246,9 @@ def _adapt(subject: _Subject, rank: int) -> None:
 
     layers = ["query", "key", "value", "dense"]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers)
-    subject.module.body = get_peft_model(subject.module.body, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of what peft asks transformers for
+        subject.module.body = get_peft_model(subject.module.body, config)
 
 
 def _pair_loss(module: Any, premises: Batch, entailed: Batch) -> Tensor:

@@ -162,6 +162,26 @@ PAPER = {
 """Medians for BERT-base, vanilla and RecAdam, as far as quoted. Source: arXiv 2004.12651, table 1."""
 
 
+def check(name: str, data: str) -> None:
+    """Raise unless there is such a task, and files of it where they are said to be.
+
+    Args:
+        name: a name in `TASKS`.
+        data: the folder of the official files, or "hub".
+
+    Raises:
+        RecAdamError: naming what is missing.
+    """
+    if name not in TASKS:
+        raise unknown("GLUE task", name, TASKS)
+    if not data:
+        where = f"{name}/train.tsv"
+        raise RecAdamError(f"glue/{name}: no data; give --data FOLDER with {where} in it, or --data hub")
+    for part in () if data == "hub" else ("train", TASKS[name].dev):
+        if not (path := Path(data) / name / f"{part}.tsv").is_file():
+            raise RecAdamError(f"{path}: not there; give --data the folder of the official GLUE files")
+
+
 def read(name: str, data: str) -> Splits:
     """A task of GLUE; the development rows are its test rows, and a tenth of training's its validation rows.
 
@@ -175,12 +195,7 @@ def read(name: str, data: str) -> Splits:
     Raises:
         RecAdamError: when a file is missing or a line of it is damaged.
     """
-    if name not in TASKS:
-        raise unknown("GLUE task", name, TASKS)
-    if not data:
-        raise RecAdamError(
-            f"glue/{name}: no data; give --data FOLDER with {name}/train.tsv in it, or --data hub"
-        )
+    check(name, data)
     task = TASKS[name]
     if data == "hub":
         parts = _from_hub(task)
@@ -210,11 +225,7 @@ def read(name: str, data: str) -> Splits:
 
 def _official(task: GlueTask, path: Path) -> Iterable[tuple[str, str, str]]:
     """Text, second text and label of each line."""
-    try:
-        file = path.open(encoding="utf-8-sig", newline="")
-    except OSError:
-        raise RecAdamError(f"{path}: not there; give --data the folder of the official GLUE files") from None
-    with file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         places = task.columns
         if not isinstance(places[0], int):

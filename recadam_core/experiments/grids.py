@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import RecAdamError, unknown
 from . import glue
+from .data import TARGETS
 from .table import Entry, Results, Row
 from .trial import METHODS, Trial
 
@@ -211,6 +212,8 @@ def _size(options: Options, target: str) -> dict[str, Any]:
     """Rows and steps of a target task."""
     if options.quick:
         return {"rows": 250, "steps": 30}
+    if target not in TARGETS:
+        raise unknown("target", target, TARGETS)
     return {
         "movie-reviews": {},
         "snli": {"rows": 2490, "steps": 156},
@@ -342,7 +345,10 @@ def _glue_trial(options: Options, task: str, **settings: Any) -> Trial:
 
 
 def _glue_tasks(options: Options) -> list[str]:
-    return [target.removeprefix("glue/") for target in options.targets]
+    tasks = [target.removeprefix("glue/") for target in options.targets]
+    for task in tasks:
+        glue.check(task, options.data)
+    return tasks
 
 
 def _glue_tuning(options: Options, results: Results) -> list[Entry]:
@@ -371,6 +377,8 @@ def _glue_test(options: Options, results: Results) -> list[Entry]:
     entries = []
     for task in _glue_tasks(options):
         tried = [r for r in results.of("tune", "RecAdam") if r.trial.target == f"glue/{task}"]
+        if not tried:
+            raise RecAdamError(f"glue/{task}: all trials failed; see the table's column error")
         best = max(tried, key=lambda row: glue.headline(task, row.figures))
         for seed in options.seeds:
             entries.append(Entry("test", "AdamW", _glue_trial(options, task, seed=seed)))

@@ -1,0 +1,433 @@
+"""Experiments: trials and their commands, the table, choosing, statistics, kills, pages."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recadam_core import Constant, RecAdamError, Sigmoid
+from recadam_core.experiments import METHODS, Trial
+from recadam_core.experiments.data import Source, archives, target_of
+from recadam_core.experiments.grids import ARMS, EXPERIMENTS, TUNING_SEED, Options, choose
+from recadam_core.experiments.report import write_experiment
+from recadam_core.experiments.run import _each, _row
+from recadam_core.experiments.statistics import median_of, summarize
+from recadam_core.experiments.table import Entry, Results, Row
+
+SMALL = {"rows": 24, "steps": 3, "batch_size": 8, "max_length": 16}
+
+trials = st.sampled_from(sorted(METHODS)).flatmap(
+    lambda method: st.builds(
+        Trial,
+        method=st.just(method),
+        lr=st.floats(1e-7, 1.0),
+        seed=st.integers(0, 10**6),
+        rows=st.integers(0, 8000),
+        head=st.sampled_from(["new", "probed"]),
+        dropout=st.one_of(st.none(), st.floats(0, 0.9)),
+        **{
+            name: st.floats(0.001, 1.0)
+            for name in ("pull", "floor", "alpha")
+            if name in METHODS[method].settings
+        },
+    )
+)
+
+
+@given(trials)
+def test_a_command_says_the_whole_trial(trial):
+    assert Trial.parse(trial.command.split()[2:]) == trial
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["lr"], "trial: 'lr' is no setting; give name=value, as lr=1e-4"),
+        (["rate=1"], "unknown setting of a trial 'rate': choose one of"),
+        (["lr=fast"], "trial: lr is 'fast'; give a number"),
+        (["steps=1.5"], "trial: steps is '1.5'; give a whole number"),
+        (["steps=0"], "trial: steps is 0; give a whole number >= 1"),
+        (["lr=1", "lr=2"], "trial: lr is given twice; give it once"),
+        (["lr=nan"], "trial: lr is nan; give a finite number > 0"),
+        (["method=adam"], "unknown method 'adam': did you mean 'adamw'?"),
+        (["pull=0.2"], "trial: method 'adamw' does not read pull (it reads none of its kind)"),
+        (["method=l2sp", "center=0.5"], "trial: method 'l2sp' does not read center (it reads pull)"),
+        (["method=recadam", "k=0.1"], "trial: k and t0 go together; give both, or center and width instead"),
+        (["split=train"], "unknown split 'train'"),
+        (["method=wiseft", "alpha=2"], "trial: alpha is 2.0; give a finite number >= 0 and <= 1"),
+    ],
+)
+def test_bad_trials_are_named_in_one_line(pairs, message):
+    with pytest.raises(RecAdamError) as caught:
+        Trial.parse(pairs)
+    assert str(caught.value).startswith(message)
+
+
+def test_settings_become_the_optimizers():
+    trial = Trial(method="recadam", lr=1e-4, pull=0.2, steps=200, center=0.5, width=0.4, floor=0.1)
+    assert trial.hp.gamma == pytest.approx(2000)
+    assert trial.hp.annealing == Sigmoid.over(200, 0.5, 0.4, floor=0.1)
+    assert Trial(method="recadam", k=0.1, t0=250.0).annealing == Sigmoid(k=0.1, t0=250.0)
+    assert Trial(method="l2sp").annealing == Constant(1.0, 1.0)
+    assert Trial(method="annealed").hp.gamma == 0
+    assert Trial(method="recall").annealing.weights(25) == (1.0, 0.5)
+    assert [Trial(method=f"recadam{x}").hp.form for x in ("", "-released", "-proximal")] == [
+        "decoupled", "released", "proximal",
+    ]  # fmt: skip
+
+
+def test_every_arm_is_tried_as_often_and_no_two_trials_are_alike():
+    assert {len(arm.trials) for arm in ARMS.values()} == {6}
+    for arm in ARMS.values():
+        made = [Trial(method=arm.method, **settings) for settings in arm.trials]
+        assert len(set(made)) == 6
+
+
+def test_splits_are_disjoint_and_fixed():
+    for name in ("movie-reviews", "snli", "topics"):
+        splits = target_of(name)
+        assert (len(splits.test), len(splits.validation)) == (1000, 1000)
+        parts = [
+            set(zip(p.first, p.second or p.first, strict=True))
+            for p in (splits.train, splits.validation, splits.test)
+        ]
+        for one, other in ((0, 1), (0, 2), (1, 2)):
+            assert len(parts[one] & parts[other]) <= (name == "snli")  # by premises, so one may be cut
+        assert set(np.unique(splits.train.labels)) == set(range(splits.classes))
+    assert len(target_of("movie-reviews").train) >= 8000
+    sources = {split: Source(split) for split in ("validation", "test")}
+    assert not set(sources["validation"].premises) & set(sources["test"].premises)
+    assert not set(Source.pairs()[0]) & set(sources["test"].premises)
+
+
+def row(arm, accuracy, loss, seed=TUNING_SEED, stage="tune", **settings):
+    method = ARMS[arm].method if arm in ARMS else "adamw"
+    figures = {
+        "accuracy": accuracy,
+        "snli_mnr": loss,
+        "snli_mnr_before": 0.4,
+        "distance": 1.0,
+        "seconds": 2.0,
+    }
+    return Row(Entry(stage, arm, Trial(method=method, seed=seed, **settings)), figures)
+
+
+def test_choosing():
+    """The standard error at 0.75 and 1,000 rows is 0.0137."""
+    rows = [
+        row("adamw", 0.75, 2.0),
+        row("adamw", 0.74, 1.0),
+        row("adamw", 0.737, 0.8),
+        row("adamw", 0.73, 0.5),
+    ]
+    assert choose(rows, "best") is rows[0]
+    assert choose(rows, "careful") is rows[2]
+    with pytest.raises(RecAdamError, match="no trial to choose settings from"):
+        choose([], "best")
+
+
+def test_what_is_kept_and_what_is_as_good():
+    rows = [row("adamw", 0.70 + 0.01 * s, 2.4 + 0.01 * s, s, "test") for s in range(5)]
+    rows += [row("l2sp", 0.71, 0.8, s, "test") for s in range(5)]
+    rows += [row("frozen", 0.60, 0.4, s, "test") for s in range(5)]
+    adamw, l2sp, frozen = summarize(rows)
+    assert (adamw.target, adamw.kept) == ((0.72, 0.70, 0.74), 0.0)
+    assert l2sp.kept == pytest.approx(1 - 0.4 / 2.02)
+    assert (l2sp.as_good, frozen.as_good, frozen.kept) == (True, False, 1.0)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
+def test_the_interval_holds_its_median(values):
+    found = median_of(values)
+    assert min(values) <= found.low <= found.median <= found.high <= max(values)
+
+
+def test_the_bootstrap_of_a_hundred_is_narrow():
+    """The median of 100 normal values has a standard error of 1.2533 / 10."""
+    found = median_of(np.random.default_rng(1).standard_normal(100))
+    assert 0.2 < found.high - found.low < 0.8
+
+
+def test_the_table_comes_back_as_it_was(tmp_path):
+    results = Results(tmp_path)
+    curve = [{"step": 0.0, "loss": float("nan"), "source_loss": 0.5, "distance": 0.0}]
+    results.add(dataclasses.replace(row("adamw", 0.5, 1.25, lr=3e-5), curve=curve))
+    results.add(row("l2sp", 0.5, 1.5, pull=0.3, warmup=4))
+    results.add(Row(Entry("test", 'a, "b"', Trial()), {}, [], "diverged, at step 3"))
+    again = Results(tmp_path)
+    assert list(again.rows) == list(results.rows)
+    for mine, theirs in zip(again.rows.values(), results.rows.values(), strict=True):
+        assert (mine.entry, mine.figures, mine.error) == (theirs.entry, theirs.figures, theirs.error)
+    assert again.of("tune", "adamw")[0].curve[0]["source_loss"] == 0.5
+    assert [r.entry.arm for r in again.of("tune", lr=3e-5)] == ["adamw"]
+    assert again.of("test") == []
+
+
+def test_a_damaged_table_is_named_by_line(tmp_path):
+    Results(tmp_path).add(row("adamw", 0.53, 1.25))
+    path = tmp_path / "table.csv"
+    path.write_text(path.read_text().replace("0.53", "half", 1))
+    with pytest.raises(
+        RecAdamError, match=r"table.csv: line 2: damaged \(could not convert string to float: 'half'\)"
+    ):
+        Results(tmp_path)
+
+
+def test_archives_and_targets():
+    assert archives("glue/RTE", "org/model") == ()
+    with pytest.raises(RecAdamError, match="unknown target 'reviews'"):
+        archives("reviews", "minilm-l3")
+
+
+# Real runs, on a tiny encoder and the real data.
+
+
+def figures_of(printed):
+    return dict(line.split() for line in printed.splitlines()[1:])
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_runs_and_repeats(method, encoders, recadam):
+    """The tiny encoder knows nothing; that it moves, or does not, and that it does so again, it can show."""
+    from recadam_core.experiments import run_trial
+
+    trial = Trial(method=method, model=encoders["bert"], lr=1e-2, **SMALL)
+    first, again = run_trial(trial), run_trial(trial)
+    assert {k: v for k, v in first.items() if k != "seconds"} == {
+        k: v for k, v in again.items() if k != "seconds"
+    }
+    moved = first["snli_mnr"] != first["snli_mnr_before"]
+    assert moved == (first["distance"] > 0) == (method != "frozen")
+    assert 0 < first["accuracy"] < 1
+
+
+def test_the_pull_holds_what_it_should(encoders):
+    from recadam_core.experiments import run_trial
+
+    def distance(**settings):
+        return run_trial(Trial(model=encoders["bert"], lr=1e-2, **{**SMALL, "steps": 12}, **settings))[
+            "distance"
+        ]
+
+    free = distance()
+    assert distance(method="l2sp", pull=0.5) < 0.5 * free
+    assert distance(method="wiseft", alpha=0.5) == pytest.approx(0.5 * free, rel=1e-4)
+    assert distance(method="wiseft", alpha=0.0) == pytest.approx(0.0, abs=1e-6)
+    assert distance(method="annealed") < free
+    budget = 0.3 * free
+    assert distance(method="budget", budget=budget) < 1.6 * budget
+    # With no pull every form is the annealed Adam.
+    assert distance(method="recadam", pull=0.0) == distance(method="annealed")
+
+
+def test_what_is_not_there_is_named():
+    from recadam_core.experiments import run_trial
+
+    with pytest.raises(RecAdamError, match="movie-reviews: rows is 9000; there are"):
+        run_trial(Trial(rows=9000, model="nowhere"))
+    with pytest.raises(RecAdamError, match="unknown model 'nowhere'"):
+        run_trial(Trial(model="nowhere"))
+
+
+def test_init_random_starts_elsewhere_and_is_pulled_home(encoders):
+    from recadam_core.experiments import run_trial
+
+    settings = {**SMALL, "steps": 30, "model": encoders["bert"], "lr": 1e-3, "init": "random"}
+    free = run_trial(Trial(**settings))["distance"]
+    pulled = run_trial(Trial(method="l2sp", pull=0.9, **settings))["distance"]
+    assert pulled < 0.1 * free
+
+
+@pytest.mark.heavy
+def test_a_trial_is_repeated_by_its_command(encoders, recadam, tmp_path):
+    """What is in a row of an experiment, to the digits that it has there."""
+    arguments = [
+        "--model",
+        encoders["bert"],
+        "--arm",
+        "adamw",
+        "--arm",
+        "l2sp",
+        "--quick",
+        "--seeds",
+        "1",
+        "--jobs",
+        "1",
+    ]
+    result = recadam("experiment", "comparison", *arguments, "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(tmp_path / "out" / "report.html")
+    with (tmp_path / "out" / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["stage"], r["arm"]) for r in rows] == [("tune", "adamw")] * 2 + [("tune", "l2sp")] * 2 + [
+        ("test", "adamw"), ("test", "l2sp"),
+    ]  # fmt: skip
+    repeated = recadam(*rows[-1]["command"].split()[1:])
+    assert repeated.returncode == 0, repeated.stderr
+    found = figures_of(repeated.stdout)
+    names = [n for n in found if n != "seconds"]
+    assert len(names) > 9
+    assert {n: found[n] for n in names} == {n: rows[-1][n] for n in names}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("recadam trial") == 6
+    assert "data:image/png" in page
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert re.search(r"\| constant pull \(L2-SP\) \| lr=0.0002 pull=0.\d+ \| 0\.\d{3} \(", summary)
+
+
+def started(name, folder, encoders, *arguments):
+    """An experiment, begun in a process of its own."""
+    command = [sys.executable, "-m", "recadam_core", "experiment", name, "--model", encoders["bert"]]
+    command += ["--out", str(folder), *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def rows_of(folder):
+    path = folder / "table.csv"
+    if not path.exists():
+        return {}
+    with path.open() as file:
+        return {(r["stage"], r["arm"], r["command"]): {**r, "seconds": ""} for r in csv.DictReader(file)}
+
+
+def wait_for(folder, count):
+    deadline = time.time() + 240
+    while len(rows_of(folder)) < count:
+        assert time.time() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.heavy
+def test_killed_experiments_go_on_where_they_were(encoders, tmp_path):
+    small = ["--quick", "--seeds", "1", "--arm", "adamw", "--arm", "wiseft"]
+    folder, alone = tmp_path / "killed", tmp_path / "alone"
+    for count in (1, 3):
+        process = started("comparison", folder, encoders, *small)
+        wait_for(folder, count)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert count <= len(rows_of(folder)) < 6
+    before = rows_of(folder)
+    for place in (folder, alone):
+        process = started("comparison", place, encoders, *small)
+        errors = process.communicate(timeout=400)[1]
+        assert process.returncode == 0, errors
+    assert rows_of(folder) == rows_of(alone)
+    assert before.items() <= rows_of(folder).items()
+    assert len(rows_of(folder)) == 6
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.heavy
+def test_an_interrupt_says_how_to_go_on(encoders, tmp_path):
+    process = started("forgetting", tmp_path, encoders)
+    wait_for(tmp_path, 1)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 130
+    last = errors.strip().splitlines()[-1]
+    assert last == f"recadam: interrupted; {tmp_path} has what is done; run it again, and it goes on"
+    assert "Traceback" not in errors
+
+
+def test_a_trial_that_diverges_is_a_row_of_its_own(encoders, recadam, tmp_path):
+    """Settings that cannot be trained with must not take the others down."""
+    entry = Entry("test", "recadam", Trial(method="l2sp", pull=5.0, model=encoders["bert"], **SMALL))
+    found = _row(entry)
+    assert found.figures == {}
+    assert "diverges (2 or more)" in found.error
+    results = Results(tmp_path)
+    results.add(found)
+    results.add(row("adamw", 0.5, 1.25, 0, "test"))
+    page = write_experiment("comparison", results).read_text()
+    assert "failed: step" in page
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["initialization", "forgetting", "sensitivity"])
+def test_the_other_experiments_have_pages(name, encoders, recadam, tmp_path):
+    arms = {
+        "initialization": ["AdamW, pretrained", "RecAdam, random"],
+        "forgetting": ["AdamW", "k=0.1", "t0=25"],
+        "sensitivity": ["pull=0.2", "pull=0.5", "center=0", "center=0.25"],
+    }[name]
+    arguments = [x for arm in arms for x in ("--arm", arm)]
+    result = recadam("experiment", name, "--quick", "--seeds", "2", "--model", encoders["bert"], *arguments,
+                     "--out", tmp_path)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    with (tmp_path / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {r["arm"] for r in rows} == set(arms)
+    assert len(rows) == 2 * len(arms)
+    assert (tmp_path / "summary.md").read_text().count("\n| ") == len(arms) + 1
+    pictures = [p for p in tmp_path.iterdir() if p.suffix == ".png"]
+    assert len(pictures) == (name != "initialization")
+    if name == "forgetting":
+        with (tmp_path / "curves.csv").open() as file:
+            assert {float(line["step"]) for line in csv.DictReader(file)} == {0, 10, 20, 30}
+
+
+def test_the_same_trial_in_several_places_is_run_once(tmp_path):
+    """Sensitivity's middle stands in four columns of its picture."""
+    entries = EXPERIMENTS["sensitivity"].stages[0](Options(seeds=(0,)), Results(tmp_path))
+    middle = Trial(method="recadam", lr=2e-4, pull=0.2, center=0.25)
+    same = [entry for entry in entries if entry.trial == middle]
+    assert [e.arm for e in same] == ["pull=0.2", "lr=0.0002, lr·γ=0.2", "lr=0.0002, γ=1000", "center=0.25"]
+
+    class Pool:
+        submitted = 0
+
+        def submit(self, function, entry):
+            self.submitted += 1
+            future = Future()
+            future.set_result(row("pull=0.2", 0.5, 1.0))
+            return future
+
+    pool = Pool()
+    found = list(_each(pool, same, Results(tmp_path)))
+    assert [r.entry for r in found] == same
+    assert pool.submitted == 1
+    results = Results(tmp_path)
+    results.add(found[0])
+    again = list(_each(None, same[1:], results))
+    assert [r.entry for r in again] == same[1:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["experiment", "compare"], "recadam: unknown experiment 'compare': did you mean 'comparison'?"),
+        (["experiment", "comparison", "--arm", "adam"], "recadam: unknown arm 'adam': did you mean 'adamw'?"),
+        (
+            ["experiment", "glue", "--target", "RTE"],
+            "recadam: glue/RTE: no data; give --data FOLDER with RTE/train.tsv",
+        ),
+        (["experiment", "glue", "--target", "rte", "--data", "x"], "recadam: unknown GLUE task 'rte'"),
+        (
+            ["experiment", "glue", "--target", "RTE", "--data", "/nowhere"],
+            "recadam: /nowhere/RTE/train.tsv: not there;",
+        ),
+        (
+            ["experiment", "glue", "--preset", "bert"],
+            "recadam: unknown preset 'bert': did you mean 'bert-base'?",
+        ),
+        (["experiment", "comparison", "--target", "news"], "recadam: unknown target 'news'"),
+    ],
+)
+def test_bad_input_is_one_line(recadam, tmp_path, arguments, message):
+    result = recadam(*arguments, *(["--out", tmp_path / "x"] if arguments[0] == "experiment" else []))
+    assert result.returncode == 2
+    assert result.stderr.startswith(message), result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "x" / "table.csv").exists()

@@ -1,0 +1,186 @@
+"""GLUE: files in the official layout, metrics against known values, and the grid on tiny BERT and ALBERT."""
+
+from __future__ import annotations
+
+import csv
+import random
+
+import numpy as np
+import pytest
+
+from recadam_core import RecAdamError, Sigmoid
+from recadam_core.experiments import Trial, glue, run_trial
+from recadam_core.experiments.data import target_of
+from recadam_core.experiments.grids import EXPERIMENTS, Options
+from recadam_core.experiments.report import write_experiment
+from recadam_core.experiments.run import _row
+from recadam_core.experiments.table import Results
+
+# Header and columns of each task's files; CoLA's have no header. `{a}`, `{b}` are texts, `{y}` the label.
+OFFICIAL = {
+    "CoLA": (None, "src\t{y}\t*\t{a}"),
+    "SST-2": ("sentence\tlabel", "{a}\t{y}"),
+    "MRPC": ("Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "{y}\t1\t2\t{a}\t{b}"),
+    "STS-B": (
+        "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+        "0\tg\tf\t2012\t0\tx\ty\t{a}\t{b}\t{y}",
+    ),
+    "QQP": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "1\t2\t3\t{a}\t{b}\t{y}"),
+    "MNLI": (
+        "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\t"
+        "sentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
+        "0\t1\t2\tg\tp\tp\tp\tp\t{a}\t{b}\tneutral\t{y}",
+    ),
+    "QNLI": ("index\tquestion\tsentence\tlabel", "0\t{a}\t{b}\t{y}"),
+    "RTE": ("index\tsentence1\tsentence2\tlabel", "0\t{a}\t{b}\t{y}"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The eight tasks, forty rows each; an unpaired quotation mark in every text, as the real files have."""
+    rng = random.Random(0)
+    where = tmp_path_factory.mktemp("glue")
+    for name, (header, line) in OFFICIAL.items():
+        (where / name).mkdir()
+        labels = glue.TASKS[name].labels
+        for part, count in (("train", 40), (glue.TASKS[name].dev, 12)):
+            lines = [header] if header else []
+            for i in range(count):
+                label = labels[i % len(labels)] if labels else f"{rng.uniform(0, 5):.3f}"
+                word = "good" if i % max(1, len(labels)) == 0 else "not"
+                lines.append(line.format(a=f'the "{word} man', b=f"a man is {word}", y=label))
+            text = "\n".join(lines) + "\n"
+            (where / name / f"{part}.tsv").write_text(("\ufeff" if name == "MRPC" else "") + text, "utf-8")
+    return str(where)
+
+
+@pytest.mark.parametrize("name", sorted(glue.TASKS))
+def test_official_files(folder, name):
+    splits = target_of(f"glue/{name}", folder)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (36, 4, 12)
+    task = glue.TASKS[name]
+    assert splits.classes == (len(task.labels) or 1)
+    assert splits.test.first[0] == 'the "good man'
+    assert (splits.test.second is None) == (name in ("CoLA", "SST-2"))
+    if splits.test.second:
+        assert splits.test.second[0] == "a man is good"
+    if task.labels:
+        assert splits.test.labels.tolist() == [i % len(task.labels) for i in range(12)]
+    else:
+        assert ((splits.test.labels >= 0) & (splits.test.labels <= 5)).all()
+
+
+def test_the_hubs_data_set():
+    """Rows as `datasets` gives them: class numbers, named columns."""
+    rows = [{"question": "is the man good", "sentence": "the man is good", "label": 0, "idx": 0}] * 3
+    task = glue.TASKS["QNLI"]
+    texts = glue._texts("QNLI", "hub", ((r[task.hub[1]], r[task.hub[2]], r["label"]) for r in rows))
+    assert (texts.first[0], texts.second[0], texts.labels.tolist()) == (
+        "is the man good", "the man is good", [0, 0, 0],
+    )  # fmt: skip
+
+
+def test_metrics():
+    """Matthews by hand for a table of 3, 1, 2, 4: (12 - 2) / sqrt(5 * 4 * 6 * 5); F1 is 6 / 9."""
+    labels = np.array([1] * 5 + [0] * 5)
+    said = np.array([1] * 3 + [0] * 2 + [1] * 1 + [0] * 4)
+    scores = np.eye(2)[said]
+    assert glue.TASKS["CoLA"].metrics(scores, labels)["matthews"] == pytest.approx(
+        10 / np.sqrt(5 * 4 * 6 * 5)
+    )
+    assert glue.TASKS["MRPC"].metrics(scores, labels) == {"accuracy": 0.7, "f1": pytest.approx(6 / 9)}
+    assert glue.TASKS["RTE"].metrics(scores, labels) == {"accuracy": 0.7}
+    x = np.arange(5.0)
+    found = glue.TASKS["STS-B"].metrics(x[:, None] ** 3, x)
+    assert found["spearman"] == pytest.approx(1.0)
+    assert found["pearson"] == pytest.approx(np.corrcoef(x**3, x)[0, 1])
+    assert glue.TASKS["STS-B"].metrics(np.ones((5, 1)), x) == {"pearson": 0.0, "spearman": 0.0}
+
+
+def test_the_papers_settings():
+    options = Options(targets=("glue/RTE", "glue/CoLA"), models=(), data="hub", preset="bert-base")
+    entries = EXPERIMENTS["glue"].stages[0](options, None)
+    assert len(entries) == 2 * 5 * 3
+    trial = entries[0].trial
+    assert (trial.model, trial.steps, trial.batch_size, trial.lr) == (
+        "google-bert/bert-base-uncased",
+        7800,
+        32,
+        2e-5,
+    )
+    assert trial.hp.gamma == pytest.approx(5000)
+    assert trial.hp.annealing == Sigmoid(k=0.05, t0=250.0)
+    assert (trial.dropout, trial.rows) == (None, 0)
+    options = Options(targets=("glue/CoLA",), models=(), data="hub", preset="albert-xxlarge")
+    trial = EXPERIMENTS["glue"].stages[0](options, None)[-1].trial
+    assert (trial.steps, trial.batch_size, trial.lr, trial.warmup_steps) == (5336, 16, 1e-5, 320)
+    assert (trial.k, trial.t0, trial.dropout) == (1.0, 500.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("0\tthe man\tmaybe", r"line 2 has 3 columns; fetch the file again"),
+        ("0\tthe man\ta man\tmaybe", r"the label of row 1 is 'maybe', not entailment or not_entailment"),
+        (None, "no rows; fetch it again"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, line, message):
+    (tmp_path / "RTE").mkdir()
+    for part in ("train", "dev"):
+        text = OFFICIAL["RTE"][0] + "\n" + (f"{line}\n" if line else "")
+        (tmp_path / "RTE" / f"{part}.tsv").write_text(text)
+    with pytest.raises(RecAdamError, match=message):
+        glue.read("RTE", str(tmp_path))
+
+
+def test_other_columns_are_named(tmp_path):
+    (tmp_path / "RTE").mkdir()
+    for part in ("train", "dev"):
+        (tmp_path / "RTE" / f"{part}.tsv").write_text("a\tb\n")
+    with pytest.raises(
+        RecAdamError, match="no column 'sentence1' in its first line; give the official files"
+    ):
+        glue.read("RTE", str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["bert", "albert"])
+@pytest.mark.parametrize("name", ["CoLA", "STS-B", "MNLI"])
+def test_trials_on_tiny_encoders(folder, encoders, kind, name):
+    """Two classes, scores, three classes: RecAdam moves and is pulled, AdamW is not; both repeat."""
+    size = {"steps": 20, "batch_size": 8, "rows": 0, "max_length": 16, "dropout": None, "lr": 1e-2}
+    place = {"target": f"glue/{name}", "data": folder, "model": encoders[kind]}
+    free = run_trial(Trial(**place, **size))
+    pulled = run_trial(Trial(method="l2sp", pull=0.9, **place, **size))
+    assert pulled["distance"] < 0.5 * free["distance"]
+    assert glue.headline(name, free) == glue.headline(name, run_trial(Trial(**place, **size)))
+    if name == "CoLA":  # the label is a word
+        learned = run_trial(Trial(**place, **{**size, "steps": 100}))
+        assert learned["matthews"] == 1.0
+
+
+def test_the_grid_and_its_page(folder, encoders, tmp_path):
+    """The code that runs the paper's grid, on small files: two trials to choose from, two seeds."""
+    options = Options(
+        (0, 1), (encoders["albert"],), ("glue/RTE", "glue/STS-B"), (), True, folder, "albert-xxlarge"
+    )
+    results = Results(tmp_path)
+    for stage in EXPERIMENTS["glue"].stages:
+        for entry in stage(options, results):
+            results.add(_row(entry))
+    assert [r.error for r in results.rows.values() if r.error] == []
+    assert len(results.of("tune")) == 4
+    assert len(results.of("test")) == 8
+    write_experiment("glue", results)
+    summary = (tmp_path / "summary.md").read_text()
+    lines = [line.split(" | ") for line in summary.splitlines() if line.startswith(("| AdamW", "| RecAdam"))]
+    assert [line[-1].strip(" |") for line in lines] == ["71.1", "74.4", "89.8", "90.4"]
+    with (tmp_path / "table.csv").open() as file:
+        assert {r["pearson"] != "" for r in csv.DictReader(file) if r["target"] == "glue/STS-B"} == {True}
+
+
+def test_what_glue_cannot_do_is_said(folder, encoders):
+    trial = Trial(target="glue/RTE", data=folder, model=encoders["bert"], method="lora")
+    with pytest.raises(RecAdamError, match="glue/RTE: method 'lora'"):
+        run_trial(trial)

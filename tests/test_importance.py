@@ -1,0 +1,155 @@
+"""The pull weighted by an importance, in the specification and in PyTorch's optimizer."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import recadam_core as rc
+from recadam_torch import RecAdam
+
+SETTINGS = {"lr": 1e-2, "gamma": 20.0, "annealing": rc.Sigmoid(k=0.3, t0=10)}
+WAYS = ({}, {"foreach": True}, {"foreach": False}, {"exact": True}, {"capturable": True})
+
+
+def arrays(seed, count, shape=(3, 5)):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape) for _ in range(count)]
+
+
+def run(importance, steps=12, dtype=torch.float64, **more):
+    theta, anchor, *grads = arrays(0, 2 + steps)
+    w, head = (torch.nn.Parameter(torch.tensor(x, dtype=dtype)) for x in (theta, theta))
+    groups = [
+        {"params": [("w", w)], "anchors": {"w": torch.tensor(anchor, dtype=dtype)}},
+        {"params": [("head", head)], "anchored": False},
+    ]
+    given = None if importance is None else {"w": torch.tensor(importance)}
+    optimizer = RecAdam(groups, importance=given, **SETTINGS, **more)
+    for grad in grads:
+        w.grad = head.grad = torch.tensor(grad, dtype=dtype)
+        optimizer.step()
+    return w.detach().numpy().copy(), head.detach().numpy().copy(), optimizer
+
+
+def by_hand(importance, steps=12):
+    """The formula in NumPy, written out."""
+    theta, anchor, *grads = arrays(0, 2 + steps)
+    m = v = np.zeros_like(theta)
+    hp = rc.Hyperparameters(**SETTINGS)
+    for t, grad in enumerate(grads, start=1):
+        c = rc.coefficients(t, hp)
+        m, v = c.beta1 * m + (1 - c.beta1) * grad, c.beta2 * v + (1 - c.beta2) * grad**2
+        theta = theta + importance * c.recall * (anchor - theta) - c.step * m / (np.sqrt(v) + c.eps)
+    return theta
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_every_way_to_step_follows_the_formula(way):
+    importance = np.random.default_rng(5).uniform(size=(3, 5))
+    w, head, _ = run(importance, **way)
+    np.testing.assert_allclose(w, by_hand(importance), rtol=1e-12)
+    np.testing.assert_array_equal(head, run(None, **way)[1])
+
+
+def test_exact_has_the_specifications_bits():
+    importance = np.random.default_rng(5).uniform(size=(3, 5))
+    theta, anchor, *grads = arrays(0, 14)
+    hp, moments = rc.Hyperparameters(**SETTINGS), rc.Moments.zeros_like(theta)
+    for t, grad in enumerate(grads, start=1):
+        delta, moments = rc.update(theta, grad, moments, anchor, rc.coefficients(t, hp), importance)
+        theta = theta + delta
+    np.testing.assert_array_equal(run(importance, exact=True)[0], theta)
+
+
+def test_ones_change_no_bit_and_zeros_leave_the_annealed_adam():
+    np.testing.assert_array_equal(run(np.ones((3, 5)), exact=True)[0], run(None, exact=True)[0])
+    theta, _, *grads = arrays(0, 14)
+    w = torch.nn.Parameter(torch.tensor(theta))
+    alone = RecAdam([("w", w)], exact=True, **{**SETTINGS, "gamma": 0.0})
+    for grad in grads:
+        w.grad = torch.tensor(grad)
+        alone.step()
+    np.testing.assert_array_equal(run(np.zeros((3, 5)), exact=True)[0], w.detach().numpy())
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_more_importance_ends_nearer_to_the_anchor(one, other):
+    """Without a gradient; so the bounds on lr * gamma hold with any importance."""
+    theta, anchor = np.array([3.0]), np.array([1.0])
+    c = rc.Coefficients(0.9, 0.999, 0.1, 1e-8, 0.5, 0.0)
+    ends = []
+    for importance in sorted((one, other)):
+        delta, _ = rc.update(
+            theta, np.zeros(1), rc.Moments.zeros_like(theta), anchor, c, np.array([importance])
+        )
+        ends.append(abs(float((theta + delta - anchor)[0])))
+    assert 1.0 <= ends[1] <= ends[0] <= 2.0
+
+
+def test_sixteen_bits_and_rounding():
+    importance = np.random.default_rng(5).uniform(size=(3, 5))
+    for rounding in ("nearest", "stochastic", "compensated"):
+        w = torch.nn.Parameter(torch.ones(3, 5, dtype=torch.bfloat16))
+        settings = {"lr": 1e-2, "gamma": 50.0, "annealing": rc.Constant(1.0, 1.0), "rounding": rounding}
+        anchors = {"w": torch.zeros(3, 5)}
+        optimizer = RecAdam(
+            [("w", w)], anchors=anchors, importance={"w": torch.tensor(importance)}, **settings
+        )
+        w.grad = torch.zeros_like(w)
+        optimizer.step()
+        expected = 1 - 0.5 * importance
+        np.testing.assert_allclose(w.detach().float().numpy(), expected, atol=2**-8)
+
+
+def test_it_lives_in_the_state_and_survives_a_resume():
+    importance = np.random.default_rng(5).uniform(size=(3, 5))
+    _, _, optimizer = run(importance)
+    saved = copy.deepcopy(optimizer.state_dict())
+    _, _, other = run(np.ones((3, 5)), steps=1)
+    other.load_state_dict(saved)
+    state = other.state[other.param_groups[0]["params"][0]]
+    np.testing.assert_array_equal(state["importance"].numpy(), importance)
+
+
+def test_drift_takes_it_into_account():
+    importance = np.zeros((3, 5))
+    _, _, optimizer = run(importance)
+    assert optimizer.drift().parameters["w"].pull_share == 0.0
+
+
+@pytest.mark.parametrize(
+    ("importance", "more", "message"),
+    [
+        ({}, {}, "importance of 'w' is None; give a floating tensor of shape (2,)"),
+        ({"w": torch.ones(3)}, {}, "importance of 'w' has shape (3,); give a floating tensor of shape (2,)"),
+        ({"w": torch.tensor([0.5, 2.0])}, {}, "importance of 'w' leaves [0, 1]; scale it, and set the"),
+        ({"w": torch.tensor([0.5, torch.nan])}, {}, "importance of 'w' leaves [0, 1]; scale it"),
+        (
+            {"w": torch.ones(2)},
+            {"fused": True},
+            "RecAdam: importance and fused are both set; give one of them",
+        ),
+    ],
+)
+def test_bad_input_is_named_in_one_line(importance, more, message):
+    with pytest.raises(rc.RecAdamError) as caught:
+        RecAdam([("w", torch.nn.Parameter(torch.ones(2)))], importance=importance, **more)
+    assert str(caught.value).startswith(message)
+
+
+def test_importance_needs_names():
+    with pytest.raises(rc.RecAdamError, match="importance is matched by name; pass"):
+        RecAdam([torch.nn.Parameter(torch.ones(2))], importance={"w": torch.ones(2)})
+
+
+def test_the_specification_refuses_another_shape():
+    theta = np.ones(2)
+    c = rc.Coefficients(0.9, 0.999, 0.1, 1e-8, 0.5, 0.0)
+    with pytest.raises(rc.RecAdamError, match=r"update: importance has shape \(3,\), theta \(2,\)"):
+        rc.update(theta, theta, rc.Moments.zeros_like(theta), theta, c, np.ones(3))
