@@ -20,7 +20,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "experiments/*/*"]
 html_theme = "furo"
 html_title = f"recadam-core {version}"
 html_math_renderer = "mathml"

@@ -10,8 +10,13 @@ from .errors import Interrupted, RecAdamError
 
 __all__ = ["main"]
 
-EXTRAS = {"conformance": "conformance", "backends": "conformance"}
-"""What a sub-command needs, where that is less than the extra `finetune`."""
+EXTRAS = {
+    "conformance": "conformance",
+    "backends": "conformance",
+    "trial": "experiments",
+    "experiment": "experiments",
+}
+"""What a sub-command needs, where that is not the extra `finetune`."""
 
 
 def main() -> None:

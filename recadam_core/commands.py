@@ -549,7 +549,7 @@ def experiment(
     for row in results.rows.values():
         if row.error:
             print(f"failed: {row.trial.command}: {row.error}", file=sys.stderr)
-    print(write_experiment(name, results))
+    print(write_experiment(name, results, options))
 
 
 @app.command()

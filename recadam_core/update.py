@@ -76,6 +76,7 @@ def update(
         c: coefficients of this step: Python floats, or 0-d arrays.
         importance: how much each weight matters to the old task, theta's shape, in [0, 1], so that the
             bounds on the pull hold as they are; None for 1 everywhere. As EWC has the Fisher information.
+            For the form "decoupled": in the others `c.step` and `c.decay` hold the whole pull, too.
 
     Returns:
         delta in the accumulator's dtype (float32 for 16-bit parameters), to be added to theta and

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ trials = st.sampled_from(sorted(METHODS)).flatmap(
         rows=st.integers(0, 8000),
         head=st.sampled_from(["new", "probed"]),
         dropout=st.one_of(st.none(), st.floats(0, 0.9)),
+        model=st.sampled_from(["minilm-l3", "/a folder/it's"]),
         **{
             name: st.floats(0.001, 1.0)
             for name in ("pull", "floor", "alpha")
@@ -47,7 +49,7 @@ trials = st.sampled_from(sorted(METHODS)).flatmap(
 
 @given(trials)
 def test_a_command_says_the_whole_trial(trial):
-    assert Trial.parse(trial.command.split()[2:]) == trial
+    assert Trial.parse(shlex.split(trial.command)[2:]) == trial
 
 
 @pytest.mark.parametrize(
@@ -65,6 +67,7 @@ def test_a_command_says_the_whole_trial(trial):
         (["method=l2sp", "center=0.5"], "trial: method 'l2sp' does not read center (it reads pull)"),
         (["method=recadam", "k=0.1"], "trial: k and t0 go together; give both, or center and width instead"),
         (["split=train"], "unknown split 'train'"),
+        (["method=lora", "curve_every=5"], "trial: lora has no curve, since its adapters are merged at"),
         (["method=wiseft", "alpha=2"], "trial: alpha is 2.0; give a finite number >= 0 and <= 1"),
     ],
 )
@@ -108,7 +111,10 @@ def test_splits_are_disjoint_and_fixed():
     assert len(target_of("movie-reviews").train) >= 8000
     sources = {split: Source(split) for split in ("validation", "test")}
     assert not set(sources["validation"].premises) & set(sources["test"].premises)
-    assert not set(Source.pairs()[0]) & set(sources["test"].premises)
+    trained, target = set(Source.pairs()[0]), target_of("snli")
+    for premises in (*(s.premises for s in sources.values()), target.train.first, target.test.first):
+        assert not trained & set(premises)
+    assert not set(target.train.first) & set(sources["test"].premises)
 
 
 def row(arm, accuracy, loss, seed=TUNING_SEED, stage="tune", **settings):
@@ -144,7 +150,11 @@ def test_what_is_kept_and_what_is_as_good():
     adamw, l2sp, frozen = summarize(rows)
     assert (adamw.target, adamw.kept) == ((0.72, 0.70, 0.74), 0.0)
     assert l2sp.kept == pytest.approx(1 - 0.4 / 2.02)
-    assert (l2sp.as_good, frozen.as_good, frozen.kept) == (True, False, 1.0)
+    assert frozen.kept == 1.0
+    # Seed by seed 0.01 more to 0.03 less, and 0.1 to 0.14 less.
+    assert l2sp.gain == pytest.approx((-0.01, -0.03, 0.01))
+    assert frozen.gain.high < 0
+    assert adamw.gain == (0, 0, 0)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
@@ -169,9 +179,15 @@ def test_the_table_comes_back_as_it_was(tmp_path):
     assert list(again.rows) == list(results.rows)
     for mine, theirs in zip(again.rows.values(), results.rows.values(), strict=True):
         assert (mine.entry, mine.figures, mine.error) == (theirs.entry, theirs.figures, theirs.error)
-    assert again.of("tune", "adamw")[0].curve[0]["source_loss"] == 0.5
-    assert [r.entry.arm for r in again.of("tune", lr=3e-5)] == ["adamw"]
-    assert again.of("test") == []
+    entries = [found.entry for found in results.rows.values()]
+    assert again.of(entries[::-1])[1].curve[0]["source_loss"] == 0.5
+    assert [found.entry.arm for found in again.of(entries[::-1])] == ["l2sp", "adamw"]
+    for _ in range(3):  # the same trial in two places has one curve, however often it is read again
+        again.add(
+            dataclasses.replace(again.of(entries)[0], entry=dataclasses.replace(entries[0], arm="twin"))
+        )
+        again = Results(tmp_path)
+    assert [len(found.curve) for found in again.rows.values()] == [1, 0, 0, 1]
 
 
 def test_a_damaged_table_is_named_by_line(tmp_path):
@@ -240,13 +256,24 @@ def test_what_is_not_there_is_named():
         run_trial(Trial(model="nowhere"))
 
 
+def test_what_cannot_be_trained_is_said(encoders):
+    from recadam_core.experiments import run_trial
+
+    with pytest.raises(RecAdamError, match="max_length is 600; the encoder reads up to 512 tokens"):
+        run_trial(Trial(model=encoders["bert"], **{**SMALL, "max_length": 600}))
+    with pytest.raises(RecAdamError, match="topics: no row of class"):
+        run_trial(Trial(target="topics", method="frozen", model=encoders["bert"], **{**SMALL, "rows": 10}))
+
+
 def test_init_random_starts_elsewhere_and_is_pulled_home(encoders):
     from recadam_core.experiments import run_trial
 
-    settings = {**SMALL, "steps": 30, "model": encoders["bert"], "lr": 1e-3, "init": "random"}
-    free = run_trial(Trial(**settings))["distance"]
-    pulled = run_trial(Trial(method="l2sp", pull=0.9, **settings))["distance"]
-    assert pulled < 0.1 * free
+    settings = {**SMALL, "model": encoders["bert"], "lr": 1e-4, "init": "random"}
+    start = run_trial(Trial(**{**settings, "steps": 1, "lr": 1e-9}))["distance"]
+    assert start > 0.1
+    assert run_trial(Trial(**settings))["distance"] == pytest.approx(start, rel=0.1)
+    pulled = run_trial(Trial(method="l2sp", pull=0.9, **{**settings, "steps": 30}))["distance"]
+    assert pulled < 0.1 * start
 
 
 @pytest.mark.heavy
@@ -270,10 +297,10 @@ def test_a_trial_is_repeated_by_its_command(encoders, recadam, tmp_path):
     assert result.stdout.strip() == str(tmp_path / "out" / "report.html")
     with (tmp_path / "out" / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(r["stage"], r["arm"]) for r in rows] == [("tune", "adamw")] * 2 + [("tune", "l2sp")] * 2 + [
-        ("test", "adamw"), ("test", "l2sp"),
+    assert sorted((r["stage"], r["arm"]) for r in rows) == [
+        ("test", "adamw"), ("test", "l2sp"), *[("tune", "adamw")] * 2, *[("tune", "l2sp")] * 2,
     ]  # fmt: skip
-    repeated = recadam(*rows[-1]["command"].split()[1:])
+    repeated = recadam(*shlex.split(rows[-1]["command"])[1:])
     assert repeated.returncode == 0, repeated.stderr
     found = figures_of(repeated.stdout)
     names = [n for n in found if n != "seconds"]
@@ -350,7 +377,12 @@ def test_a_trial_that_diverges_is_a_row_of_its_own(encoders, recadam, tmp_path):
     results = Results(tmp_path)
     results.add(found)
     results.add(row("adamw", 0.5, 1.25, 0, "test"))
-    page = write_experiment("comparison", results).read_text()
+    for accuracy, settings in enumerate(ARMS["adamw"].trials):
+        results.add(row("adamw", accuracy / 10, 1.0, split="validation", **settings))
+    chosen = EXPERIMENTS["comparison"].stages[1](Options(seeds=(0,), arms=("adamw",)), results)
+    assert [entry.trial for entry in chosen] == [Trial(lr=8e-4)]
+    results.add(row("adamw", 0.5, 1.25, 0, "test", lr=8e-4))
+    page = write_experiment("comparison", results, Options(seeds=(0,), arms=("adamw",))).read_text()
     assert "failed: step" in page
 
 
@@ -408,6 +440,7 @@ def test_the_same_trial_in_several_places_is_run_once(tmp_path):
     ("arguments", "message"),
     [
         (["experiment", "compare"], "recadam: unknown experiment 'compare': did you mean 'comparison'?"),
+        (["experiment", "forgetting", "--arm", "k=3"], "recadam: unknown arm 'k=3': did you mean 'k="),
         (["experiment", "comparison", "--arm", "adam"], "recadam: unknown arm 'adam': did you mean 'adamw'?"),
         (
             ["experiment", "glue", "--target", "RTE"],

@@ -50,6 +50,9 @@ def folder(tmp_path_factory):
                 label = labels[i % len(labels)] if labels else f"{rng.uniform(0, 5):.3f}"
                 word = "good" if i % max(1, len(labels)) == 0 else "not"
                 lines.append(line.format(a=f'the "{word} man', b=f"a man is {word}", y=label))
+            lines += (
+                ["133273\t213221\t213222\tis this cut off"] if name == "QQP" else []
+            )  # as in the real one
             text = "\n".join(lines) + "\n"
             (where / name / f"{part}.tsv").write_text(("\ufeff" if name == "MRPC" else "") + text, "utf-8")
     return str(where)
@@ -169,10 +172,10 @@ def test_the_grid_and_its_page(folder, encoders, tmp_path):
     for stage in EXPERIMENTS["glue"].stages:
         for entry in stage(options, results):
             results.add(_row(entry))
+    stages = [stage(options, results) for stage in EXPERIMENTS["glue"].stages]
     assert [r.error for r in results.rows.values() if r.error] == []
-    assert len(results.of("tune")) == 4
-    assert len(results.of("test")) == 8
-    write_experiment("glue", results)
+    assert [len(results.of(stage)) for stage in stages] == [4, 8]
+    write_experiment("glue", results, options)
     summary = (tmp_path / "summary.md").read_text()
     lines = [line.split(" | ") for line in summary.splitlines() if line.startswith(("| AdamW", "| RecAdam"))]
     assert [line[-1].strip(" |") for line in lines] == ["71.1", "74.4", "89.8", "90.4"]

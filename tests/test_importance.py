@@ -117,6 +117,34 @@ def test_it_lives_in_the_state_and_survives_a_resume():
     np.testing.assert_array_equal(state["importance"].numpy(), importance)
 
 
+@pytest.mark.parametrize(("mine", "theirs"), [(None, 1.0), (1.0, None)])
+def test_a_state_of_another_kind_is_refused(mine, theirs):
+    ones = [None if x is None else np.ones((3, 5)) for x in (mine, theirs)]
+    optimizer, saved = run(ones[0], steps=1)[2], run(ones[1], steps=1)[2].state_dict()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(rc.RecAdamError, match="load_state_dict: 'w' was saved with"):
+        optimizer.load_state_dict(saved)
+    assert str(optimizer.state_dict()) == str(before)
+
+
+def test_groups_that_come_later_and_copies():
+    w, v = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = RecAdam([("w", w)], lr=0.1, gamma=5.0, annealing=rc.Constant(1.0, 1.0))
+    group = {
+        "params": [("v", v)],
+        "anchors": {"v": torch.zeros(2)},
+        "importance": {"v": torch.tensor([1.0, 0.0])},
+    }
+    optimizer.add_param_group(group)
+    twin = copy.deepcopy(optimizer)
+    for some in (optimizer, twin):
+        for g in some.param_groups:
+            for p in g["params"]:
+                p.grad = torch.zeros_like(p)
+        some.step()
+        assert some.param_groups[1]["params"][0].tolist() == [0.5, 1.0]
+
+
 def test_drift_takes_it_into_account():
     importance = np.zeros((3, 5))
     _, _, optimizer = run(importance)

@@ -66,6 +66,8 @@ def weigh(group: Mapping[str, Any], states: list[dict[str, Any]], importance: An
         return
     if group["fused"]:
         raise RecAdamError("RecAdam: importance and fused are both set; give one of them")
+    if group["form"] != "decoupled":  # the others' steps shrink by the pull, which is one number there
+        raise RecAdamError(f"RecAdam: importance needs form='decoupled', not {group['form']!r}")
     if "param_names" not in group:
         raise RecAdamError(
             "importance is matched by name; pass model.named_parameters() instead of model.parameters()"
@@ -83,7 +85,10 @@ def weigh(group: Mapping[str, Any], states: list[dict[str, Any]], importance: An
             raise RecAdamError(
                 f"importance of {name!r} leaves [0, 1]; scale it, and set the strength by gamma"
             )
-        state["importance"] = like(p, partial(_copied, given, p.device))
+        sharded = is_sharded(given)
+        state["importance"] = (
+            given.detach().clone() if sharded else like(p, partial(_copied, given, p.device))
+        )
 
 
 def from_file(group: Mapping[str, Any], wanted: list[tuple[Tensor, int]]) -> dict[Tensor, dict[str, Any]]:
@@ -165,6 +170,12 @@ def saved_anchors(
         wanted: list[tuple[str, Tensor, int, int]] = []
         for place, (index, (name, p)) in enumerate(zip(group["params"], named(ours), strict=True)):
             saved, mine = state_dict["state"][index], optimizer.state[p]
+            shapes = [getattr(state.get("importance"), "shape", None) for state in (saved, mine)]
+            if shapes[0] != shapes[1]:
+                said, here = ("no importance" if x is None else f"one of shape {tuple(x)}" for x in shapes)
+                raise RecAdamError(
+                    f"load_state_dict: {name!r} was saved with {said} and has {here}; make it as then"
+                )
             if "anchor" in saved and not isinstance(saved["anchor"], dict):
                 kept = saved["anchor"]
                 if kept is not None and kept.shape != p.shape:

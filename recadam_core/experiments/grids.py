@@ -190,7 +190,7 @@ def choose(rows: Sequence[Row], rule: str, held: int = 1000) -> Row:
     """
     if not rows:
         raise RecAdamError(
-            "no trial to choose settings from: all of them failed; see the table's column error"
+            "no trial to choose settings from succeeded; run again, or see the table's column error"
         )
     best = max(rows, key=lambda row: row.figures["accuracy"])
     if rule == "best":
@@ -221,43 +221,44 @@ def _size(options: Options, target: str) -> dict[str, Any]:
     }[target]
 
 
+def _tuning(options: Options, name: str, target: str, model: str) -> list[Entry]:
+    """The trials of one arm from which its settings are chosen."""
+    arm = ARMS[name]
+    if arm.shares:
+        return _tuning(options, arm.shares, target, model)
+    place: dict[str, Any] = {"target": target, "model": model, "seed": TUNING_SEED, "split": "validation"}
+    tried = arm.trials[1:3] if options.quick else arm.trials
+    size = _size(options, target)
+    return [Entry("tune", name, Trial(method=arm.method, **place, **size, **settings)) for settings in tried]
+
+
+def _places(options: Options) -> list[tuple[str, str]]:
+    return [(target, model) for target in options.targets for model in options.models]
+
+
 def _comparison_tuning(options: Options, results: Results) -> list[Entry]:
-    entries = []
-    for target in options.targets:
-        for model in options.models:
-            for name, arm in _arms(options).items():
-                if arm.shares:
-                    continue
-                tried = arm.trials[1:3] if options.quick else arm.trials
-                for settings in tried:
-                    trial = Trial(
-                        target=target, model=model, method=arm.method, seed=TUNING_SEED, split="validation",
-                        **_size(options, target), **settings,
-                    )  # fmt: skip
-                    entries.append(Entry("tune", name, trial))
-    return entries
+    entries = [
+        e for place in _places(options) for name in _arms(options) for e in _tuning(options, name, *place)
+    ]
+    return list({entry.name: entry for entry in entries}.values())
 
 
 def _comparison_test(options: Options, results: Results) -> list[Entry]:
-    entries = []
-    for seed in options.seeds:
-        for target in options.targets:
-            for model in options.models:
-                for name, arm in _arms(options).items():
-                    tried = results.of(
-                        "tune", arm.shares or name, target=target, model=model, **_size(options, target)
-                    )
-                    best = choose(tried, arm.rule)
-                    trial = dataclasses.replace(best.trial, seed=seed, split="test")
-                    entries.append(Entry("test", name, trial))
-    return entries
+    chosen = {
+        (name, place): choose(results.of(_tuning(options, name, *place)), arm.rule).trial
+        for place in _places(options)
+        for name, arm in _arms(options).items()
+    }
+    return [
+        Entry("test", name, dataclasses.replace(trial, seed=seed, split="test"))
+        for seed in options.seeds
+        for (name, _), trial in chosen.items()
+    ]
 
 
 def _comparison_count(options: Options) -> tuple[int, int]:
-    arms = _arms(options)
-    places = len(options.targets) * len(options.models)
-    tuned = sum((2 if options.quick else len(arm.trials)) for arm in arms.values() if not arm.shares)
-    return places * tuned, places * len(arms) * len(options.seeds)
+    tuned = _comparison_tuning(options, Results(None))
+    return len(tuned), len(_places(options)) * len(_arms(options)) * len(options.seeds)
 
 
 # One point from which the others move one setting at a time.
@@ -268,6 +269,9 @@ def _grid(arms: dict[str, dict[str, Any]]) -> Stage:
     """A stage of declared trials, each with every seed, encoder and target task."""
 
     def stage(options: Options, results: Results) -> list[Entry]:
+        for arm in options.arms:
+            if arm not in arms:
+                raise unknown("arm", arm, arms)
         size = {"rows": 250, "steps": 30} if options.quick else {}
         return [
             Entry("test", arm, Trial(**{"target": target, "model": model, "seed": seed, **settings, **size}))
@@ -345,44 +349,36 @@ def _glue_trial(options: Options, task: str, **settings: Any) -> Trial:
 
 
 def _glue_tasks(options: Options) -> list[str]:
+    _preset(options)
     tasks = [target.removeprefix("glue/") for target in options.targets]
     for task in tasks:
         glue.check(task, options.data)
     return tasks
 
 
-def _glue_tuning(options: Options, results: Results) -> list[Entry]:
-    """K and t0, on validation rows, as the paper searched them; the pull is its gamma of 5,000."""
+def _searched(options: Options, task: str) -> list[Entry]:
+    """Slopes and middles, on validation rows, as the paper searched them; the pull is its gamma of 5,000."""
     preset = _preset(options)
-    pairs = [(k, t0) for k in preset.k for t0 in preset.t0]
-    entries = []
-    for task in _glue_tasks(options):
-        rate = _glue_trial(options, task).lr
-        for k, t0 in pairs[:2] if options.quick else pairs:
-            trial = _glue_trial(
-                options,
-                task,
-                method="recadam",
-                k=k,
-                t0=t0,
-                pull=5000 * rate,
-                seed=TUNING_SEED,
-                split="validation",
-            )
-            entries.append(Entry("tune", "RecAdam", trial))
-    return entries
+    pairs = [(k, t0) for k in preset.k for t0 in preset.t0][: 2 if options.quick else None]
+    pull = 5000 * _glue_trial(options, task).lr
+    place = {"method": "recadam", "pull": pull, "seed": TUNING_SEED, "split": "validation"}
+    return [Entry("tune", "RecAdam", _glue_trial(options, task, k=k, t0=t0, **place)) for k, t0 in pairs]
+
+
+def _glue_tuning(options: Options, results: Results) -> list[Entry]:
+    return [entry for task in _glue_tasks(options) for entry in _searched(options, task)]
 
 
 def _glue_test(options: Options, results: Results) -> list[Entry]:
     entries = []
     for task in _glue_tasks(options):
-        tried = [r for r in results.of("tune", "RecAdam") if r.trial.target == f"glue/{task}"]
+        tried = results.of(_searched(options, task))
         if not tried:
-            raise RecAdamError(f"glue/{task}: all trials failed; see the table's column error")
-        best = max(tried, key=lambda row: glue.headline(task, row.figures))
+            raise RecAdamError(f"glue/{task}: no trial succeeded; run again, or see the table's column error")
+        best = max(tried, key=lambda row: glue.headline(task, row.figures)).trial
         for seed in options.seeds:
             entries.append(Entry("test", "AdamW", _glue_trial(options, task, seed=seed)))
-            entries.append(Entry("test", "RecAdam", dataclasses.replace(best.trial, seed=seed, split="test")))
+            entries.append(Entry("test", "RecAdam", dataclasses.replace(best, seed=seed, split="test")))
     return entries
 
 

@@ -14,7 +14,7 @@ from ..errors import RecAdamError
 from ..finetuning.files import replacing
 from .figures import curves_figure, label_of, lines_figure, pareto_figure
 from .glue import PAPER, TASKS
-from .grids import EXPERIMENTS
+from .grids import EXPERIMENTS, Options
 from .statistics import Summary, summarize
 from .table import Results, Row
 
@@ -24,12 +24,13 @@ SUMMARY = "summary.md"
 Table = tuple[list[str], list[list[str]]]
 
 
-def write_experiment(name: str, results: Results) -> Path:
+def write_experiment(name: str, results: Results, options: Options) -> Path:
     """Write report.html, summary.md and the pictures, beside the table.
 
     Args:
         name: the experiment's, in `EXPERIMENTS`.
         results: its rows.
+        options: what of them to show.
 
     Returns:
         Path of the page.
@@ -39,13 +40,14 @@ def write_experiment(name: str, results: Results) -> Path:
     """
     from jinja2 import Environment, PackageLoader
 
-    tested = results.of("test")
+    stages = [results.of(stage(options, results)) for stage in EXPERIMENTS[name].stages]
+    tested, tuning = stages[-1], stages[0] if len(stages) > 1 else []
     if not tested:
         raise RecAdamError(f"{results.folder}: no row of a test yet; let the experiment run on")
     sections = []
     for model, target in dict.fromkeys((row.trial.model, row.trial.target) for row in tested):
         rows = [row for row in tested if (row.trial.model, row.trial.target) == (model, target)]
-        tuned = results.of("tune", model=model, target=target)
+        tuned = [row for row in tuning if (row.trial.model, row.trial.target) == (model, target)]
         sections.append(_section(name, model, target, rows, tuned, results.folder))
     failed = [row for row in results.rows.values() if row.error]
     environment = Environment(loader=PackageLoader("recadam_core.experiments"), autoescape=True)
@@ -102,14 +104,14 @@ def _figures(row: Row) -> str:
 
 
 def _table(summaries: Sequence[Summary]) -> Table:
-    header = ["", "settings", "target accuracy", "as good as AdamW", "source loss",
+    header = ["", "settings", "target accuracy", "over AdamW, seed by seed", "source loss",
               "kept of what AdamW forgets", "SNLI recall@1", "BBC recall@1", "distance", "time"]  # fmt: skip
     lines = [
         [
             label_of(s.arm),
             s.settings,
             str(s.target),
-            "" if s.as_good is None else "yes" if s.as_good else "no",
+            "" if np.isnan(s.gain.median) else s.gain.signed,
             f"{s.before:.3f} → {s.source}",
             "" if np.isnan(s.kept) else f"{100 * s.kept:.0f}%",
             f"{s.recall.median:.3f}",

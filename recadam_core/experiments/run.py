@@ -63,7 +63,10 @@ def run_experiment(
     try:
         for stage in experiment.stages:
             planned = stage(options, results)
-            waiting = [entry for entry in planned if entry.name not in results.rows]
+            # What failed is tried again: the reason may be gone.
+            waiting = [
+                entry for entry in planned if entry.name not in results.rows or results.rows[entry.name].error
+            ]
             finished += len(planned) - len(waiting)
             for name in dict.fromkeys(n for e in waiting for n in archives(e.trial.target, e.trial.model)):
                 fetch(name)
@@ -74,8 +77,9 @@ def run_experiment(
                 finished += 1
                 told(finished, f"{row.entry.arm}: {row.error or row.trial.command}", total)
     finally:
+        processes = list((getattr(pool, "_processes", None) or {}).values())  # forgotten by shutdown
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in (getattr(pool, "_processes", None) or {}).values():
+        for process in processes:
             process.terminate()
         for name, value in held.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
@@ -84,7 +88,7 @@ def run_experiment(
 
 def _each(pool: ProcessPoolExecutor, entries: Sequence[Entry], results: Results) -> Iterator[Row]:
     """Rows as they come. A trial that stands in several places is run once."""
-    known = {row.trial: row for row in results.rows.values()}
+    known = {row.trial: row for row in results.rows.values() if not row.error}
     places: dict[Trial, list[Entry]] = {}
     for entry in entries:
         if entry.trial in known:
@@ -100,7 +104,7 @@ def _each(pool: ProcessPoolExecutor, entries: Sequence[Entry], results: Results)
             row = future.result()
         except BrokenProcessPool:
             raise RecAdamError(
-                f"{trial.command}: its process was killed; run again, and it goes on"
+                "a process of a trial was killed, for want of memory perhaps; run again with fewer --jobs"
             ) from None
         for entry in places[trial]:
             yield dataclasses.replace(row, entry=entry)

@@ -37,6 +37,16 @@ class Interval(NamedTuple):
         """Three digits."""
         return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
 
+    @property
+    def signed(self) -> str:
+        """Three digits and the sign.
+
+        Example:
+            >>> Interval(0.01, -0.005, 0.02).signed
+            '+0.010 (-0.005 to +0.020)'
+        """
+        return f"{self.median:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+
 
 def median_of(values: Sequence[float]) -> Interval:
     """The median, and where 95% of the medians of resampled values are (percentile bootstrap).
@@ -73,7 +83,7 @@ class Summary(NamedTuple):
     bbc: Interval  # BBC title recall at 1
     distance: Interval  # to the anchor
     time: float  # seconds, over the reference's
-    as_good: bool | None  # whether its median reaches the interval of the reference
+    gain: Interval  # of the target task's figure over the reference's, seed by seed
 
 
 def summarize(rows: Sequence[Row]) -> list[Summary]:
@@ -101,6 +111,13 @@ def _target(rows: Sequence[Row]) -> Interval:
     return median_of([headline(row.trial.target.removeprefix("glue/"), row.figures) for row in rows])
 
 
+def _gain(rows: Sequence[Row], reference: Sequence[Row]) -> Interval:
+    by_seed = {row.trial.seed: _target([row]).median for row in reference}
+    pairs = [(_target([row]).median, by_seed.get(row.trial.seed)) for row in rows]
+    differences = [x - other for x, other in pairs if other is not None]
+    return median_of(differences) if differences else Interval(np.nan, np.nan, np.nan)
+
+
 def _forgotten(rows: Sequence[Row]) -> float:
     values = [r.figures[SOURCE] - r.figures[f"{SOURCE}_before"] for r in rows if SOURCE in r.figures]
     return float(np.median(values)) if values else np.nan
@@ -122,5 +139,5 @@ def _summary(arm: str, rows: list[Row], reference: list[Row] | None) -> Summary:
         bbc=_figure(rows, "bbc_recall_at_1"),
         distance=_figure(rows, "distance"),
         time=_figure(rows, "seconds").median / _figure(reference, "seconds").median if reference else np.nan,
-        as_good=target.median >= _target(reference).low if reference else None,
+        gain=_gain(rows, reference or []),
     )

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..errors import RecAdamError
 from ..finetuning.files import replacing
@@ -76,16 +75,16 @@ class Results:
     """All rows of an experiment, and the files that hold them.
 
     Args:
-        folder: the folder; rows that it holds already are read.
+        folder: the folder, whose rows are read; None for no rows and no files.
 
     Raises:
         RecAdamError: when a file in it is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder or Path()
         self.rows: dict[tuple[str, str, str], Row] = {}
-        if (folder / TABLE).exists():
+        if folder is not None and (folder / TABLE).exists():
             curves = self._read_curves()
             for row in self._read_table(curves):
                 self.rows[row.entry.name] = row
@@ -130,7 +129,17 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        """Write the table, and the curves where there are any."""
+        """Write the curves where there are any, and then the table, which says what is done."""
+        curves = {row.trial.key: row.curve for row in self.rows.values() if row.curve}
+        if curves:
+            with (
+                replacing(self.folder / CURVES) as beside,
+                beside.open("w", encoding="utf-8", newline="") as file,
+            ):
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(["key", *POINTS])
+                for key, curve in curves.items():
+                    writer.writerows([key, *(_digits(point[name]) for name in POINTS)] for point in curve)
         with replacing(self.folder / TABLE) as beside, beside.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["stage", "arm", *FIELDS, *FIGURES, "error", "command"])
@@ -140,27 +149,11 @@ class Results:
                 entry = row.entry
                 values = ["None" if x is None else x for x in settings]
                 writer.writerow([entry.stage, entry.arm, *values, *figures, row.error, row.trial.command])
-        curves = [(row.trial.key, row.curve) for row in self.rows.values() if row.curve]
-        if curves:
-            with (
-                replacing(self.folder / CURVES) as beside,
-                beside.open("w", encoding="utf-8", newline="") as file,
-            ):
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(["key", *POINTS])
-                for key, curve in curves:
-                    writer.writerows([key, *(_digits(point[name]) for name in POINTS)] for point in curve)
 
-    def of(self, stage: str, arm: str | None = None, **settings: Any) -> list[Row]:
-        """Rows of a stage and an arm whose trials have these settings, without those that failed."""
-        return [
-            row
-            for row in self.rows.values()
-            if row.entry.stage == stage
-            and arm in (None, row.entry.arm)
-            and not row.error
-            and all(getattr(row.trial, name) == value for name, value in settings.items())
-        ]
+    def of(self, entries: Iterable[Entry]) -> list[Row]:
+        """Rows of these entries, in their order; without those that failed or are still to come."""
+        found = (self.rows.get(entry.name) for entry in entries)
+        return [row for row in found if row is not None and not row.error]
 
 
 def _digits(value: float | None) -> str:

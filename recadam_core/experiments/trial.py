@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shlex
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -167,6 +168,10 @@ class Trial:
         check_number("trial", "alpha", self.alpha, low=0.0, high=1.0)
         if self.dropout is not None:
             check_number("trial", "dropout", self.dropout, low=0.0, high=1.0, open_high=True)
+        if self.method == "lora" and self.curve_every:
+            raise RecAdamError(
+                "trial: lora has no curve, since its adapters are merged at the end; leave it out"
+            )
         if (self.k is None) != (self.t0 is None):
             raise RecAdamError("trial: k and t0 go together; give both, or center and width instead")
         if self.k is not None:
@@ -195,7 +200,7 @@ class Trial:
     @property
     def command(self) -> str:
         """The command that repeats it."""
-        return " ".join(["recadam trial", *(f"{name}={value}" for name, value in self.changed.items())])
+        return shlex.join(["recadam", "trial", *(f"{name}={value}" for name, value in self.changed.items())])
 
     @property
     def key(self) -> str:

@@ -196,7 +196,9 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = ["config.json", "model.safetensors", "tokenizer.json"]
+        # Without its own configuration a tokenizer is made lower-cased, whatever it was.
+        tokenizer = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+        wanted = ["config.json", "model.safetensors", *tokenizer]
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
