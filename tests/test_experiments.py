@@ -261,7 +261,7 @@ def test_what_cannot_be_trained_is_said(encoders):
 
     with pytest.raises(RecAdamError, match="max_length is 600; the encoder reads up to 512 tokens"):
         run_trial(Trial(model=encoders["bert"], **{**SMALL, "max_length": 600}))
-    with pytest.raises(RecAdamError, match="topics: no row of class"):
+    with pytest.raises(RecAdamError, match="probe_head: no row of class"):
         run_trial(Trial(target="topics", method="frozen", model=encoders["bert"], **{**SMALL, "rows": 10}))
 
 

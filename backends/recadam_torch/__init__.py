@@ -10,6 +10,7 @@ from .backend import TorchBackend, backend
 from .groups import param_groups
 from .kernel import kernel_
 from .optimizer import RecAdam
+from .probing import probe_head
 from .telemetry import Drift
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "kernel_",
     "lora_anchors",
     "param_groups",
+    "probe_head",
 ]

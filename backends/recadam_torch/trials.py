@@ -23,6 +23,7 @@ from recadam_core.finetuning.schedules import learning_rate
 
 from .classifiers import Batch, Classifier, Encoded, SentenceClassifier, set_dropout
 from .optimizer import RecAdam
+from .probing import probe_head
 
 __all__ = ["run"]
 
@@ -135,12 +136,6 @@ class _Subject:
         return float(torch.stack(parts).double().norm())
 
     @torch.no_grad()
-    def probe(self, head: tuple[Array, Array]) -> None:
-        """Take the weight and bias of a head."""
-        for p, x in zip((self.module.classifier.weight, self.module.classifier.bias), head, strict=True):
-            p.copy_(torch.tensor(x))
-
-    @torch.no_grad()
     def shrink(self, alpha: float) -> None:
         """Go back to this share of the way from the anchors."""
         named = self.named
@@ -186,7 +181,8 @@ def _grouped(order: Array, lengths: Array, seed: int) -> Array:
 def _train(trial: Trial, subject: _Subject, train: Encoded, texts: Texts, classes: int) -> dict[str, Any]:
     """Train the subject, in place."""
     if trial.head == "probed" or trial.method == "frozen":
-        subject.probe(_probe(trial, subject, train, texts))
+        features = train.each(subject.module.eval().features)
+        probe_head(subject.module.classifier, features, texts.labels, trial.inverse_strength)
     if trial.method == "frozen":
         return {"distance": 0.0, "curve": []}
     wanted = torch.tensor(texts.labels, device=subject.device)
@@ -314,20 +310,3 @@ def _importance(name: str, length: int, device: str) -> Mapping[str, Tensor]:
     known = np.concatenate([x[x > 0].cpu().numpy() for x in fisher.values()])
     top = float(np.quantile(known, 0.9))
     return {n: (x / top).clamp_(max=1.0) for n, x in fisher.items()}
-
-
-def _probe(trial: Trial, subject: _Subject, train: Encoded, texts: Texts) -> tuple[Array, Array]:
-    """Weight and bias of a logistic regression on the pretrained encoder's features."""
-    from sklearn.linear_model import LogisticRegression
-
-    lacking = set(range(subject.module.classifier.out_features)) - set(texts.labels.tolist())
-    if lacking:
-        raise RecAdamError(
-            f"{trial.target}: no row of class {min(lacking)} is among the {len(texts)} drawn; give more rows"
-        )
-    features = train.each(subject.module.eval().features)
-    head = LogisticRegression(C=trial.inverse_strength, max_iter=2000).fit(features, texts.labels)
-    weight, bias = head.coef_, head.intercept_
-    if len(weight) == 1:  # of two classes it gives the second's score alone
-        weight, bias = (np.concatenate([-x, x]) / 2 for x in (weight, bias))
-    return weight, bias
