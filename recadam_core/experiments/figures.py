@@ -96,7 +96,9 @@ def pareto_figure(summaries: Sequence[Summary], title: str) -> Any:
     panel.xaxis.set_major_locator(LogLocator(subs=(0.5, 1.0, 2.0)))
     panel.xaxis.set_major_formatter(ScalarFormatter())
     panel.xaxis.set_minor_formatter(NullFormatter())
-    panel.margins(0.12, 0.1)
+    panel.margins(0.06, 0.08)
+    _, right = panel.get_xlim()
+    panel.set_xlim(right=right * 0.62)  # room for the labels of those that forget nothing
     _place_labels(panel, places)
     for name, (colour, arms) in FAMILIES.items():
         if any(s.arm in arms for s in summaries):
@@ -106,31 +108,43 @@ def pareto_figure(summaries: Sequence[Summary], title: str) -> Any:
 
 
 def _place_labels(panel: Any, places: Sequence[tuple[float, float, str, str]]) -> None:
-    """Labels beside their points, moved down until none lies on another."""
-    panel.figure.canvas.draw() if panel.figure.canvas else None
-    taken: list[tuple[float, float, float, float]] = []
-    for x, y, text, colour in sorted(places, key=lambda place: -place[1]):
-        at_x, at_y = panel.transData.transform((x, y))
-        width, height = 5.2 * len(text) * panel.figure.dpi / 100, 13 * panel.figure.dpi / 100
-        best = None
-        for distance in (0, 13, -13, 26, -26, 39, -39, 52, -52, 65, -65):
-            for side in (1, -1):
-                left = at_x + 9 if side > 0 else at_x - 9 - width
-                box = (left, at_y + distance - height / 2, left + width, at_y + distance + height / 2)
-                if not any(_overlap(box, other) for other in taken):
-                    best = (side, distance, box)
-                    break
-            if best:
-                break
-        side, distance, box = best or (1, 0, (0.0, 0.0, 0.0, 0.0))
-        taken.append(box)
-        scale = 72 / panel.figure.dpi
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
-        panel.annotate(
-            text, (x, y), (side * 9 * scale, distance * scale), textcoords="offset points", color=colour,
-            fontsize=8, ha="left" if side > 0 else "right", va="center",
-            arrowprops=line if distance else None,
-        )  # fmt: skip
+    """A label beside each point, where it lies on no other label and on no point."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(panel.figure)
+    canvas.draw()  # or nothing has a place yet
+    pixel = panel.figure.dpi / 72
+    spots = [tuple(panel.transData.transform((x, y))) for x, y, _, _ in places]
+    taken = [(x - 5 * pixel, y - 5 * pixel, x + 5 * pixel, y + 5 * pixel) for x, y in spots]
+    inside = panel.get_window_extent()
+    for (x, y, text, colour), (at_x, at_y) in sorted(zip(places, spots, strict=True), key=lambda p: -p[1][1]):
+        label = panel.annotate(text, (x, y), (0, 0), textcoords="offset points", color=colour, fontsize=8)
+        label.set(va="center", in_layout=False)
+        width, height = label.get_window_extent(canvas.get_renderer()).size
+
+        def box(
+            side: int, up: float, at: tuple[float, float] = (at_x, at_y), size: Any = (width, height)
+        ) -> Any:
+            left = at[0] + 9 * pixel if side > 0 else at[0] - 9 * pixel - size[0]
+            middle = at[1] + up * pixel
+            return left, middle - size[1] / 2, left + size[0], middle + size[1] / 2
+
+        tried = [(side, 11.0 * step * sign) for step in range(12) for sign in (1, -1) for side in (1, -1)]
+        free = [
+            place
+            for place in tried
+            if not any(_overlap(box(*place), other) for other in taken)
+            and box(*place)[0] > inside.x0
+            and box(*place)[2] < inside.x1
+        ]
+        side, up = free[0] if free else (1, 0.0)
+        taken.append(box(side, up))
+        label.set(position=(9 * side, up), ha="left" if side > 0 else "right")
+        if abs(up) > 11:
+            line = {"color": colour, "linewidth": 0.5, "alpha": 0.7}
+            panel.annotate(
+                "", (x, y), (9 * side, up), textcoords="offset points", arrowprops={"arrowstyle": "-", **line}
+            )
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
