@@ -90,6 +90,7 @@ def _section(
         "picture": picture,
         "seeds": seeds,
         "size": f"{first.rows or 'all'} rows, {first.steps} steps of {first.batch_size}",
+        "before": summaries[0].before,
         "varies": len({(row.trial.rows, row.trial.steps) for row in rows}) > 1,
         "table": _glue_table(summaries, target) if target.startswith("glue/") else _table(summaries),
         "runs": [(row, _figures(row)) for row in rows],
@@ -112,7 +113,7 @@ def _table(summaries: Sequence[Summary]) -> Table:
             s.settings,
             str(s.target),
             "" if np.isnan(s.gain.median) else s.gain.signed,
-            f"{s.before:.3f} → {s.source}",
+            str(s.source),
             "" if np.isnan(s.kept) else f"{100 * s.kept:.0f}%",
             f"{s.recall.median:.3f}",
             "" if np.isnan(s.bbc.median) else f"{s.bbc.median:.3f}",
@@ -181,7 +182,8 @@ def _markdown(section: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, section["seeds"]))
     size = "" if section["varies"] else f"; {section['size']}"
     text = [f"### {section['target']}, {section['model']}", ""]
-    text += [f"Seeds {seeds}{size}. Medians, and 95% bootstrap intervals in brackets.", ""]
+    before = "" if np.isnan(section["before"]) else f" Source loss before: {section['before']:.3f}."
+    text += [f"Seeds {seeds}{size}. Medians, and 95% bootstrap intervals in brackets.{before}", ""]
     if section["picture"]:
         text += [f"![{section['target']}, {section['model']}]({section['place']}.png)", ""]
     text += ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]

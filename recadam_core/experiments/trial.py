@@ -110,8 +110,8 @@ class Trial:
         RecAdamError: for a name or a number that cannot be used, or a setting that the method does not read.
 
     Example:
-        >>> Trial(method="l2sp", pull=0.1).command
-        'recadam trial method=l2sp pull=0.1'
+        >>> Trial(method="l2sp", pull=0.2).command
+        'recadam trial method=l2sp pull=0.2'
     """
 
     target: str = "movie-reviews"
