@@ -213,7 +213,13 @@ def figures_of(printed):
     return dict(line.split() for line in printed.splitlines()[1:])
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+QUICK_METHODS = ("adamw", "recadam", "ewc", "lora", "frozen")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=() if m in QUICK_METHODS else pytest.mark.heavy) for m in sorted(METHODS)],
+)
 def test_every_method_runs_and_repeats(method, encoders, recadam):
     """The tiny encoder knows nothing; that it moves, or does not, and that it does so again, it can show."""
     from recadam_core.experiments import run_trial
