@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from recadam_core import RecAdamError
 from recadam_core.finetuning.archives import model_folder
 
-__all__ = ["Batch", "Classifier", "Encoded", "SentenceClassifier", "encoder_of", "set_dropout"]
+__all__ = ["Batch", "Classifier", "Encoded", "SentenceClassifier", "set_dropout"]
 
 Array = np.ndarray[Any, Any]
 Batch = dict[str, Tensor]
@@ -59,7 +60,9 @@ class SentenceClassifier(nn.Module):
 
     def __init__(self, name: str, classes: int, rng: np.random.Generator) -> None:
         super().__init__()
-        self.tokenizer, self.body = encoder_of(name)
+        from transformers import AutoModel
+
+        self.tokenizer, self.body = _loaded(name, AutoModel, add_pooling_layer=False)
         self.new = {"classifier.weight", "classifier.bias"}
         width = self.body.config.hidden_size
         self.classifier = nn.Linear(width, classes)
@@ -79,17 +82,6 @@ class SentenceClassifier(nn.Module):
         return scores
 
 
-def encoder_of(name: str) -> tuple[Any, Any]:
-    """Tokenizer and encoder of a checkpoint; the encoder is the caller's own.
-
-    Raises:
-        RecAdamError: when there is none.
-    """
-    from transformers import AutoModel
-
-    return _loaded(name, AutoModel, add_pooling_layer=False)
-
-
 def _loaded(name: str, kind: Any, **settings: Any) -> tuple[Any, Any]:
     from transformers.utils import logging
 
@@ -100,7 +92,7 @@ def _loaded(name: str, kind: Any, **settings: Any) -> tuple[Any, Any]:
     try:
         # Anew for each trial, which takes no time beside training: none gets what another has changed.
         model = kind.from_pretrained(folder, dtype=torch.float32, **settings)
-        return _tokenizer(name), model
+        return _tokenizer(folder), model
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RecAdamError(
@@ -109,12 +101,12 @@ def _loaded(name: str, kind: Any, **settings: Any) -> tuple[Any, Any]:
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(name: str) -> Any:
+def _tokenizer(folder: Path) -> Any:
     from transformers import AutoConfig, AutoTokenizer
 
     kind: Any = AutoTokenizer
-    tokenizer = kind.from_pretrained(model_folder(name))
-    config = AutoConfig.from_pretrained(model_folder(name))
+    tokenizer = kind.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     tokenizer.model_max_length = min(positions, tokenizer.model_max_length)
     return tokenizer

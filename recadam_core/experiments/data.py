@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import RecAdamError, unknown
-from ..finetuning.archives import fetch, tar_member
+from ..finetuning.archives import MODELS, fetch, tar_member
 from ..finetuning.tasks.movie_reviews import read_bbc, read_reviews, read_snli, retrieval_figures
 from . import glue
 from .texts import Splits, Texts
 
-__all__ = ["ENCODERS", "TARGETS", "Source", "Target", "archives", "target_of"]
+__all__ = ["TARGETS", "Source", "Target", "archives", "target_of"]
 
 Array = np.ndarray[Any, Any]
 
@@ -114,9 +114,6 @@ TARGETS = {
 }
 """The target tasks, by name; besides "glue/TASK"."""
 
-ENCODERS = {"minilm-l3": ("minilm-l6", "minilm-l3"), "minilm-l6": ("minilm-l6",)}
-"""Archives of the encoders that are known by name."""
-
 
 def archives(target: str, model: str) -> tuple[str, ...]:
     """What a trial fetches.
@@ -126,10 +123,10 @@ def archives(target: str, model: str) -> tuple[str, ...]:
         ('minilm-l6', '20-newsgroups', 'snli', 'bbc')
     """
     if target.startswith("glue/"):
-        return ENCODERS.get(model, ())
+        return MODELS.get(model, ())
     if target not in TARGETS:
         raise unknown("target", target, [*TARGETS, *(f"glue/{name}" for name in glue.TASKS)])
-    return tuple(dict.fromkeys((*ENCODERS.get(model, ()), *TARGETS[target].archives, "snli", "bbc")))
+    return tuple(dict.fromkeys((*MODELS.get(model, ()), *TARGETS[target].archives, "snli", "bbc")))
 
 
 @lru_cache(maxsize=4)

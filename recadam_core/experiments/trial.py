@@ -8,7 +8,7 @@ import json
 import shlex
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -259,11 +259,6 @@ class Trial:
             if name in values:
                 raise RecAdamError(f"trial: {name} is given twice; give it once")
             values[name] = _parsed(name, text, kinds[name])
-        return cls(**values)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Trial:
-        """The trial whose fields these are."""
         return cls(**values)
 
 

@@ -97,8 +97,8 @@ ARCHIVES = {
 }
 """Everything the harness fetches, by its name here."""
 
-MODELS = ("minilm-l3", "minilm-l6")
-"""Pretrained encoders that are fetched by name."""
+MODELS = {"minilm-l3": ("minilm-l6", "minilm-l3"), "minilm-l6": ("minilm-l6",)}
+"""Pretrained encoders that are fetched by name, and from what: the smaller has the other's tokenizer."""
 
 
 def fetch(name: str) -> Path:

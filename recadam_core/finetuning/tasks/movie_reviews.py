@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...errors import RecAdamError
-from ..archives import fetch, model_folder, tar_member
+from ..archives import MODELS, fetch, model_folder, tar_member
 from ..models import Bert
 from ..models.bert import load_checkpoint
 from .base import Array, Call, Problem, Rows, in_batches
@@ -56,9 +56,7 @@ class MovieReviews:
         self, model: str = options["model"], bbc_rows: int = options["bbc_rows"], **_: Any
     ) -> tuple[str, ...]:
         """The data, and the encoder if it is known by name."""
-        # The three-layer encoder comes without a tokenizer and uses the other's.
-        encoders = {"minilm-l3": ("minilm-l6", "minilm-l3"), "minilm-l6": ("minilm-l6",)}.get(model, ())
-        return (*encoders, "movie-reviews", "snli", *(["bbc"] if bbc_rows else []))
+        return (*MODELS.get(model, ()), "movie-reviews", "snli", *(["bbc"] if bbc_rows else []))
 
     def prepare(
         self,
