@@ -120,10 +120,8 @@ def update(
     adam = step * (m / (xp.sqrt(v) + eps))
     # A weight that the host knows to be zero costs nothing and reads nothing.
     if anchor is not None and not is_zero(recall):
-        if importance is None:
-            delta = recall * (cast(anchor) - theta) - adam
-        else:
-            delta = cast(importance) * (recall * (cast(anchor) - theta)) - adam
+        pull = recall * (cast(anchor) - theta)
+        delta = (pull if importance is None else cast(importance) * pull) - adam
     elif anchor is None and not is_zero(recall):
         raise RecAdamError(
             f"update: recall is {recall!r} but there is no anchor; use coefficients(..., anchored=False)"

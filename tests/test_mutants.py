@@ -53,3 +53,11 @@ def test_every_kernel_is_mutated():
         "recadam_jax.backend",
     } <= modules
     assert len(mutants.MUTATIONS) == len({(m.module, m.variants, m.what) for m in mutants.MUTATIONS}) == 70
+
+
+def test_every_mutation_finds_its_text_once():
+    root = HERE.parent
+    for mutation in mutants.MUTATIONS:
+        path = mutation.module.replace(".", "/") + ".py"
+        (source,) = (file for file in (root / path, root / "backends" / path) if file.exists())
+        assert source.read_text(encoding="utf-8").count(mutation.old) == 1, mutation
