@@ -171,7 +171,7 @@ def test_the_bootstrap_of_a_hundred_is_narrow():
 
 def test_the_table_comes_back_as_it_was(tmp_path):
     results = Results(tmp_path)
-    curve = [{"step": 0.0, "loss": float("nan"), "source_loss": 0.5, "distance": 0.0}]
+    curve = [{"step": 0.0, "source_loss": 0.5, "distance": 0.0}]
     results.add(dataclasses.replace(row("adamw", 0.5, 1.25, lr=3e-5), curve=curve))
     results.add(row("l2sp", 0.5, 1.5, pull=0.3, warmup=4))
     results.add(Row(Entry("test", 'a, "b"', Trial()), {}, [], "diverged, at step 3"))
@@ -180,7 +180,7 @@ def test_the_table_comes_back_as_it_was(tmp_path):
     for mine, theirs in zip(again.rows.values(), results.rows.values(), strict=True):
         assert (mine.entry, mine.figures, mine.error) == (theirs.entry, theirs.figures, theirs.error)
     entries = [found.entry for found in results.rows.values()]
-    assert again.of(entries[::-1])[1].curve[0]["source_loss"] == 0.5
+    assert again.of(entries[::-1])[1].curve == curve
     assert [found.entry.arm for found in again.of(entries[::-1])] == ["l2sp", "adamw"]
     for _ in range(3):  # the same trial in two places has one curve, however often it is read again
         again.add(
@@ -356,6 +356,7 @@ def test_killed_experiments_go_on_where_they_were(encoders, tmp_path):
         process = started("comparison", place, encoders, *small)
         errors = process.communicate(timeout=400)[1]
         assert process.returncode == 0, errors
+        assert "Warning" not in errors
     assert rows_of(folder) == rows_of(alone)
     assert before.items() <= rows_of(folder).items()
     assert len(rows_of(folder)) == 6
@@ -366,6 +367,9 @@ def test_killed_experiments_go_on_where_they_were(encoders, tmp_path):
 def test_an_interrupt_says_how_to_go_on(encoders, tmp_path):
     process = started("forgetting", tmp_path, encoders)
     wait_for(tmp_path, 1)
+    second = started("forgetting", tmp_path, encoders)
+    errors = second.communicate(timeout=120)[1]
+    assert f"{tmp_path}: another run writes there; let it end, or give another folder by --out" in errors
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=120)[1]
     assert process.returncode == 130

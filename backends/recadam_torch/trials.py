@@ -205,8 +205,9 @@ def _train(trial: Trial, subject: _Subject, train: Encoded, texts: Texts, classe
 
     def measure(step: int) -> None:
         found = subject.source("curve")["snli_mnr"]
-        recent = float(np.mean(losses[-trial.curve_every :])) if losses else math.nan
-        curve.append({"step": step, "loss": recent, "source_loss": found, "distance": subject.distance()})
+        curve.append({"step": step, "source_loss": found, "distance": subject.distance()})
+        if losses:  # the mean since the last point; there is none before the first step
+            curve[-1]["loss"] = float(np.mean(losses[-trial.curve_every :]))
         module.train()
 
     module.train()

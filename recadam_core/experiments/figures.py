@@ -181,7 +181,7 @@ def curves_figure(rows: Sequence[Row], groups: dict[str, Sequence[str]]) -> Any:
                 continue
             steps = [point["step"] for point in curves[0]]
             for panel, name in zip(line, names, strict=True):
-                values = np.array([[point[name] for point in curve] for curve in curves])
+                values = np.array([[point.get(name, np.nan) for point in curve] for curve in curves])
                 colour = colours.get(arm, "#d1662a")
                 panel.plot(steps, np.median(values, axis=0), color=colour, label=arm, linewidth=1.7)
                 panel.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,40 @@ def run_experiment(
         All rows. A trial that diverged has a row that says so.
 
     Raises:
-        RecAdamError: when the folder is damaged, or the data cannot be had.
+        RecAdamError: when the folder is damaged, another run writes there, or the data cannot be had.
     """
-    results = Results(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    told = tell or (lambda done, text, total: None)
+    with _alone(folder):
+        results = Results(folder)
+        _run(experiment, options, results, jobs, tell or (lambda done, text, total: None))
+    return results
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Nobody else writes there meanwhile: each writes the whole table, and would undo the other's rows."""
+    from filelock import FileLock, Timeout
+
+    path = folder / ".lock"
+    try:
+        with FileLock(path, blocking=False):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    except Timeout:
+        raise RecAdamError(
+            f"{folder}: another run writes there; let it end, or give another folder by --out"
+        ) from None
+
+
+def _run(
+    experiment: Experiment,
+    options: Options,
+    results: Results,
+    jobs: int,
+    told: Callable[[int, str, int], None],
+) -> None:
     slots = shares(jobs)
     queue: Any = multiprocessing.get_context("spawn").Queue()
     for slot in slots:
@@ -76,14 +106,15 @@ def run_experiment(
                 results.add(row)
                 finished += 1
                 told(finished, f"{row.entry.arm}: {row.error or row.trial.command}", total)
+        pool.shutdown()
     finally:
         processes = list((getattr(pool, "_processes", None) or {}).values())  # forgotten by shutdown
         pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.terminate()
+        queue.close()
         for name, value in held.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-    return results
 
 
 def _each(pool: ProcessPoolExecutor, entries: Sequence[Entry], results: Results) -> Iterator[Row]:

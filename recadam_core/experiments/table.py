@@ -102,7 +102,8 @@ class Results:
         curves: dict[str, list[dict[str, float]]] = {}
         try:
             for _, line in self._lines(CURVES):
-                curves.setdefault(line["key"], []).append({name: float(line[name]) for name in POINTS})
+                point = {name: float(line[name]) for name in POINTS if line[name]}
+                curves.setdefault(line["key"], []).append(point)
         except (KeyError, ValueError, TypeError) as error:
             raise RecAdamError(f"{self.folder / CURVES}: damaged ({error}); delete it and {TABLE}") from None
         return curves
@@ -139,7 +140,7 @@ class Results:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(["key", *POINTS])
                 for key, curve in curves.items():
-                    writer.writerows([key, *(_digits(point[name]) for name in POINTS)] for point in curve)
+                    writer.writerows([key, *(_digits(point.get(name)) for name in POINTS)] for point in curve)
         with replacing(self.folder / TABLE) as beside, beside.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["stage", "arm", *FIELDS, *FIGURES, "error", "command"])
