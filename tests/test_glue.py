@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import random
 
 import numpy as np
@@ -181,6 +182,23 @@ def test_the_grid_and_its_page(folder, encoders, tmp_path):
     assert [line[-1].strip(" |") for line in lines] == ["71.1", "74.4", "89.8", "90.4"]
     with (tmp_path / "table.csv").open() as file:
         assert {r["pearson"] != "" for r in csv.DictReader(file) if r["target"] == "glue/STS-B"} == {True}
+
+
+def test_the_grids_arms_and_encoders(folder):
+    """Only what is asked for is planned, and nothing is searched for AdamW, which has no k and t0."""
+    tuning, test = EXPERIMENTS["glue"].stages
+    options = Options((0, 1), ("a/x", "b/y"), ("glue/RTE", "glue/CoLA"), ("AdamW",), data=folder)
+    assert tuning(options, Results(None)) == []
+    entries = test(options, Results(None))
+    assert {(e.arm, e.trial.model, e.trial.target, e.trial.seed) for e in entries} == {
+        ("AdamW", model, target, seed)
+        for model in options.models
+        for target in options.targets
+        for seed in (0, 1)
+    }
+    assert len(entries) == 8
+    with pytest.raises(RecAdamError, match="unknown arm 'adamw'"):
+        tuning(dataclasses.replace(options, arms=("adamw",)), Results(None))
 
 
 def test_what_glue_cannot_do_is_said(folder, encoders):

@@ -341,44 +341,62 @@ def _preset(options: Options) -> glue.Preset:
     return presets[options.preset]
 
 
-def _glue_trial(options: Options, task: str, **settings: Any) -> Trial:
+def _glue_trial(options: Options, task: str, model: str, **settings: Any) -> Trial:
     preset = _preset(options)
     size = {"steps": 4, "batch_size": 4} if options.quick else {}
-    known = {"model": (*options.models, preset.model)[0], "data": options.data, **preset.settings}
+    known = {"model": model, "data": options.data, **preset.settings}
     return Trial(target=f"glue/{task}", **{**known, **preset.per_task[task], **settings, **size})
 
 
-def _glue_tasks(options: Options) -> list[str]:
-    _preset(options)
+def _glue_places(options: Options) -> list[tuple[str, str]]:
+    preset = _preset(options)
     tasks = [target.removeprefix("glue/") for target in options.targets]
     for task in tasks:
         glue.check(task, options.data)
-    return tasks
+    return [(task, model) for task in tasks for model in options.models or (preset.model,)]
 
 
-def _searched(options: Options, task: str) -> list[Entry]:
+def _glue_arms(options: Options) -> tuple[str, ...]:
+    arms = ("AdamW", "RecAdam")
+    for arm in options.arms:
+        if arm not in arms:
+            raise unknown("arm", arm, arms)
+    return options.arms or arms
+
+
+def _searched(options: Options, task: str, model: str) -> list[Entry]:
     """Slopes and middles, on validation rows, as the paper searched them; the pull is its gamma of 5,000."""
     preset = _preset(options)
     pairs = [(k, t0) for k in preset.k for t0 in preset.t0][: 2 if options.quick else None]
-    pull = 5000 * _glue_trial(options, task).lr
+    pull = 5000 * _glue_trial(options, task, model).lr
     place = {"method": "recadam", "pull": pull, "seed": TUNING_SEED, "split": "validation"}
-    return [Entry("tune", "RecAdam", _glue_trial(options, task, k=k, t0=t0, **place)) for k, t0 in pairs]
+    return [
+        Entry("tune", "RecAdam", _glue_trial(options, task, model, k=k, t0=t0, **place)) for k, t0 in pairs
+    ]
 
 
 def _glue_tuning(options: Options, results: Results) -> list[Entry]:
-    return [entry for task in _glue_tasks(options) for entry in _searched(options, task)]
+    searched = "RecAdam" in _glue_arms(options)
+    return [entry for place in _glue_places(options) if searched for entry in _searched(options, *place)]
 
 
 def _glue_test(options: Options, results: Results) -> list[Entry]:
     entries = []
-    for task in _glue_tasks(options):
-        tried = results.of(_searched(options, task))
-        if not tried:
-            raise RecAdamError(f"glue/{task}: no trial succeeded; run again, or see the table's column error")
-        best = max(tried, key=lambda row: glue.headline(task, row.figures)).trial
-        for seed in options.seeds:
-            entries.append(Entry("test", "AdamW", _glue_trial(options, task, seed=seed)))
-            entries.append(Entry("test", "RecAdam", dataclasses.replace(best, seed=seed, split="test")))
+    for task, model in _glue_places(options):
+        trials = {"AdamW": _glue_trial(options, task, model)}
+        if "RecAdam" in _glue_arms(options):
+            tried = results.of(_searched(options, task, model))
+            if not tried:
+                raise RecAdamError(
+                    f"glue/{task}: no trial succeeded; run again, or see the table's column error"
+                )
+            best = max(tried, key=lambda row: glue.headline(task, row.figures)).trial
+            trials["RecAdam"] = dataclasses.replace(best, split="test")
+        entries += [
+            Entry("test", arm, dataclasses.replace(trials[arm], seed=seed))
+            for seed in options.seeds
+            for arm in _glue_arms(options)
+        ]
     return entries
 
 
