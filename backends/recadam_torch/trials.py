@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -31,7 +31,7 @@ Array = np.ndarray[Any, Any]
 SOURCE_BATCH = 16
 POOL = 8  # batches whose rows are sorted by length together
 FISHER_BATCHES = 32
-SENTENCES_ONLY = ("multitask", "ewc", "frozen", "lora")
+SENTENCES_ONLY = ("multitask", "ewc", "feature-pull", "frozen", "lora")
 
 
 def run(trial: Trial, device: str | None = None) -> dict[str, Any]:
@@ -195,7 +195,12 @@ def _train(trial: Trial, subject: _Subject, train: Encoded, texts: Texts, classe
     if trial.method == "lora":
         _adapt(subject, trial.rank)
     module = subject.module
-    optimizer = _optimizer(trial, subject)
+    importance = None
+    if trial.method == "ewc":
+        importance = _fisher(trial.model, trial.max_length, str(subject.device))
+    elif trial.method == "feature-pull":
+        importance = _feature_importance(subject, train, rows)
+    optimizer = _optimizer(trial, subject, importance)
     control = DriftBudget(trial.budget, high=1.0 / trial.lr) if trial.method == "budget" else None
     trained = [p for p in module.parameters() if p.requires_grad]
     warmup = min(trial.warmup_steps, trial.steps - 1)
@@ -242,7 +247,9 @@ def _train(trial: Trial, subject: _Subject, train: Encoded, texts: Texts, classe
     return {"loss": float(np.mean(tail)), "distance": subject.distance(), "curve": curve}
 
 
-def _optimizer(trial: Trial, subject: _Subject) -> torch.optim.Optimizer:
+def _optimizer(
+    trial: Trial, subject: _Subject, importance: Mapping[str, Tensor] | None
+) -> torch.optim.Optimizer:
     named = [(name, p) for name, p in subject.module.named_parameters() if p.requires_grad]
     if not METHODS[trial.method].form:
         return torch.optim.AdamW([p for _, p in named], lr=trial.lr, weight_decay=0.0)
@@ -251,8 +258,8 @@ def _optimizer(trial: Trial, subject: _Subject) -> torch.optim.Optimizer:
         {"params": [x for x in named if x[0] not in new], "anchors": subject.anchors},
         {"params": [x for x in named if x[0] in new], "anchored": False},
     ]
-    if trial.method == "ewc":
-        groups[0]["importance"] = _importance(trial.model, trial.max_length, str(subject.device))
+    if importance is not None:
+        groups[0]["importance"] = importance
     return RecAdam(groups, lr=hp.lr, gamma=hp.gamma, annealing=hp.annealing, form=hp.form)
 
 
@@ -290,24 +297,49 @@ class _SourceBatches:
 
 
 @lru_cache(maxsize=2)
-def _importance(name: str, length: int, device: str) -> Mapping[str, Tensor]:
-    r"""Diagonal Fisher information of the source task, scaled into [0, 1].
-
-    The mean of squared gradients over batches of pairs at the pretrained weights. The largest tenth of those
-    that are not zero is cut off at 1, so that the pull of no weight is stronger than the settings say.
+def _fisher(name: str, length: int, device: str) -> Mapping[str, Tensor]:
+    """Importance by the diagonal Fisher information of the source task at the pretrained weights.
 
     Source: EWC is arXiv 1612.00796.
     """
     subject = _Subject(Trial(model=name, max_length=length), 2, torch.device(device))
     module = subject.module.eval()
     batches = _SourceBatches(subject, 0, FISHER_BATCHES)
-    params = {n: p for n, p in module.named_parameters() if n in subject.anchors}
-    fisher = {n: torch.zeros_like(p) for n, p in params.items()}
-    for t in range(1, FISHER_BATCHES + 1):
-        grads = torch.autograd.grad(batches.loss(module, t), list(params.values()), allow_unused=True)
+    return _importance(subject, (batches.loss(module, t) for t in range(1, FISHER_BATCHES + 1)))
+
+
+def _feature_importance(subject: _Subject, train: Encoded, rows: Array) -> Mapping[str, Tensor]:
+    r"""Importance by how far each weight moves the features of the target's own texts: no source data.
+
+    $E_u\,[(\partial\, u \cdot f(x) / \partial\theta_i)^2]$ over normal u is the curvature of
+    $|f_\theta(x) - f_{\theta^*}(x)|^2$ in $\theta_i$ at the anchor.
+
+    Source: memory aware synapses, arXiv 1711.09601, weigh by the gradient of |f(x)|^2.
+    """
+    module = subject.module.eval()
+    generator = torch.Generator(subject.device).manual_seed(subject.seed)
+
+    def projected(batch: Batch) -> Tensor:
+        features = nn.functional.normalize(module.features(batch), dim=1)
+        along = torch.randn(features.shape, generator=generator, device=subject.device)
+        return (features * along).sum()
+
+    return _importance(subject, (projected(train.batch(chosen)) for chosen in rows[:FISHER_BATCHES]))
+
+
+def _importance(subject: _Subject, losses: Iterable[Tensor]) -> Mapping[str, Tensor]:
+    """The mean of squared gradients of the anchored parameters, scaled into [0, 1].
+
+    The largest tenth of those that are not zero is cut off at 1, so that the pull of no weight is stronger
+    than the settings say.
+    """
+    params = {n: p for n, p in subject.named.items() if n in subject.anchors}
+    sums = {n: torch.zeros_like(p) for n, p in params.items()}
+    for loss in losses:
+        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
         for n, grad in zip(params, grads, strict=True):
             if grad is not None:
-                fisher[n] += grad.square() / FISHER_BATCHES
-    known = np.concatenate([x[x > 0].cpu().numpy() for x in fisher.values()])
+                sums[n] += grad.square() / FISHER_BATCHES
+    known = np.concatenate([x[x > 0].cpu().numpy() for x in sums.values()])
     top = float(np.quantile(known, 0.9))
-    return {n: (x / top).clamp_(max=1.0) for n, x in fisher.items()}
+    return {n: (x / top).clamp_(max=1.0) for n, x in sums.items()}

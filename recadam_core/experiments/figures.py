@@ -23,7 +23,7 @@ FAMILIES = {
             "recall", "budget",
         ),
     ),
-    "constant pull": ("#1a7f37", ("l2sp", "ewc", "l2sp-probed")),
+    "constant pull": ("#1a7f37", ("l2sp", "ewc", "feature-pull", "l2sp-probed", "ewc-probed")),
     "no anchor, or not in the optimizer": (
         "#6b4c9a",
         ("annealed", "coupled", "wiseft", "lora", "frozen", "multitask"),

@@ -157,12 +157,14 @@ ARMS = {
     "l2sp": Arm("constant pull (L2-SP)", "l2sp", CONSTANTS),
     "budget": Arm("drift budget", "budget", BUDGETS),
     "ewc": Arm("EWC", "ewc", FISHERS),
+    "feature-pull": Arm("feature-weighted pull", "feature-pull", FISHERS),
     "wiseft": Arm("WiSE-FT", "wiseft", SHARES),
     "lora": Arm("LoRA", "lora", RANKS),
     "frozen": Arm("frozen encoder", "frozen", STRENGTHS),
     "adamw-probed": Arm("AdamW from a probed head", "adamw", _probed(RATES)),
     "recadam-probed": Arm("RecAdam from a probed head", "recadam", _probed(ANNEALED)),
     "l2sp-probed": Arm("constant pull from a probed head", "l2sp", _probed(CONSTANTS)),
+    "ewc-probed": Arm("EWC from a probed head", "ewc", _probed(FISHERS)),
     "multitask": Arm("multi-task, with source data", "multitask", SOURCES),
 }
 """What `comparison` compares, by name."""

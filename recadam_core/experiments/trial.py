@@ -62,6 +62,10 @@ METHODS = {
     "ewc": Method(
         "EWC", "the constant pull, weighted by the source task's Fisher information", ("pull",), "decoupled"
     ),
+    "feature-pull": Method(
+        "feature-weighted pull", "the constant pull, weighted by what moves the target texts' features",
+        ("pull",), "decoupled",
+    ),
     "wiseft": Method("WiSE-FT", "AdamW, then a part of the way back to the pretrained weights", ("alpha",)),
     "lora": Method("LoRA", "AdamW on adapters of low rank (peft)", ("rank",)),
     "frozen": Method("frozen encoder", "logistic regression on its features", ("inverse_strength",)),
@@ -216,7 +220,7 @@ class Trial:
     @property
     def annealing(self) -> Annealing:
         """The annealing of the method."""
-        if self.method in ("l2sp", "ewc", "budget"):
+        if self.method in ("l2sp", "ewc", "feature-pull", "budget"):
             return Constant(1.0, 1.0)
         if self.k is not None and self.t0 is not None:
             curve = Sigmoid(k=self.k, t0=self.t0, floor=self.floor)
