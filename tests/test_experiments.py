@@ -268,7 +268,8 @@ def test_importance_by_features(encoders):
     used = {int(i) for row in (0, 1, 2, 3) for i in train.batch(np.array([row]))["input_ids"].ravel()}
     assert {int(i) for i in words.nonzero().ravel()} <= used
     values = torch.cat([x.ravel() for x in found.values()])
-    assert float(values.min()) == 0.0 and float(values.max()) == 1.0
+    assert float(values.min()) == 0.0
+    assert float(values.max()) == 1.0
     assert float((values[values > 0] == 1.0).double().mean()) == pytest.approx(0.1, abs=0.005)
 
 
