@@ -14,7 +14,6 @@ from concurrent.futures import Future
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -253,24 +252,6 @@ def test_the_pull_holds_what_it_should(encoders):
     assert distance(method="budget", budget=budget) < 1.6 * budget
     # With no pull every form is the annealed Adam.
     assert distance(method="recadam", pull=0.0) == distance(method="annealed")
-
-
-def test_importance_by_features(encoders):
-    """Weights that no text's features depend on are free; the largest tenth of the others is at 1."""
-    from recadam_torch.trials import _feature_importance, _Subject
-
-    subject = _Subject(Trial(model=encoders["bert"], **SMALL), 2, torch.device("cpu"))
-    train = subject.encoded(["a fine film", "a dull film", "fine", "dull"])
-    found, again = (_feature_importance(subject, train, np.array([[0, 1], [2, 3]])) for _ in range(2))
-    assert found.keys() == subject.anchors.keys()
-    assert all(torch.equal(found[name], again[name]) for name in found)
-    words = found["body.embeddings.word_embeddings.weight"].amax(dim=1)
-    used = {int(i) for row in (0, 1, 2, 3) for i in train.batch(np.array([row]))["input_ids"].ravel()}
-    assert {int(i) for i in words.nonzero().ravel()} <= used
-    values = torch.cat([x.ravel() for x in found.values()])
-    assert float(values.min()) == 0.0
-    assert float(values.max()) == 1.0
-    assert float((values[values > 0] == 1.0).double().mean()) == pytest.approx(0.1, abs=0.005)
 
 
 def test_what_is_not_there_is_named():

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import recadam_core as rc
-from recadam_torch import RecAdam
+from recadam_torch import RecAdam, feature_importance, importance_of
 
 SETTINGS = {"lr": 1e-2, "gamma": 20.0, "annealing": rc.Sigmoid(k=0.3, t0=10)}
 WAYS = ({}, {"foreach": True}, {"foreach": False}, {"exact": True}, {"capturable": True})
@@ -181,3 +181,51 @@ def test_the_specification_refuses_another_shape():
     c = rc.Coefficients(0.9, 0.999, 0.1, 1e-8, 0.5, 0.0)
     with pytest.raises(rc.RecAdamError, match=r"update: importance has shape \(3,\), theta \(2,\)"):
         rc.update(theta, theta, rc.Moments.zeros_like(theta), theta, c, np.ones(3))
+
+
+def test_importance_is_the_mean_squared_gradient_with_its_top_cut():
+    """Of a linear model the gradients are the inputs, and so is everything that follows."""
+    x = np.random.default_rng(3).standard_normal((8, 50))
+    w, unused = torch.zeros(50, requires_grad=True), torch.zeros(2, requires_grad=True)
+    found = importance_of({"w": w, "unused": unused}, ((torch.tensor(row) * w).sum() for row in x))
+    squares = (x**2).sum(axis=0)
+    np.testing.assert_allclose(
+        found["w"].numpy(), np.minimum(1, squares / np.quantile(squares, 0.9)), rtol=1e-5
+    )
+    assert int((found["w"] == 1).sum()) == 5
+    assert found["unused"].tolist() == [0, 0]
+    assert w.grad is None
+    optimizer = RecAdam([("w", w), ("unused", unused)], lr=1e-3, gamma=1.0, importance=found)
+    assert torch.equal(optimizer.state[w]["importance"], found["w"])
+
+
+def test_importance_by_features_is_their_curvature():
+    """Of f(x) = x W it is the sum of squares of the inputs, whichever the output."""
+    rng = np.random.default_rng(4)
+    x = torch.tensor(rng.standard_normal((2000, 64, 10)) * np.linspace(0.1, 1, 10))
+    w = torch.zeros(10, 3, dtype=torch.float64, requires_grad=True)
+    found = feature_importance({"w": w}, (batch @ w for batch in x))["w"].numpy()
+    squares = (x**2).sum(dim=(0, 1)).numpy()
+    expected = np.repeat(squares, 3).reshape(10, 3)
+    expected = np.minimum(1, expected / np.quantile(expected, 0.9))
+    np.testing.assert_allclose(found, expected, rtol=0.2)
+    again = feature_importance({"w": w}, (batch @ w for batch in x))["w"].numpy()
+    np.testing.assert_array_equal(again, found)
+    assert (feature_importance({"w": w}, (b @ w for b in x), seed=1)["w"].numpy() != found).any()
+
+
+W = torch.ones(2, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ([], "importance: no loss that depends on any of the parameters; give some batches"),
+        ([W.sum() * 0], "importance: no loss that depends on any of the parameters; give some batches"),
+        ([W.sum(), W.sum() * torch.nan], "importance: the loss of batch 1 is nan; leave it out"),
+        ([torch.ones(())], "importance: the loss of batch 0 has no gradient; make it outside of torch.no_gr"),
+    ],
+)
+def test_importance_of_nothing_is_named(losses, message):
+    with pytest.raises(rc.RecAdamError, match=message):
+        importance_of({"w": W}, losses)

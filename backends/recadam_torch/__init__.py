@@ -8,6 +8,7 @@ optimizer = RecAdam(model.named_parameters(), lr=2e-5)     # anchored where the 
 from .anchors import Anchors, Coverage, CoverageWarning, lora_anchors
 from .backend import TorchBackend, backend
 from .groups import param_groups
+from .importance import feature_importance, importance_of
 from .kernel import kernel_
 from .optimizer import RecAdam
 from .probing import probe_head
@@ -21,6 +22,8 @@ __all__ = [
     "RecAdam",
     "TorchBackend",
     "backend",
+    "feature_importance",
+    "importance_of",
     "kernel_",
     "lora_anchors",
     "param_groups",

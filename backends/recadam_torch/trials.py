@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +22,7 @@ from recadam_core.finetuning.run import batch_order
 from recadam_core.finetuning.schedules import learning_rate
 
 from .classifiers import Batch, Classifier, Encoded, SentenceClassifier, set_dropout
+from .importance import feature_importance, importance_of
 from .optimizer import RecAdam
 from .probing import probe_head
 
@@ -30,7 +31,7 @@ __all__ = ["run"]
 Array = np.ndarray[Any, Any]
 SOURCE_BATCH = 16
 POOL = 8  # batches whose rows are sorted by length together
-FISHER_BATCHES = 32
+WEIGHING_BATCHES = 32
 SENTENCES_ONLY = ("multitask", "ewc", "feature-pull", "frozen", "lora")
 
 
@@ -119,6 +120,11 @@ class _Subject:
         """Parameters by name."""
         return dict(self.module.named_parameters())
 
+    @property
+    def anchored(self) -> dict[str, Tensor]:
+        """Those of them that have an anchor."""
+        return {name: p for name, p in self.named.items() if name in self.anchors}
+
     def encoded(self, first: Sequence[str], second: Sequence[str] | None = None) -> Encoded:
         """Texts, or pairs of them, for this model."""
         return Encoded(self.module.tokenizer, first, second, self.length, self.device)
@@ -199,7 +205,7 @@ def _train(trial: Trial, subject: _Subject, train: Encoded, texts: Texts, classe
     if trial.method == "ewc":
         importance = _fisher(trial.model, trial.max_length, str(subject.device))
     elif trial.method == "feature-pull":
-        importance = _feature_importance(subject, train, rows)
+        importance = _importance_of_features(subject, train, rows)
     optimizer = _optimizer(trial, subject, importance)
     control = DriftBudget(trial.budget, high=1.0 / trial.lr) if trial.method == "budget" else None
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -297,49 +303,18 @@ class _SourceBatches:
 
 
 @lru_cache(maxsize=2)
-def _fisher(name: str, length: int, device: str) -> Mapping[str, Tensor]:
-    """Importance by the diagonal Fisher information of the source task at the pretrained weights.
-
-    Source: EWC is arXiv 1612.00796.
-    """
+def _fisher(name: str, length: int, device: str) -> dict[str, Tensor]:
+    """Importance to the source task, by its loss at the pretrained weights."""
     subject = _Subject(Trial(model=name, max_length=length), 2, torch.device(device))
     module = subject.module.eval()
-    batches = _SourceBatches(subject, 0, FISHER_BATCHES)
-    return _importance(subject, (batches.loss(module, t) for t in range(1, FISHER_BATCHES + 1)))
+    batches = _SourceBatches(subject, 0, WEIGHING_BATCHES)
+    losses = (batches.loss(module, t) for t in range(1, WEIGHING_BATCHES + 1))
+    return importance_of(subject.anchored, losses)
 
 
-def _feature_importance(subject: _Subject, train: Encoded, rows: Array) -> Mapping[str, Tensor]:
-    r"""Importance by how far each weight moves the features of the target's own texts: no source data.
-
-    $E_u\,[(\partial\, u \cdot f(x) / \partial\theta_i)^2]$ over normal u is the curvature of
-    $|f_\theta(x) - f_{\theta^*}(x)|^2$ in $\theta_i$ at the anchor.
-
-    Source: memory aware synapses, arXiv 1711.09601, weigh by the gradient of |f(x)|^2.
-    """
+def _importance_of_features(subject: _Subject, train: Encoded, rows: Array) -> dict[str, Tensor]:
+    """Importance to the features of the target's own texts."""
     module = subject.module.eval()
-    generator = torch.Generator(subject.device).manual_seed(subject.seed)
-
-    def projected(batch: Batch) -> Tensor:
-        features = nn.functional.normalize(module.features(batch), dim=1)
-        along = torch.randn(features.shape, generator=generator, device=subject.device)
-        return (features * along).sum()
-
-    return _importance(subject, (projected(train.batch(chosen)) for chosen in rows[:FISHER_BATCHES]))
-
-
-def _importance(subject: _Subject, losses: Iterable[Tensor]) -> Mapping[str, Tensor]:
-    """The mean of squared gradients of the anchored parameters, scaled into [0, 1].
-
-    The largest tenth of those that are not zero is cut off at 1, so that the pull of no weight is stronger
-    than the settings say.
-    """
-    params = {n: p for n, p in subject.named.items() if n in subject.anchors}
-    sums = {n: torch.zeros_like(p) for n, p in params.items()}
-    for loss in losses:
-        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
-        for n, grad in zip(params, grads, strict=True):
-            if grad is not None:
-                sums[n] += grad.square() / FISHER_BATCHES
-    known = np.concatenate([x[x > 0].cpu().numpy() for x in sums.values()])
-    top = float(np.quantile(known, 0.9))
-    return {n: (x / top).clamp_(max=1.0) for n, x in sums.items()}
+    found = (module.features(train.batch(chosen)) for chosen in rows[:WEIGHING_BATCHES])
+    features = (nn.functional.normalize(x, dim=1) for x in found)
+    return feature_importance(subject.anchored, features, subject.seed)

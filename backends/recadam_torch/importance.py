@@ -1,0 +1,95 @@
+"""How much each weight matters to what the model knows: what the pull may be multiplied by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recadam_core import RecAdamError
+
+__all__ = ["feature_importance", "importance_of"]
+
+
+def importance_of(params: Mapping[str, Tensor], losses: Iterable[Tensor]) -> dict[str, Tensor]:
+    r"""Weigh parameters by their squared gradients, as EWC does with the old task's loss.
+
+    Math:
+        $F_i = \sum_b (\partial L_b / \partial\theta_i)^2$, and the importance is $\min(1, F_i / q)$, where q
+        is exceeded by a tenth of those $F_i$ that are not zero, so that no pull is stronger than `gamma` says
+
+    Args:
+        params: the anchored parameters by name, at their pretrained values.
+        losses: a scalar of each batch, made as they are asked for, so that one graph at a time is in memory.
+            A few dozen batches do.
+
+    Returns:
+        For `RecAdam(importance=...)`: a tensor in [0, 1] of each parameter's shape, dtype and device.
+
+    Raises:
+        RecAdamError: when a loss is not finite or has no gradient, or none depends on any parameter.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+        >>> importance_of({"w": w}, [(w * torch.tensor([1.0, 2.0, 0.0])).sum()])["w"]
+        tensor([0.2703, 1.0000, 0.0000])
+
+    Source: elastic weight consolidation, arXiv 1612.00796, equation 3.
+    """
+    sums = {name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()}
+    for batch, loss in enumerate(losses):
+        if not bool(torch.isfinite(loss)):
+            raise RecAdamError(
+                f"importance: the loss of batch {batch} is {float(loss.detach())}; leave it out"
+            )
+        if not loss.requires_grad:
+            raise RecAdamError(
+                f"importance: the loss of batch {batch} has no gradient; make it outside of torch.no_grad"
+            )
+        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+        for total, grad in zip(sums.values(), grads, strict=True):
+            if grad is not None:
+                total += grad.square()
+    known = torch.cat([x[x > 0] for x in sums.values()]) if sums else torch.zeros(0)
+    if not len(known):
+        raise RecAdamError("importance: no loss that depends on any of the parameters; give some batches")
+    top = float(np.quantile(known.float().cpu().numpy(), 0.9))  # torch.quantile takes 16 million at most
+    return {name: (x / top).clamp_(max=1.0) for name, x in sums.items()}
+
+
+def feature_importance(
+    params: Mapping[str, Tensor], features: Iterable[Tensor], seed: int = 0
+) -> dict[str, Tensor]:
+    r"""Weigh parameters by how far each moves the features of some texts or images; no labels, no old data.
+
+    Math:
+        $E_u[(\partial\, u \cdot f(x) / \partial\theta_i)^2]$ over normal u: the curvature of
+        $\|f_\theta(x) - f_{\theta^*}(x)\|^2$ in $\theta_i$ at the anchor; scaled as in `importance_of`
+
+    Args:
+        params: the anchored parameters by name, at their pretrained values.
+        features: what the encoder makes of each batch, of shape (rows, width), with its graph.
+        seed: of the u.
+
+    Returns:
+        As `importance_of`.
+
+    Raises:
+        RecAdamError: as `importance_of`.
+
+    Example:
+        >>> w = torch.tensor([[1.0, 0.0], [0.0, 0.1]], requires_grad=True)
+        >>> found = feature_importance({"w": w}, [torch.ones(4, 2) @ w])
+        >>> found["w"].shape, float(found["w"].max())
+        (torch.Size([2, 2]), 1.0)
+
+    Source: memory aware synapses, arXiv 1711.09601, weigh by the gradient of $\|f(x)\|^2$.
+    """
+    generator = torch.Generator().manual_seed(seed)  # on the host: the same u on every device
+
+    def projected(found: Tensor) -> Tensor:
+        return (found * torch.randn(found.shape, generator=generator).to(found)).sum()
+
+    return importance_of(params, map(projected, features))
