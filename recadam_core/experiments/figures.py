@@ -45,6 +45,7 @@ def label_of(arm: str) -> str:
 
 
 def _colour(arm: str) -> str:
+    arm = arm.removesuffix("-accurate")
     return next((colour for colour, arms in FAMILIES.values() if arm in arms), INK)
 
 

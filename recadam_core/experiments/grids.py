@@ -169,6 +169,14 @@ ARMS = {
 }
 """What `comparison` compares, by name."""
 
+# Chosen as AdamW's are: what do these learn if nothing need be kept?
+ARMS |= {
+    f"{name}-accurate": dataclasses.replace(
+        ARMS[name], label=f"{ARMS[name].label}, most accurate", rule="best", shares=name
+    )
+    for name in ("recadam", "l2sp", "ewc", "adamw-probed", "ewc-probed")
+}
+
 QUICK = ("adamw", "recadam", "annealed", "l2sp", "wiseft", "frozen")
 
 
