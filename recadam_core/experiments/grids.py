@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,21 @@ class Options:
     quick: bool = False
     data: str = ""
     preset: str = "bert-base"
+
+    def chosen(self, known: Collection[str], otherwise: Collection[str] = ()) -> tuple[str, ...]:
+        """The arms that are asked for, each once, of those that are known; without a wish otherwise, or all.
+
+        Raises:
+            RecAdamError: for an arm that is not known.
+
+        Example:
+            >>> Options(arms=("b", "b")).chosen(["a", "b"]), Options().chosen(["a", "b"])
+            (('b',), ('a', 'b'))
+        """
+        for arm in self.arms:
+            if arm not in known:
+                raise unknown("arm", arm, known)
+        return tuple(dict.fromkeys(self.arms or otherwise or known))
 
 
 Stage = Callable[[Options, Results], list[Entry]]
@@ -211,11 +226,7 @@ def choose(rows: Sequence[Row], rule: str, held: int = 1000) -> Row:
 
 
 def _arms(options: Options) -> dict[str, Arm]:
-    chosen = options.arms or (QUICK if options.quick else tuple(ARMS))
-    for name in chosen:
-        if name not in ARMS:
-            raise unknown("arm", name, ARMS)
-    return {name: ARMS[name] for name in chosen}
+    return {name: ARMS[name] for name in options.chosen(ARMS, QUICK if options.quick else ())}
 
 
 def _size(options: Options, target: str) -> dict[str, Any]:
@@ -279,9 +290,7 @@ def _grid(arms: dict[str, dict[str, Any]]) -> Stage:
     """A stage of declared trials, each with every seed, encoder and target task."""
 
     def stage(options: Options, results: Results) -> list[Entry]:
-        for arm in options.arms:
-            if arm not in arms:
-                raise unknown("arm", arm, arms)
+        chosen = options.chosen(arms)
         size = {"rows": 250, "steps": 30} if options.quick else {}
         return [
             Entry("test", arm, Trial(**{"target": target, "model": model, "seed": seed, **settings, **size}))
@@ -289,7 +298,7 @@ def _grid(arms: dict[str, dict[str, Any]]) -> Stage:
             for target in options.targets
             for model in options.models
             for arm, settings in arms.items()
-            if not options.arms or arm in options.arms
+            if arm in chosen
         ]
 
     return stage
@@ -297,7 +306,7 @@ def _grid(arms: dict[str, dict[str, Any]]) -> Stage:
 
 def _counted(arms: dict[str, dict[str, Any]]) -> Callable[[Options], tuple[int, ...]]:
     return lambda options: (
-        len(options.arms or arms) * len(options.seeds) * len(options.models) * len(options.targets),
+        len(options.chosen(arms)) * len(options.seeds) * len(options.models) * len(options.targets),
     )
 
 
@@ -367,11 +376,7 @@ def _glue_places(options: Options) -> list[tuple[str, str]]:
 
 
 def _glue_arms(options: Options) -> tuple[str, ...]:
-    arms = ("AdamW", "RecAdam")
-    for arm in options.arms:
-        if arm not in arms:
-            raise unknown("arm", arm, arms)
-    return options.arms or arms
+    return options.chosen(("AdamW", "RecAdam"))
 
 
 def _searched(options: Options, task: str, model: str) -> list[Entry]:
