@@ -15,21 +15,18 @@ from .table import Row
 __all__ = ["curves_figure", "label_of", "lines_figure", "pareto_figure"]
 
 FAMILIES = {
-    "AdamW": ("#d1662a", ("adamw", "adamw-careful", "adamw-probed", "AdamW")),
+    "AdamW": ("#d1662a", ("adamw", "adamw-careful", "AdamW")),
     "RecAdam": (
         "#0b6e99",
-        (
-            "recadam", "recadam-released", "recadam-proximal", "recadam-floor", "recadam-probed",
-            "recall", "budget",
-        ),
+        ("recadam", "recadam-released", "recadam-proximal", "recadam-floor", "recall", "budget"),
     ),
-    "constant pull": ("#1a7f37", ("l2sp", "ewc", "feature-pull", "l2sp-probed", "ewc-probed")),
+    "constant pull": ("#1a7f37", ("l2sp", "ewc", "feature-pull")),
     "no anchor, or not in the optimizer": (
         "#6b4c9a",
         ("annealed", "coupled", "wiseft", "lora", "frozen", "multitask"),
     ),
-}  # fmt: skip
-"""Colours of arms, by family."""
+}
+"""Colours of arms, by family; another head or rule leaves an arm in its family."""
 
 INK = "#444444"
 
@@ -44,9 +41,14 @@ def label_of(arm: str) -> str:
     return ARMS[arm].label if arm in ARMS else arm
 
 
+def _family(arm: str) -> str | None:
+    arm = arm.removesuffix("-accurate").removesuffix("-probed")
+    return next((name for name, (_, arms) in FAMILIES.items() if arm in arms), None)
+
+
 def _colour(arm: str) -> str:
-    arm = arm.removesuffix("-accurate")
-    return next((colour for colour, arms in FAMILIES.values() if arm in arms), INK)
+    family = _family(arm)
+    return FAMILIES[family][0] if family else INK
 
 
 @styled
@@ -101,8 +103,9 @@ def pareto_figure(summaries: Sequence[Summary], title: str) -> Any:
     _, right = panel.get_xlim()
     panel.set_xlim(right=right * 0.62)  # room for the labels of those that forget nothing
     _place_labels(panel, places)
-    for name, (colour, arms) in FAMILIES.items():
-        if any(s.arm in arms for s in summaries):
+    present = {_family(s.arm) for s in summaries}
+    for name, (colour, _) in FAMILIES.items():
+        if name in present:
             panel.plot([], [], "o", color=colour, label=name)
     panel.legend(loc="lower left", fontsize=8)
     return figure

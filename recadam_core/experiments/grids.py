@@ -180,6 +180,7 @@ ARMS = {
     "recadam-probed": Arm("RecAdam from a probed head", "recadam", _probed(ANNEALED)),
     "l2sp-probed": Arm("constant pull from a probed head", "l2sp", _probed(CONSTANTS)),
     "ewc-probed": Arm("EWC from a probed head", "ewc", _probed(FISHERS)),
+    "feature-pull-probed": Arm("feature-weighted pull from a probed head", "feature-pull", _probed(FISHERS)),
     "multitask": Arm("multi-task, with source data", "multitask", SOURCES),
 }
 """What `comparison` compares, by name."""
@@ -189,7 +190,7 @@ ARMS |= {
     f"{name}-accurate": dataclasses.replace(
         ARMS[name], label=f"{ARMS[name].label}, most accurate", rule="best", shares=name
     )
-    for name in ("recadam", "l2sp", "ewc", "adamw-probed", "ewc-probed")
+    for name in ("recadam", "l2sp", "ewc", "adamw-probed", "ewc-probed", "feature-pull-probed")
 }
 
 QUICK = ("adamw", "recadam", "annealed", "l2sp", "wiseft", "frozen")
