@@ -53,7 +53,8 @@ def run(folder, steps, kills):
     return torch.load(folder / "final.pt")
 
 
-@pytest.mark.parametrize(("steps", "count"), [(60, 1), pytest.param(1000, 10, marks=pytest.mark.heavy)])
+@pytest.mark.heavy
+@pytest.mark.parametrize(("steps", "count"), [(60, 1), (1000, 10)])
 def test_kills_at_random_points_change_no_bit(tmp_path, steps, count):
     """Some before the anchors are released and some after; with stochastic rounding, which is no chance."""
     # A checkpoint may not be reached between two kills: then the same steps are taken once more.

@@ -367,6 +367,7 @@ def test_triton_compiles_for_cuda_without_contraction():
         assert words["bytes"] > 1000, case
 
 
+@pytest.mark.heavy
 def test_triton_under_its_interpreter():
     """The tests of this file that have its name."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]

@@ -58,6 +58,7 @@ def test_what_cannot_be_swept_is_said_in_one_line(changes, seeds, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.heavy
 def test_the_command_prints_the_spread_and_draws_it(recadam, tmp_path):
     out = tmp_path / "seeds"
     command = ["seeds", "--count", 3, "--steps", 4, "--eval-every", 2, "--optimizer", "adamw", "--out", out]

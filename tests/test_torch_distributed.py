@@ -97,14 +97,10 @@ def test_two_processes_walk_the_path_of_one(launch, alone, checkpoint, case, anc
     assert held == ([4 * 5 + 4 + 2 * 7 + 2, 3 * 5 + 3 + 1 * 7 + 1] if sharded else [66, 66])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("case", "before", "after", "option"),
-    [
-        ("fsdp2", 2, 1, {}),
-        pytest.param("fsdp2", 1, 2, {}, marks=pytest.mark.heavy),
-        pytest.param("fsdp2", 2, 2, {"save": 1}, marks=pytest.mark.heavy),
-        pytest.param("fsdp2", 2, 1, {"flat": 1}, marks=pytest.mark.heavy),
-    ],
+    [("fsdp2", 2, 1, {}), ("fsdp2", 1, 2, {}), ("fsdp2", 2, 2, {"save": 1}), ("fsdp2", 2, 1, {"flat": 1})],
 )
 def test_distributed_checkpoints_are_resumed_on_another_number(
     launch, alone, tmp_path, case, before, after, option

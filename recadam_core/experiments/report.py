@@ -106,7 +106,7 @@ def _figures(row: Row) -> str:
 
 def _table(summaries: Sequence[Summary]) -> Table:
     header = ["", "settings", "target accuracy", "over AdamW, seed by seed", "source loss",
-              "kept of what AdamW forgets", "SNLI recall@1", "BBC recall@1", "distance", "time"]  # fmt: skip
+              "kept of what AdamW forgets", "BBC recall@1", "distance"]  # fmt: skip
     lines = [
         [
             label_of(s.arm),
@@ -115,10 +115,8 @@ def _table(summaries: Sequence[Summary]) -> Table:
             "" if np.isnan(s.gain.median) else s.gain.signed,
             str(s.source),
             "" if np.isnan(s.kept) else f"{100 * s.kept:.0f}%",
-            f"{s.recall.median:.3f}",
             "" if np.isnan(s.bbc.median) else f"{s.bbc.median:.3f}",
             f"{s.distance.median:.2f}",
-            "" if np.isnan(s.time) else f"{s.time:.2f}",
         ]
         for s in summaries
     ]
@@ -187,5 +185,5 @@ def _markdown(section: dict[str, Any]) -> str:
     if section["picture"]:
         text += [f"![{section['target']}, {section['model']}]({section['place']}.png)", ""]
     text += ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    text += ["| " + " | ".join(line) + " |" for line in lines]
+    text += ["| " + " | ".join(line).replace(" to ", "&nbsp;to&nbsp;") + " |" for line in lines]
     return "\n".join([*text, ""])

@@ -79,10 +79,8 @@ class Summary(NamedTuple):
     before: float  # source loss of the pretrained encoder; NaN where none is measured
     source: Interval  # source loss after training
     kept: float  # share that it keeps of what the reference forgets; NaN without one
-    recall: Interval  # SNLI recall at 1
     bbc: Interval  # BBC title recall at 1
     distance: Interval  # to the anchor
-    time: float  # seconds, over the reference's
     gain: Interval  # of the target task's figure over the reference's, seed by seed
 
 
@@ -135,9 +133,7 @@ def _summary(arm: str, rows: list[Row], reference: list[Row] | None) -> Summary:
         before=rows[0].figures.get(f"{SOURCE}_before", np.nan),
         source=_figure(rows, SOURCE),
         kept=1 - _forgotten(rows) / lost if lost > 0 else np.nan,
-        recall=_figure(rows, "snli_recall_at_1"),
         bbc=_figure(rows, "bbc_recall_at_1"),
         distance=_figure(rows, "distance"),
-        time=_figure(rows, "seconds").median / _figure(reference, "seconds").median if reference else np.nan,
         gain=_gain(rows, reference or []),
     )
