@@ -51,6 +51,15 @@ def _colour(arm: str) -> str:
     return FAMILIES[family][0] if family else INK
 
 
+def _plain(axis: Any) -> None:
+    """A logarithmic axis marked at 0.5, 1, 2, 5, in plain figures."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(NullFormatter())
+
+
 @styled
 def pareto_figure(summaries: Sequence[Summary], title: str) -> Any:
     """Target accuracy against the source loss, every run a point, every median with its label.
@@ -63,7 +72,6 @@ def pareto_figure(summaries: Sequence[Summary], title: str) -> Any:
         A matplotlib figure.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(10.5, 6.4), layout="constrained")
     panel = figure.subplots()
@@ -96,9 +104,7 @@ def pareto_figure(summaries: Sequence[Summary], title: str) -> Any:
         ylabel="target accuracy",
     )
     panel.set_title(title)
-    panel.xaxis.set_major_locator(LogLocator(subs=(0.5, 1.0, 2.0)))
-    panel.xaxis.set_major_formatter(ScalarFormatter())
-    panel.xaxis.set_minor_formatter(NullFormatter())
+    _plain(panel.xaxis)
     panel.margins(0.06, 0.08)
     _, right = panel.get_xlim()
     panel.set_xlim(right=right * 0.62)  # room for the labels of those that forget nothing
@@ -193,6 +199,7 @@ def curves_figure(rows: Sequence[Row], groups: dict[str, Sequence[str]]) -> Any:
             panel.set(title=f"{title}: {label}" if panel is line[0] else label, xlabel="step")
             if name == "source_loss":
                 panel.set_yscale("log")
+                _plain(panel.yaxis)
         line[0].legend(fontsize=8, ncols=2)
     return figure
 
@@ -227,6 +234,7 @@ def lines_figure(panels: Sequence[tuple[str, str, dict[str, list[tuple[float, Su
                 )
         above.set(title=title, xscale=scale)
         below.set(xscale=scale, yscale="log")
+        _plain(below.yaxis)
         below.axhline(next(iter(lines.values()))[0][1].before, color=INK, linewidth=0.8)
         if len(lines) > 1:
             above.legend(fontsize=8)
