@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from .glue import headline
+from .grids import ARMS
 from .table import Row
+from .trial import Trial
 
 __all__ = ["REFERENCE", "SOURCE", "Interval", "Summary", "median_of", "summarize"]
 
@@ -121,14 +123,22 @@ def _forgotten(rows: Sequence[Row]) -> float:
     return float(np.median(values)) if values else np.nan
 
 
+def _settings(arm: str, trial: Trial) -> str:
+    """Those that were chosen among others, at their default or not; of other arms those that are not."""
+    if arm in ARMS:
+        names: Iterable[str] = dict.fromkeys(name for tried in ARMS[arm].trials for name in tried)
+    else:
+        names = (name for name in trial.changed if name not in COMMON)
+    return " ".join(f"{name}={getattr(trial, name)}" for name in names)
+
+
 def _summary(arm: str, rows: list[Row], reference: list[Row] | None) -> Summary:
-    fields = rows[0].trial.changed
     target = _target(rows)
     lost = _forgotten(reference) if reference else np.nan
     return Summary(
         arm=arm,
         rows=rows,
-        settings=" ".join(f"{name}={value}" for name, value in fields.items() if name not in COMMON),
+        settings=_settings(arm, rows[0].trial),
         target=target,
         before=rows[0].figures.get(f"{SOURCE}_before", np.nan),
         source=_figure(rows, SOURCE),
