@@ -501,7 +501,9 @@ def experiment(
     out: Annotated[
         Path | None, typer.Option(help="Folder of table and report [default: runs/experiments/NAME].")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the tests, from 0.")] = 5,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Seeds of the tests, from 0 [default: 5; quick: 2].")
+    ] = None,
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -513,8 +515,10 @@ def experiment(
         typer.Option(help=f"{', '.join(TARGETS)}; for glue {', '.join(GLUE)}; may be repeated."),
     ] = None,
     arm: Annotated[list[str] | None, typer.Option(help="Only this arm; may be repeated.")] = None,
-    quick: Annotated[bool, typer.Option(help="A small version that takes minutes.")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Trials at once, each on its share of the cores.")] = (
+    quick: Annotated[
+        bool, typer.Option(help="A small version that takes minutes: to see that it works.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Trials at once, each on one thread.")] = (
         os.cpu_count() or 1
     ),
     data: Annotated[str, typer.Option(help="glue: the folder of the official files, or 'hub'.")] = "",
@@ -528,7 +532,7 @@ def experiment(
         raise unknown("experiment", name, EXPERIMENTS)
     defaults = Options()
     options = Options(
-        seeds=tuple(range(min(seeds, 2) if quick else seeds)),
+        seeds=tuple(range(seeds or (2 if quick else 5))),
         models=tuple(model) if model else () if name == "glue" else defaults.models,
         targets=tuple(f"glue/{x}" for x in target or GLUE)
         if name == "glue"

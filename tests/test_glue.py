@@ -128,13 +128,18 @@ def test_the_papers_settings():
         ("0\tthe man\tmaybe", r"line 2 has 3 columns; fetch the file again"),
         ("0\tthe man\ta man\tmaybe", r"the label of row 1 is 'maybe', not entailment or not_entailment"),
         (None, "no rows; fetch it again"),
+        (
+            "0\tthe man\ta man\tentailment",
+            "glue/RTE: one training row, and some are kept out; fetch the file",
+        ),
+        ("0\tthe caf\xe9\ta man\tentailment", r"damaged after line 0 \('utf-8' codec can't decode"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, line, message):
     (tmp_path / "RTE").mkdir()
     for part in ("train", "dev"):
         text = OFFICIAL["RTE"][0] + "\n" + (f"{line}\n" if line else "")
-        (tmp_path / "RTE" / f"{part}.tsv").write_text(text)
+        (tmp_path / "RTE" / f"{part}.tsv").write_text(text, encoding="latin-1")
     with pytest.raises(RecAdamError, match=message):
         glue.read("RTE", str(tmp_path))
 

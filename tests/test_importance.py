@@ -214,6 +214,16 @@ def test_importance_by_features_is_their_curvature():
     assert (feature_importance({"w": w}, (b @ w for b in x), seed=1)["w"].numpy() != found).any()
 
 
+def test_importance_of_half_precision_and_of_what_is_frozen():
+    """A gradient of 300 is no number any more when float16 squares it."""
+    w = torch.ones(2, dtype=torch.float16, requires_grad=True)
+    frozen = torch.ones(2)
+    found = importance_of({"w": w, "frozen": frozen}, [(w * torch.tensor([300.0, 30.0])).sum()])
+    assert found["w"].dtype == torch.float16
+    assert found["w"].tolist() == pytest.approx([1.0, 0.0111], rel=1e-2)
+    assert found["frozen"].tolist() == [0, 0]
+
+
 W = torch.ones(2, requires_grad=True)
 
 
@@ -224,6 +234,12 @@ W = torch.ones(2, requires_grad=True)
         ([W.sum() * 0], "importance: no loss that depends on any of the parameters; give some batches"),
         ([W.sum(), W.sum() * torch.nan], "importance: the loss of batch 1 is nan; leave it out"),
         ([torch.ones(())], "importance: the loss of batch 0 has no gradient; make it outside of torch.no_gr"),
+        ([W * 2], r"importance: the loss of batch 0 has shape \(2,\); give a scalar"),
+        ([(W - 1).norm()], "importance: no loss that"),
+        (
+            [(W - 1).sqrt().sum()],
+            "importance: the gradient of 'w' in batch 0 is not finite; leave the batch out",
+        ),
     ],
 )
 def test_importance_of_nothing_is_named(losses, message):

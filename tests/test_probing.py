@@ -45,6 +45,8 @@ def test_it_gives_the_regressions_probabilities(classes):
             "probe_head: no row of class 2, and the head has 3; give rows of each class",
         ),
         (nn.Linear(2, 2), [0, 1, 2], "probe_head: class 2, and the head has 2; give rows of each class"),
+        (nn.Linear(2, 1), [0, 1, 1], "probe_head: the head has one output; give a layer with one for each"),
+        (nn.Bilinear(2, 2, 2), [0, 1, 1], "probe_head: the head is a Bilinear; give the linear layer in it"),
     ],
 )
 def test_bad_input_is_named_in_one_line(head, labels, message):
@@ -53,3 +55,13 @@ def test_bad_input_is_named_in_one_line(head, labels, message):
         probe_head(head, torch.ones(3, 2), labels)
     assert str(caught.value).startswith(message)
     assert torch.equal(head.weight, before)
+
+
+def test_features_are_finite_and_of_any_precision():
+    head, x = nn.Linear(1, 2), torch.tensor([[-1.0], [1.0], [2.0]], dtype=torch.bfloat16)
+    with pytest.raises(RecAdamError, match="probe_head: inverse_strength"):
+        probe_head(head, x, [0, 1, 1], inverse_strength=-1.0)
+    assert probe_head(head, x, [0, 1, 1], inverse_strength=100.0)(x.float()).argmax(1).tolist() == [0, 1, 1]
+    x[1] = torch.nan
+    with pytest.raises(RecAdamError, match="probe_head: the features of row 1 are not finite; leave it out"):
+        probe_head(head, x, [0, 1, 1])

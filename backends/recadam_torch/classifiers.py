@@ -106,6 +106,8 @@ def _tokenizer(folder: Path) -> Any:
 
     kind: Any = AutoTokenizer
     tokenizer = kind.from_pretrained(folder)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up, where the folder has none
+        raise ValueError("it has no vocabulary of a tokenizer")
     config = AutoConfig.from_pretrained(folder)
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     tokenizer.model_max_length = min(positions, tokenizer.model_max_length)

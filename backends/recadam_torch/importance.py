@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ def importance_of(params: Mapping[str, Tensor], losses: Iterable[Tensor]) -> dic
         is exceeded by a tenth of those $F_i$ that are not zero, so that no pull is stronger than `gamma` says
 
     Args:
-        params: the anchored parameters by name, at their pretrained values.
+        params: the anchored parameters by name, at their pretrained values. What needs no gradient has no
+            importance.
         losses: a scalar of each batch, made as they are asked for, so that one graph at a time is in memory.
             A few dozen batches do.
 
@@ -29,7 +31,8 @@ def importance_of(params: Mapping[str, Tensor], losses: Iterable[Tensor]) -> dic
         For `RecAdam(importance=...)`: a tensor in [0, 1] of each parameter's shape, dtype and device.
 
     Raises:
-        RecAdamError: when a loss is not finite or has no gradient, or none depends on any parameter.
+        RecAdamError: when a loss is no scalar, is not finite or has no gradient, a gradient is not finite, or
+            no loss depends on any parameter.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
@@ -38,8 +41,15 @@ def importance_of(params: Mapping[str, Tensor], losses: Iterable[Tensor]) -> dic
 
     Source: elastic weight consolidation, arXiv 1612.00796, equation 3.
     """
-    sums = {name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()}
+    sums = {  # at least float32: squares leave the range of float16
+        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
+        for name, p in params.items()
+    }
+    wanted = {name: p for name, p in params.items() if p.requires_grad}
     for batch, loss in enumerate(losses):
+        if loss.ndim:
+            shape = tuple(loss.shape)
+            raise RecAdamError(f"importance: the loss of batch {batch} has shape {shape}; give a scalar")
         if not bool(torch.isfinite(loss)):
             raise RecAdamError(
                 f"importance: the loss of batch {batch} is {float(loss.detach())}; leave it out"
@@ -48,15 +58,22 @@ def importance_of(params: Mapping[str, Tensor], losses: Iterable[Tensor]) -> dic
             raise RecAdamError(
                 f"importance: the loss of batch {batch} has no gradient; make it outside of torch.no_grad"
             )
-        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
-        for total, grad in zip(sums.values(), grads, strict=True):
-            if grad is not None:
-                total += grad.square()
+        grads: Any  # None for what the loss does not depend on
+        grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True) if wanted else ()
+        for name, grad in zip(wanted, grads, strict=True):
+            if grad is None:
+                continue
+            if not bool(torch.isfinite(grad).all()):
+                raise RecAdamError(
+                    f"importance: the gradient of {name!r} in batch {batch} is not finite; leave the batch "
+                    "out, or scale its loss down"
+                )
+            sums[name] += grad.to(sums[name].dtype).square()
     known = torch.cat([x[x > 0] for x in sums.values()]) if sums else torch.zeros(0)
     if not len(known):
         raise RecAdamError("importance: no loss that depends on any of the parameters; give some batches")
-    top = float(np.quantile(known.float().cpu().numpy(), 0.9))  # torch.quantile takes 16 million at most
-    return {name: (x / top).clamp_(max=1.0) for name, x in sums.items()}
+    top = float(np.quantile(known.cpu().numpy(), 0.9))  # torch.quantile takes 16 million at most
+    return {name: (x / top).clamp_(max=1.0).to(params[name].dtype) for name, x in sums.items()}
 
 
 def feature_importance(

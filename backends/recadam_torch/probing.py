@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from recadam_core import RecAdamError
+from recadam_core.errors import check_number
 
 __all__ = ["probe_head"]
 
 
 @torch.no_grad()
-def probe_head(head: nn.Linear, features: Any, labels: Any, inverse_strength: float = 0.1) -> nn.Linear:
+def probe_head(head: nn.Module, features: Any, labels: Any, inverse_strength: float = 0.1) -> nn.Linear:
     r"""Fit a linear head to pretrained features, so that training does not have to begin by breaking them.
 
     From a random head the first gradients move the encoder towards whatever that head happens to read, and
@@ -33,7 +34,8 @@ def probe_head(head: nn.Linear, features: Any, labels: Any, inverse_strength: fl
         The layer.
 
     Raises:
-        RecAdamError: when shapes do not fit, the layer has no bias, or a class has no row.
+        RecAdamError: when shapes do not fit, the layer has no bias, a class has no row, a feature or the
+            strength is not a finite number, or scikit-learn is not installed.
 
     Example:
         >>> x, y = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
@@ -43,14 +45,26 @@ def probe_head(head: nn.Linear, features: Any, labels: Any, inverse_strength: fl
 
     Source: the first half of LP-FT, arXiv 2202.10054.
     """
-    from sklearn.linear_model import LogisticRegression
-
-    x, y = (np.asarray(given.cpu() if isinstance(given, Tensor) else given) for given in (features, labels))
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ModuleNotFoundError:
+        raise RecAdamError("probe_head: needs 'sklearn'; pip install scikit-learn") from None
+    check_number("probe_head", "inverse_strength", inverse_strength, low=0.0, open_low=True)
+    if not isinstance(head, nn.Linear):
+        raise RecAdamError(f"probe_head: the head is a {type(head).__name__}; give the linear layer in it")
+    if head.out_features < 2:
+        raise RecAdamError("probe_head: the head has one output; give a layer with one for each class")
+    given = torch.as_tensor(features).detach().cpu()
+    x = given.to(torch.promote_types(given.dtype, torch.float32)).numpy()  # numpy has no bfloat16
+    y = torch.as_tensor(labels).cpu().numpy()
     if x.ndim != 2 or y.shape != x.shape[:1] or x.shape[1] != head.in_features:
         raise RecAdamError(
             f"probe_head: features of shape {x.shape} and labels of shape {y.shape} for a head of "
             f"{head.in_features} inputs; give a row of features and a class number for each example"
         )
+    if not np.isfinite(x).all():
+        row = int(np.argmin(np.isfinite(x).all(axis=1)))
+        raise RecAdamError(f"probe_head: the features of row {row} are not finite; leave it out")
     if head.bias is None:
         raise RecAdamError("probe_head: the head has no bias; give one that has")
     classes, there = set(range(head.out_features)), set(y.tolist())

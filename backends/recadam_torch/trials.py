@@ -190,7 +190,7 @@ def _train(trial: Trial, subject: _Subject, train: Encoded, texts: Texts, classe
         features = train.each(subject.module.eval().features)
         probe_head(subject.module.classifier, features, texts.labels, trial.inverse_strength)
     if trial.method == "frozen":
-        return {"distance": 0.0, "curve": []}
+        return {"distance": subject.distance(), "curve": []}
     wanted = torch.tensor(texts.labels, device=subject.device)
     loss_of: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
     if classes == 1:
@@ -250,7 +250,10 @@ def _train(trial: Trial, subject: _Subject, train: Encoded, texts: Texts, classe
     if trial.method == "wiseft":
         subject.shrink(trial.alpha)
     tail = losses[-max(1, trial.steps // 10) :]
-    return {"loss": float(np.mean(tail)), "distance": subject.distance(), "curve": curve}
+    distance = subject.distance()
+    if not math.isfinite(distance):
+        raise RecAdamError(f"{trial.command}: no finite weights after step {trial.steps}; lower lr")
+    return {"loss": float(np.mean(tail)), "distance": distance, "curve": curve}
 
 
 def _optimizer(

@@ -80,6 +80,7 @@ def pareto_figure(summaries: Sequence[Summary], title: str) -> Any:
     reference = next((s for s in summaries if s.arm == "adamw"), None)
     if reference is not None:
         panel.axhspan(reference.target.low, reference.target.high, color="#d1662a", alpha=0.10, linewidth=0)
+    if reference is not None and np.isfinite(reference.kept):
         limit = reference.before + 0.2 * (reference.source.median - reference.before)
         panel.axvline(limit, color=INK, linewidth=0.9, linestyle=(0, (4, 4)))
         panel.annotate(
@@ -106,8 +107,8 @@ def pareto_figure(summaries: Sequence[Summary], title: str) -> Any:
     panel.set_title(title)
     _plain(panel.xaxis)
     panel.margins(0.06, 0.08)
-    _, right = panel.get_xlim()
-    panel.set_xlim(right=right * 0.62)  # room for the labels of those that forget nothing
+    left, right = panel.get_xlim()
+    panel.set_xlim(right=right * (right / left) ** 0.2)  # room for the labels of those that forget nothing
     _place_labels(panel, places)
     present = {_family(s.arm) for s in summaries}
     for name, (colour, _) in FAMILIES.items():

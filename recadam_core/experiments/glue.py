@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,8 @@ def read(name: str, data: str) -> Splits:
             _texts(name, str(path), _official(task, path))
             for path in (Path(data) / name / f"{part}.tsv" for part in ("train", task.dev))
         )
+    if len(train) < 2:
+        raise RecAdamError(f"glue/{name}: one training row, and some are kept out; fetch the files again")
     order = np.random.default_rng(0).permutation(len(train))
     held = min(1000, max(1, len(train) // 10))
     return Splits(
@@ -226,7 +229,8 @@ def read(name: str, data: str) -> Splits:
 def _official(task: GlueTask, path: Path) -> Iterable[tuple[str, str, str]]:
     """Text, second text and label of each line."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        rows = _whole(path, reader)
         places = task.columns
         if not isinstance(places[0], int):
             header = next(rows, [])
@@ -244,8 +248,18 @@ def _official(task: GlueTask, path: Path) -> Iterable[tuple[str, str, str]]:
                 if task is TASKS["QQP"]:  # whose official file has some rows without a second question
                     continue
                 raise RecAdamError(
-                    f"{path}: line {rows.line_num} has {len(row)} columns; fetch the file again"
+                    f"{path}: line {reader.line_num} has {len(row)} columns; fetch the file again"
                 ) from None
+
+
+def _whole(path: Path, reader: Any) -> Iterator[list[str]]:
+    """The rows of a csv.reader, as long as they can be read."""
+    try:
+        yield from reader
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise RecAdamError(
+            f"{path}: damaged after line {reader.line_num} ({error}); fetch it again"
+        ) from None
 
 
 def _texts(name: str, where: str, rows: Iterable[tuple[str, str, Any]]) -> Texts:
@@ -256,7 +270,7 @@ def _texts(name: str, where: str, rows: Iterable[tuple[str, str, Any]]) -> Texts
             if task.labels and isinstance(label, str):
                 label = task.labels.index(label)
             label = float(label)
-            if task.labels and label not in range(len(task.labels)):
+            if label not in range(len(task.labels)) if task.labels else not math.isfinite(label):
                 raise ValueError
         except ValueError:
             says = " or ".join(task.labels) or "a number"

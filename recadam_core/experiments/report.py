@@ -52,7 +52,7 @@ def write_experiment(name: str, results: Results, options: Options) -> Path:
     failed = [row for row in results.rows.values() if row.error]
     environment = Environment(loader=PackageLoader("recadam_core.experiments"), autoescape=True)
     page = environment.get_template("experiment.html.j2").render(
-        title=name, about=EXPERIMENTS[name].about, sections=sections, failed=failed
+        title=name, about=EXPERIMENTS[name].about, sections=sections, failed=failed, quick=options.quick
     )
     with replacing(results.folder / "report.html") as beside:
         beside.write_text(page, encoding="utf-8")
@@ -181,7 +181,10 @@ def _markdown(section: dict[str, Any]) -> str:
     size = "" if section["varies"] else f"; {section['size']}"
     text = [f"### {section['target']}, {section['model']}", ""]
     before = "" if np.isnan(section["before"]) else f" Source loss before: {section['before']:.3f}."
-    text += [f"Seeds {seeds}{size}. Medians, and 95% bootstrap intervals in brackets.{before}", ""]
+    text += [
+        f"Seeds {seeds}{size}. Medians, and 95% bootstrap intervals (of few seeds: their range).{before}",
+        "",
+    ]
     if section["picture"]:
         text += [f"![{section['target']}, {section['model']}]({section['place']}.png)", ""]
     text += ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]

@@ -38,18 +38,25 @@ def run_experiment(
         experiment: what to run.
         options: how much of it.
         folder: of the table; what is in it counts as done.
-        jobs: trials at once.
+        jobs: trials at once, each on one thread.
         tell: called with the number of trials done, a line on the last one, and the number known so far.
 
     Returns:
-        All rows. A trial that diverged has a row that says so.
+        All rows. A trial that failed has a row that says why.
 
     Raises:
-        RecAdamError: when the folder is damaged, another run writes there, or the data cannot be had.
+        RecAdamError: when the folder is damaged or another experiment's, another run writes there, or the
+            data cannot be had.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         results = Results(folder)
+        for row in results.rows.values():
+            if row.entry.arm not in experiment.arms:
+                raise RecAdamError(
+                    f"{folder}: holds another experiment (a row of arm {row.entry.arm!r}); "
+                    "give another folder by --out"
+                )
         _run(experiment, options, results, jobs, tell or (lambda done, text, total: None))
     return results
 
@@ -62,10 +69,7 @@ def _alone(folder: Path) -> Iterator[None]:
     path = folder / ".lock"
     try:
         with FileLock(path, blocking=False):
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+            yield  # the file stays: who has it open already would lock what another could not see
     except Timeout:
         raise RecAdamError(
             f"{folder}: another run writes there; let it end, or give another folder by --out"
@@ -155,5 +159,8 @@ def _row(entry: Entry) -> Row:
         figures = run_trial(entry.trial)
     except RecAdamError as error:
         return Row(entry, {}, [], str(error))
-    curve = figures.pop("curve", [])
-    return Row(entry, figures, curve)
+    except Exception as error:  # of a library: the others go on
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        return Row(entry, {}, [], f"{type(error).__name__}: {reason}")
+    row = Row(entry, figures, figures.pop("curve", []))
+    return Row(entry, {}, [], row.wrong) if row.wrong else row

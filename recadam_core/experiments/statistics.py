@@ -20,6 +20,9 @@ REFERENCE = ("adamw", "AdamW", "AdamW, pretrained")
 SOURCE = "snli_mnr"
 """The figure by which forgetting is judged; less is better."""
 
+LITTLE = 0.05
+"""Share of the source loss; of less that is forgotten, no share that is kept means anything."""
+
 COMMON = ("target", "model", "method", "seed", "split", "rows", "steps", "max_length", "curve_every", "data")
 
 
@@ -53,7 +56,8 @@ class Interval(NamedTuple):
 def median_of(values: Sequence[float]) -> Interval:
     """The median, and where 95% of the medians of resampled values are (percentile bootstrap).
 
-    With five values that is from about the least to about the greatest of them.
+    With five values that is from about the least to about the greatest of them, with three from the least
+    to the greatest: the range of the seeds, no more.
 
     Args:
         values: one a seed.
@@ -80,7 +84,7 @@ class Summary(NamedTuple):
     target: Interval  # of the target task's first figure
     before: float  # source loss of the pretrained encoder; NaN where none is measured
     source: Interval  # source loss after training
-    kept: float  # share that it keeps of what the reference forgets; NaN without one
+    kept: float  # share that it keeps of what the reference forgets; NaN where that is next to nothing
     bbc: Interval  # BBC title recall at 1
     distance: Interval  # to the anchor
     gain: Interval  # of the target task's figure over the reference's, seed by seed
@@ -135,14 +139,15 @@ def _settings(arm: str, trial: Trial) -> str:
 def _summary(arm: str, rows: list[Row], reference: list[Row] | None) -> Summary:
     target = _target(rows)
     lost = _forgotten(reference) if reference else np.nan
+    before = rows[0].figures.get(f"{SOURCE}_before", np.nan)
     return Summary(
         arm=arm,
         rows=rows,
         settings=_settings(arm, rows[0].trial),
         target=target,
-        before=rows[0].figures.get(f"{SOURCE}_before", np.nan),
+        before=before,
         source=_figure(rows, SOURCE),
-        kept=1 - _forgotten(rows) / lost if lost > 0 else np.nan,
+        kept=1 - _forgotten(rows) / lost if lost > LITTLE * before else np.nan,
         bbc=_figure(rows, "bbc_recall_at_1"),
         distance=_figure(rows, "distance"),
         gain=_gain(rows, reference or []),

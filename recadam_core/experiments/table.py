@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ FIGURES = (
     "distance", "loss", "seconds",
 )  # fmt: skip
 POINTS = ("step", "loss", "source_loss", "distance")
+STAGES = ("tune", "test")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,18 @@ class Row:
         """Its trial."""
         return self.entry.trial
 
+    @property
+    def wrong(self) -> str:
+        """What keeps the figures of a trial without an error from being used; empty where nothing does."""
+        if self.error:
+            return ""
+        glue = self.trial.target.startswith("glue/")
+        needed = ("seconds",) if glue else ("accuracy", "snli_mnr", "snli_mnr_before", "distance")
+        for name in needed:
+            if name not in self.figures:
+                return f"no {name}"
+        return next((f"{n} is {x}" for n, x in self.figures.items() if not math.isfinite(x)), "")
+
 
 class Results:
     """All rows of an experiment, and the files that hold them.
@@ -93,10 +107,18 @@ class Results:
         path = self.folder / name
         if not path.exists():
             return
-        with path.open(encoding="utf-8", newline="") as file:
+        # A spreadsheet may have put a byte order mark before the first name.
+        with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            for line in reader:
-                yield reader.line_num, line
+            try:
+                for line in reader:
+                    if None in line or None in line.values():
+                        raise ValueError("it has not as many columns as the first line")
+                    yield reader.line_num, line
+            except (ValueError, csv.Error) as error:
+                raise RecAdamError(
+                    f"{path}: damaged after line {reader.line_num} ({error}); mend it, or delete the file"
+                ) from None
 
     def _read_curves(self) -> dict[str, list[dict[str, float]]]:
         curves: dict[str, list[dict[str, float]]] = {}
@@ -116,13 +138,22 @@ class Results:
                     f"{name}={line[name]}" for name in FIELDS if name in line and name in read
                 )
                 figures = {name: float(line[name]) for name in FIGURES if line[name]}
-                entry = Entry(line["stage"], line["arm"], trial)
-                yield Row(entry, figures, curves.get(trial.key, []), line["error"])
+                row = Row(
+                    Entry(line["stage"], line["arm"], trial),
+                    figures,
+                    curves.get(trial.key, []),
+                    line["error"],
+                )
+                if row.entry.stage not in STAGES:
+                    raise ValueError(f"stage {row.entry.stage!r}")
+                if wrong := row.wrong:
+                    raise ValueError(wrong)
             except (KeyError, ValueError, TypeError) as error:
                 where = f"{self.folder / TABLE}: line {number}"
                 raise RecAdamError(
                     f"{where}: damaged ({error}); delete that line, and its trial is run again"
                 ) from None
+            yield row
 
     def add(self, row: Row) -> None:
         """Take a row, and write the files anew: whole, or as they were."""
@@ -155,6 +186,20 @@ class Results:
         """Rows of these entries, in their order; without those that failed or are still to come."""
         found = (self.rows.get(entry.name) for entry in entries)
         return [row for row in found if row is not None and not row.error]
+
+    def some(self, entries: Sequence[Entry]) -> list[Row]:
+        """As `of`, of entries that have been tried.
+
+        Raises:
+            RecAdamError: when none succeeded, with the first reason.
+        """
+        if not (found := self.of(entries)):
+            first = self.rows[entries[0].name]
+            raise RecAdamError(
+                f"{self.folder / TABLE}: {first.trial.command} failed, as all of {first.entry.arm} did: "
+                f"{first.error}; mend that, and run again"
+            )
+        return found
 
 
 def _digits(value: float | None) -> str:

@@ -163,8 +163,8 @@ class Trial:
             value = getattr(self, name)
             if name == "warmup" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise RecAdamError(f"trial: {name} is {value!r}; give a whole number >= {low}")
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**63:
+                raise RecAdamError(f"trial: {name} is {value!r}; give a whole number from {low} to 2^63 - 1")
         for name in ("lr", "clip", "inverse_strength", "budget", "width"):
             check_number("trial", name, getattr(self, name), low=0.0, open_low=True)
         for name in ("pull", "center", "floor", "source_weight"):
@@ -176,6 +176,15 @@ class Trial:
             raise RecAdamError(
                 "trial: lora has no curve, since its adapters are merged at the end; leave it out"
             )
+        if self.init == "random" and (self.head == "probed" or self.method == "feature-pull"):
+            raise RecAdamError(
+                "trial: init=random goes with no probed head and no feature-pull, which read the pretrained "
+                "encoder's features; leave one of them out"
+            )
+        if self.data and not self.target.startswith("glue/"):
+            raise RecAdamError(f"trial: {self.target} reads no data; that is for targets glue/TASK")
+        if self.k is not None and not {"center", "width"}.isdisjoint(self.changed):
+            raise RecAdamError("trial: k and t0 stand for center and width; give the ones or the others")
         if (self.k is None) != (self.t0 is None):
             raise RecAdamError("trial: k and t0 go together; give both, or center and width instead")
         if self.k is not None:
@@ -192,6 +201,8 @@ class Trial:
         if method not in METHODS:
             raise unknown("method", method, METHODS)
         own = {name for other in METHODS.values() for name in other.settings}
+        if method == "frozen":
+            own |= {"lr", "warmup", "clip", "dropout", "curve_every"}
         read = {f.name for f in dataclasses.fields(cls)} - own | set(METHODS[method].settings)
         return read | {"inverse_strength"} if head == "probed" else read
 
