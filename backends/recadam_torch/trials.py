@@ -68,7 +68,8 @@ def _run(trial: Trial, where: torch.device) -> dict[str, Any]:
     if trial.target.startswith("glue/") and special:
         raise RecAdamError(
             f"{trial.target}: method {trial.method!r}, head={trial.head}, curve_every={trial.curve_every}: "
-            "one of them needs sentence embeddings, and GLUE's classifiers have none; give another target"
+            "one of them is for an encoder of sentences with a linear head, which GLUE's classifiers are not; "
+            "give another target"
         )
     texts, held = _rows(trial, splits.train), getattr(splits, trial.split)
     subject = _Subject(trial, splits.classes, where)
