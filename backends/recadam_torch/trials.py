@@ -32,7 +32,6 @@ Array = np.ndarray[Any, Any]
 SOURCE_BATCH = 16
 POOL = 8  # batches whose rows are sorted by length together
 WEIGHING_BATCHES = 32
-SENTENCES_ONLY = ("multitask", "ewc", "feature-pull", "frozen", "lora")
 
 
 def run(trial: Trial, device: str | None = None) -> dict[str, Any]:
@@ -64,11 +63,11 @@ def run(trial: Trial, device: str | None = None) -> dict[str, Any]:
 def _run(trial: Trial, where: torch.device) -> dict[str, Any]:
     began = time.perf_counter()
     splits = target_of(trial.target, trial.data)
-    special = trial.method in SENTENCES_ONLY or trial.curve_every or trial.head == "probed"
+    special = METHODS[trial.method].sentences or trial.curve_every or trial.head == "probed"
     if trial.target.startswith("glue/") and special:
         raise RecAdamError(
             f"{trial.target}: method {trial.method!r}, head={trial.head}, curve_every={trial.curve_every}: "
-            "one of them is for an encoder of sentences with a linear head, which GLUE's classifiers are not; "
+            "one of them is for encoders of sentences with a linear head, and GLUE's classifiers are none; "
             "give another target"
         )
     texts, held = _rows(trial, splits.train), getattr(splits, trial.split)

@@ -30,6 +30,8 @@ class Method:
         about: one line on what it does.
         settings: fields of `Trial` that it reads, besides those that all methods read.
         form: form of the update, for those that are RecAdam.
+        constant: whether both weights are 1 throughout.
+        sentences: whether it needs an encoder of sentences with a linear head, as GLUE's classifiers are not.
 
     Example:
         >>> METHODS["l2sp"].label
@@ -40,6 +42,8 @@ class Method:
     about: str
     settings: tuple[str, ...] = ()
     form: str = ""
+    constant: bool = False
+    sentences: bool = False
 
 
 ANNEALED = ("center", "width", "k", "t0", "floor")
@@ -52,25 +56,31 @@ METHODS = {
     "recadam-proximal": Method("RecAdam, proximal form", "the pull taken implicitly", PULLED, "proximal"),
     "coupled": Method("coupled Adam", "Adam on the annealed objective, penalty in its moments", PULLED),
     "annealed": Method("λ(t) alone", "the annealed task weight without an anchor", ANNEALED, "decoupled"),
-    "l2sp": Method("constant pull (L2-SP)", "both weights 1 throughout", ("pull",), "decoupled"),
+    "l2sp": Method(
+        "constant pull (L2-SP)", "both weights 1 throughout", ("pull",), "decoupled", constant=True
+    ),
     "recall": Method(
         "annealed pull alone", "the annealed recall weight, the task weight 1 throughout", PULLED, "decoupled"
     ),
     "budget": Method(
-        "drift budget", "a pull whose strength holds a distance", ("pull", "budget"), "proximal"
+        "drift budget", "a pull whose strength holds a distance", ("pull", "budget"), "proximal",
+        constant=True,
     ),
     "ewc": Method(
-        "EWC", "the constant pull, weighted by the source task's Fisher information", ("pull",), "decoupled"
+        "EWC", "the constant pull, weighted by the source task's Fisher information", ("pull",), "decoupled",
+        constant=True, sentences=True,
     ),
     "feature-pull": Method(
         "feature-weighted pull", "the constant pull, weighted by what moves the target texts' features",
-        ("pull",), "decoupled",
+        ("pull",), "decoupled", constant=True, sentences=True,
     ),
     "wiseft": Method("WiSE-FT", "AdamW, then a part of the way back to the pretrained weights", ("alpha",)),
-    "lora": Method("LoRA", "AdamW on adapters of low rank (peft)", ("rank",)),
-    "frozen": Method("frozen encoder", "logistic regression on its features", ("inverse_strength",)),
+    "lora": Method("LoRA", "AdamW on adapters of low rank (peft)", ("rank",), sentences=True),
+    "frozen": Method(
+        "frozen encoder", "logistic regression on its features", ("inverse_strength",), sentences=True
+    ),
     "multitask": Method(
-        "multi-task", "AdamW on target and source data together", ("source_weight",)
+        "multi-task", "AdamW on target and source data together", ("source_weight",), sentences=True
     ),
 }  # fmt: skip
 """The methods that are compared, by name."""
@@ -231,7 +241,7 @@ class Trial:
     @property
     def annealing(self) -> Annealing:
         """The annealing of the method."""
-        if self.method in ("l2sp", "ewc", "feature-pull", "budget"):
+        if METHODS[self.method].constant:
             return Constant(1.0, 1.0)
         if self.k is not None and self.t0 is not None:
             curve = Sigmoid(k=self.k, t0=self.t0, floor=self.floor)
