@@ -236,6 +236,9 @@ def lines_figure(panels: Sequence[tuple[str, str, dict[str, list[tuple[float, Su
         above.set(title=title, xscale=scale)
         below.set(xscale=scale, yscale="log")
         _plain(below.yaxis)
+        ticks = sorted({value for points in lines.values() for value, _ in points})
+        below.set_xticks(ticks, [f"{value:g}" for value in ticks], fontsize=8)
+        below.set_xticks([], minor=True)
         below.axhline(next(iter(lines.values()))[0][1].before, color=INK, linewidth=0.8)
         if len(lines) > 1:
             above.legend(fontsize=8)
