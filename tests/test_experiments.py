@@ -368,7 +368,7 @@ def test_a_trial_is_repeated_by_its_command(encoders, recadam, tmp_path):
     assert page.count("recadam trial") == 6
     assert "data:image/png" in page
     summary = (tmp_path / "out" / "summary.md").read_text()
-    assert re.search(r"\| constant pull \(L2-SP\) \| lr=0.0002 pull=0.\d+ \| 0\.\d{3} \(", summary)
+    assert re.search(r"\| constant pull \(L2-SP\) \| lr=0.0004 pull=0.\d+ \| 0\.\d{3} \(", summary)
 
 
 def started(name, folder, encoders, *arguments):
