@@ -532,7 +532,7 @@ def experiment(
         raise unknown("experiment", name, EXPERIMENTS)
     defaults = Options()
     options = Options(
-        seeds=tuple(range(seeds or (2 if quick else 5))),
+        seeds=tuple(range(seeds)) if seeds else defaults.seeds[: 2 if quick else None],
         models=tuple(model) if model else () if name == "glue" else defaults.models,
         targets=tuple(f"glue/{x}" for x in target or GLUE)
         if name == "glue"

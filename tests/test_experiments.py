@@ -268,7 +268,7 @@ def test_every_method_runs_and_repeats(method, encoders, recadam):
     """The tiny encoder knows nothing; that it moves, or does not, and that it does so again, it can show."""
     from recadam_core.experiments import run_trial
 
-    rate = {} if method == "frozen" else {"lr": 1e-2}
+    rate = {"lr": 1e-2} if METHODS[method].trains else {}
     trial = Trial(method=method, model=encoders["bert"], **rate, **SMALL)
     first, again = run_trial(trial), run_trial(trial)
     assert {k: v for k, v in first.items() if k != "seconds"} == {

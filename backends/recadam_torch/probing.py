@@ -62,9 +62,11 @@ def probe_head(head: nn.Module, features: Any, labels: Any, inverse_strength: fl
             f"probe_head: features of shape {x.shape} and labels of shape {y.shape} for a head of "
             f"{head.in_features} inputs; give a row of features and a class number for each example"
         )
-    if not np.isfinite(x).all():
-        row = int(np.argmin(np.isfinite(x).all(axis=1)))
-        raise RecAdamError(f"probe_head: the features of row {row} are not finite; leave it out")
+    finite = np.isfinite(x).all(axis=1)
+    if not finite.all():
+        raise RecAdamError(
+            f"probe_head: the features of row {np.argmin(finite)} are not finite; leave it out"
+        )
     if head.bias is None:
         raise RecAdamError("probe_head: the head has no bias; give one that has")
     classes, there = set(range(head.out_features)), set(y.tolist())

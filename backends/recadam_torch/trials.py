@@ -186,10 +186,11 @@ def _grouped(order: Array, lengths: Array, seed: int) -> Array:
 
 def _train(trial: Trial, subject: _Subject, train: Encoded, texts: Texts, classes: int) -> dict[str, Any]:
     """Train the subject, in place."""
-    if trial.head == "probed" or trial.method == "frozen":
+    trains = METHODS[trial.method].trains
+    if trial.head == "probed" or not trains:
         features = train.each(subject.module.eval().features)
         probe_head(subject.module.classifier, features, texts.labels, trial.inverse_strength)
-    if trial.method == "frozen":
+    if not trains:
         return {"distance": subject.distance(), "curve": []}
     wanted = torch.tensor(texts.labels, device=subject.device)
     loss_of: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy

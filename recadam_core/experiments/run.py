@@ -162,5 +162,6 @@ def _row(entry: Entry) -> Row:
     except Exception as error:  # of a library: the others go on
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         return Row(entry, {}, [], f"{type(error).__name__}: {reason}")
-    row = Row(entry, figures, figures.pop("curve", []))
-    return Row(entry, {}, [], row.wrong) if row.wrong else row
+    curve = figures.pop("curve", [])
+    row = Row(entry, figures, curve)
+    return Row(entry, {}, [], wrong) if (wrong := row.wrong) else row

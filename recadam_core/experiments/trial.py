@@ -32,6 +32,7 @@ class Method:
         form: form of the update, for those that are RecAdam.
         constant: whether both weights are 1 throughout.
         sentences: whether it needs an encoder of sentences with a linear head, as GLUE's classifiers are not.
+        trains: whether the encoder is trained, and fields in `TRAINING` are read.
 
     Example:
         >>> METHODS["l2sp"].label
@@ -44,8 +45,10 @@ class Method:
     form: str = ""
     constant: bool = False
     sentences: bool = False
+    trains: bool = True
 
 
+TRAINING = ("lr", "warmup", "clip", "dropout", "curve_every")
 ANNEALED = ("center", "width", "k", "t0", "floor")
 PULLED = ("pull", *ANNEALED)
 
@@ -77,7 +80,8 @@ METHODS = {
     "wiseft": Method("WiSE-FT", "AdamW, then a part of the way back to the pretrained weights", ("alpha",)),
     "lora": Method("LoRA", "AdamW on adapters of low rank (peft)", ("rank",), sentences=True),
     "frozen": Method(
-        "frozen encoder", "logistic regression on its features", ("inverse_strength",), sentences=True
+        "frozen encoder", "logistic regression on its features", ("inverse_strength",),
+        sentences=True, trains=False,
     ),
     "multitask": Method(
         "multi-task", "AdamW on target and source data together", ("source_weight",), sentences=True
@@ -211,8 +215,8 @@ class Trial:
         if method not in METHODS:
             raise unknown("method", method, METHODS)
         own = {name for other in METHODS.values() for name in other.settings}
-        if method == "frozen":
-            own |= {"lr", "warmup", "clip", "dropout", "curve_every"}
+        if not METHODS[method].trains:
+            own |= set(TRAINING)
         read = {f.name for f in dataclasses.fields(cls)} - own | set(METHODS[method].settings)
         return read | {"inverse_strength"} if head == "probed" else read
 
