@@ -23,6 +23,7 @@ from .backends import Backend, Capabilities, available_backends, backend_for, ge
 from .coefficients import Coefficients, InstabilityWarning, coefficients
 from .errors import RecAdamError
 from .hyperparameters import Hyperparameters
+from .importance import importance_from
 from .optimizer import RecAdam, State
 from .strength import DriftBudget, gamma_for
 from .update import Moments, apply, update
@@ -53,6 +54,7 @@ __all__ = [
     "coefficients",
     "gamma_for",
     "get_backend",
+    "importance_from",
     "release_step",
     "update",
 ]

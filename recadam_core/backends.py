@@ -85,6 +85,7 @@ class Variant:
             backend then has `traced_coefficients(t, hp, anchored, dtype)`, which gives those of an array
             of steps in NumPy, for the claim on coefficients.
         rounds_update: whether the update is rounded to the parameter's dtype before it is added.
+        weighs: whether it takes an importance, by which the pull is multiplied.
         misses: claims of the conformance kit that it is known to miss, and why; of a kind ("exact") or one
             alone ("exact float32"). A claim that is
             listed and holds fails, too.
@@ -102,6 +103,7 @@ class Variant:
     environment: Mapping[str, str] = field(default_factory=dict)
     traced: bool = False
     rounds_update: bool = False
+    weighs: bool = False
     misses: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -196,10 +198,12 @@ class Backend(Protocol):
         moments: Sequence[Moments],
         anchors: Sequence[Any] | None,
         c: Coefficients,
+        importances: Sequence[Any] | None = None,
     ) -> tuple[list[Any], list[Moments]]:
         """One step for arrays that share their coefficients: new parameters, new moments.
 
-        Changes none of its arguments. `anchors` is None where nothing is pulled.
+        Changes none of its arguments. `anchors` is None where nothing is pulled. `importances` are given
+        only where a variant says that it `weighs`.
         """
         ...
 
@@ -210,10 +214,12 @@ class Backend(Protocol):
         anchors: dict[str, Any],
         hp: Hyperparameters,
         exact: bool = False,
+        importance: dict[str, Any] | None = None,
     ) -> Stepper:
         """An optimizer of one of the backend's variants, as users meet it; "functional" is `Functional`.
 
-        With `exact` it is in the setting in which it gives the specification's bits.
+        With `exact` it is in the setting in which it gives the specification's bits. An importance is given
+        only to a variant that `weighs`.
         """
         ...
 
@@ -242,7 +248,7 @@ class Specification:
         'numpy'
     """
 
-    capabilities = Capabilities()
+    capabilities = Capabilities(variants=(Variant("functional", weighs=True),))
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
@@ -259,12 +265,15 @@ class Specification:
         moments: Sequence[Moments],
         anchors: Sequence[Any] | None,
         c: Coefficients,
+        importances: Sequence[Any] | None = None,
     ) -> tuple[list[Any], list[Moments]]:
         """`update` and `apply`, array by array."""
-        stars = [None] * len(params) if anchors is None else anchors
+        stars, weights = ([None] * len(params) if xs is None else xs for xs in (anchors, importances))
         new = [
-            update(theta, grad, state, anchor, c)
-            for theta, grad, state, anchor in zip(params, grads, moments, stars, strict=True)
+            update(theta, grad, state, anchor, c, importance)
+            for theta, grad, state, anchor, importance in zip(
+                params, grads, moments, stars, weights, strict=True
+            )
         ]
         return [apply(theta, delta) for theta, (delta, _) in zip(params, new, strict=True)], [
             s for _, s in new
@@ -277,10 +286,11 @@ class Specification:
         anchors: dict[str, Any],
         hp: Hyperparameters,
         exact: bool = False,
+        importance: dict[str, Any] | None = None,
     ) -> Stepper:
         """`recadam_core.RecAdam` over this backend, exact wherever the library's operations are."""
         self.capabilities.variant(variant)
-        return Functional(self, params, anchors, hp)
+        return Functional(self, params, anchors, hp, importance)
 
     def from_numpy(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> Any:
         """A copy of a NumPy array in this namespace."""
@@ -316,6 +326,7 @@ class Functional:
         params: starting values by name.
         anchors: pretrained values by name.
         hp: the settings.
+        importance: by which the pulls are multiplied, by name; None for 1.
 
     Example:
         >>> step = Functional(get_backend("numpy"), {"w": np.ones(1)}, {}, Hyperparameters(lr=0.5))
@@ -324,13 +335,18 @@ class Functional:
     """
 
     def __init__(
-        self, backend: Backend, params: dict[str, Any], anchors: dict[str, Any], hp: Hyperparameters
+        self,
+        backend: Backend,
+        params: dict[str, Any],
+        anchors: dict[str, Any],
+        hp: Hyperparameters,
+        importance: dict[str, Any] | None = None,
     ) -> None:
         from .optimizer import RecAdam
 
         self.backend = backend
         self.optimizer = RecAdam(hp, backend)
-        self.params, self.state = params, self.optimizer.init(params, anchors)
+        self.params, self.state = params, self.optimizer.init(params, anchors, importance)
 
     def __call__(self, grads: dict[str, Any], lr: float) -> dict[str, Any]:
         """Take one step; parameters by name after it."""

@@ -13,6 +13,7 @@ from .backends import Backend, backend_for
 from .coefficients import coefficients
 from .errors import RecAdamError
 from .hyperparameters import Hyperparameters
+from .importance import check_importance
 from .update import Moments
 
 __all__ = ["RecAdam", "State", "check_anchors"]
@@ -29,6 +30,7 @@ class State(NamedTuple):
     step: int  # steps taken
     moments: dict[str, Moments]  # one pair a parameter, its shape, at least float32
     anchors: dict[str, Any]  # pretrained values by name; None once freed; no entry for a new head
+    importance: Mapping[str, Any] = {}  # of each anchored parameter, in [0, 1]; or empty
 
 
 def check_anchors(shapes: Mapping[str, Any], anchors: Mapping[str, Any], where: str = "anchors") -> None:
@@ -102,20 +104,28 @@ class RecAdam:
         self._backend = backend
         self._release = release_step(self.hp.annealing)
 
-    def init(self, params: Mapping[str, Any], anchors: Mapping[str, Any]) -> State:
+    def init(
+        self,
+        params: Mapping[str, Any],
+        anchors: Mapping[str, Any],
+        importance: Mapping[str, Any] | None = None,
+    ) -> State:
         """The state before the first step.
 
         Args:
             params: parameters by name; real floating dtypes.
             anchors: pretrained values by name, copied here. A name that is missing is a new head: it
                 gets plain Adam. `params` itself anchors everything where it is now.
+            importance: how much each weight matters to the old task, by name: arrays in [0, 1] of the
+                parameters' shapes by which the pulls are multiplied, copied here, as `importance_from`
+                gives them. Every anchored parameter has one, or none has; those of new heads are not read.
 
         Returns:
-            Zero moments, copied anchors, step 0.
+            Zero moments, copied anchors and importances, step 0.
 
         Raises:
-            RecAdamError: when an anchor matches no parameter or has another shape, or a parameter is
-                no floating array.
+            RecAdamError: when an anchor matches no parameter or has another shape, a parameter is no
+                floating array, an importance leaves [0, 1], or the backend takes none.
         """
         _check_arrays("parameter", params)
         check_anchors({name: theta.shape for name, theta in params.items()}, anchors)
@@ -133,10 +143,35 @@ class RecAdam:
                     f"anchor {name!r} is of another library than its parameter; give both of one"
                 )
         moments = {name: Moments.zeros_like(theta) for name, theta in params.items()}
-        copies = {
-            name: (self._backend or backend_for(anchor)).copy(anchor) for name, anchor in anchors.items()
-        }
-        return State(0, moments, copies)
+        weights = self._weights(params, anchors, importance) if importance is not None else {}
+        return State(0, moments, self._copied(anchors), self._copied(weights))
+
+    def _copied(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: (self._backend or backend_for(x)).copy(x) for name, x in arrays.items()}
+
+    def _weights(
+        self, params: Mapping[str, Any], anchors: Mapping[str, Any], importance: Any
+    ) -> dict[str, Any]:
+        """The importances of what is anchored, checked."""
+        if not isinstance(importance, Mapping):
+            raise RecAdamError(
+                f"importance: {type(importance).__name__}; give a dict of arrays by parameter name"
+            )
+        for name in importance:
+            if name not in params:
+                raise RecAdamError(f"importance: {name!r} matches no parameter; rename it or leave it out")
+        found = {}
+        for name in anchors:
+            check_importance(name, importance.get(name), params[name].shape, self.hp.form)
+            backend = self._backend or backend_for(params[name])
+            if not any(v.name == "functional" and v.weighs for v in backend.capabilities.variants):
+                raise RecAdamError(f"importance: the backend {backend.name!r} takes none; leave it out")
+            if array_namespace(importance[name]) is not array_namespace(params[name]):
+                raise RecAdamError(
+                    f"importance of {name!r} is of another library than its parameter; give both of one"
+                )
+            found[name] = importance[name]
+        return found
 
     def step(
         self,
@@ -171,7 +206,8 @@ class RecAdam:
                     f"{tuple(theta.shape)}; give the gradient of that parameter"
                 )
             m, v = state.moments[name]
-            for what, x in (("moments", m), ("moments", v), ("anchor", state.anchors.get(name))):
+            held = ("anchor", state.anchors.get(name)), ("importance", state.importance.get(name))
+            for what, x in (("moments", m), ("moments", v), *held):
                 if x is not None and tuple(x.shape) != tuple(theta.shape):
                     raise RecAdamError(
                         f"{what} of {name!r} in the state: shape {tuple(x.shape)}, its parameter "
@@ -194,19 +230,22 @@ class RecAdam:
                 raise RecAdamError(
                     f"step {t}: the anchor was freed, but the annealing pulls again; keep it at 0"
                 )
+            # A backend that takes no importance need not know the argument.
+            more = {"importances": [state.importance[n] for n in names]} if stars and state.importance else {}
             thetas, moments = backend.step(
                 [params[name] for name in names],
                 [grads[name] for name in names],
                 [state.moments[name] for name in names],
                 stars,
                 c,
+                **more,
             )
             new_params.update(zip(names, thetas, strict=True))
             new_moments.update(zip(names, moments, strict=True))
-        anchors = state.anchors
+        anchors, importance = state.anchors, state.importance
         if self._release is not None and t >= self._release:
-            anchors = dict.fromkeys(anchors)
-        return new_params, State(t, new_moments, anchors)
+            anchors, importance = dict.fromkeys(anchors), {}
+        return new_params, State(t, new_moments, anchors, importance)
 
 
 def _check_arrays(what: str, arrays: Mapping[str, Any]) -> None:

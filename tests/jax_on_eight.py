@@ -169,6 +169,21 @@ def test_anchors_in_the_hosts_memory(alone):
     assert kernel.addressable_shards[0].data.size == kernel.size // 8
 
 
+@pytest.mark.parametrize("memory", [None, "pinned_host"])
+def test_an_importance_is_laid_out_as_its_parameter(memory):
+    importance = {"encoder": jax.tree.map(lambda x: np.abs(np.tanh(x)), draw(2)["encoder"]), "head": None}
+    alone = trained(make(importance=importance), jax.tree.map(jnp.asarray, draw(0)))
+    places = shardings("both")
+    tx = make(importance=importance, anchor_memory=memory)
+    params, state = trained(tx, jax.device_put(draw(0), places))
+    assert_equal(params, alone[0])
+    for x, place in zip(*map(jax.tree.leaves, (state.importance, places["encoder"])), strict=True):
+        assert x.addressable_shards[0].data.shape == place.shard_shape(x.shape)
+        assert memory in (None, x.sharding.memory_kind)
+    compiled = jax.jit(tx.update).lower(jax.device_put(draw(1), places), state, params).compile()
+    assert COLLECTIVE.findall(compiled.as_text()) == []
+
+
 def test_anchors_from_a_file_are_read_in_parts(tmp_path, alone):
     file = tmp_path / "model.safetensors"
     save_file({f"encoder.{n}": x for n, x in draw(1)["encoder"].items()}, file)

@@ -93,6 +93,7 @@ MUTATIONS = [
         "numpy", "recadam_core.optimizer", "functional",
         ("t is off by one", "t = state.step + 1", "t = state.step + 2"),
         ("heads are anchored", "c = coefficients(t, self.hp, lr, anchored)", "c = coefficients(t, self.hp, lr, True)._replace(recall=0.0)"),
+        ("the importance is missing", "if stars and state.importance else {}", "if False else {}"),
         ("the given lr is not used", "c = coefficients(t, self.hp, lr, anchored)", "c = coefficients(t, self.hp, None, anchored)"),
     ),
     # Each backend's kernel.
@@ -104,6 +105,7 @@ MUTATIONS = [
         ("the decay is missing", "if c.decay:", "if False:"),
         ("the step is missing", "    np.multiply(a, c.step, out=a)\n", ""),
         ("another order", "np.multiply(a, c.step, out=a)\n    if", "np.multiply(np.divide(m * c.step, np.sqrt(v) + c.eps), 1.0, out=a)\n    if"),
+        ("the importance is missing", "    if importance is not None:", "    if False:"),
         ("1 - beta rounded first", "np.multiply(grad, 1 - c.beta1, out=a)", "np.multiply(grad, 1 - theta.dtype.type(c.beta1), out=a)"),
     ),
     *_kernel(
@@ -124,6 +126,7 @@ MUTATIONS = [
         ("a combined operation", "    torch._foreach_mul_(ms, c.beta1)\n    torch._foreach_add_(ms, list(torch._foreach_mul(grads, 1 - c.beta1)))\n",
          "    torch._foreach_lerp_(ms, grads, 1 - c.beta1)\n"),
         ("torch's own root in the exact setting", "[_sqrt(v) for v in vs] if exact else list(torch._foreach_sqrt(vs))", "list(torch._foreach_sqrt(vs))"),
+        ("the importance is missing", "if importances is not None:", "if False:"),
         ("16-bit sums are rounded twice", "torch._foreach_copy_(thetas, list(torch._foreach_add(old, delta)))",
          "torch._foreach_add_(thetas, _like(delta, thetas))"),
     ),
@@ -183,11 +186,13 @@ MUTATIONS = [
         "jax", "recadam_jax.transformation", "optax-host",
         ("heads are anchored", "(False, given.new)", "(False, given.anchored)"),
         ("the decay is missing", "0.0 if is_zero(hp.weight_decay) else decay", "0.0"),
+        ("the importance is missing", "Moments(m, v), star, c, weight)", "Moments(m, v), star, c)"),
         ("eps and step are swapped", "(step, eps, recall, decay) in (", "(eps, step, recall, decay) in ("),
     ),
     *_kernel(
         "jax", "recadam_jax.backend", "functional",
         ("the decay is missing", "decay if decays else 0.0)", "0.0)"),
+        ("the importance is missing", "update(theta, grad, state, star, c, weight)", "update(theta, grad, state, star, c)"),
     ),
 ]  # fmt: skip
 
@@ -220,6 +225,10 @@ def caught_by(backend: str, variants: list[str]) -> str:
     jobs = plan(served, variants, kinds=("exact", "step"), cases=CASES)
     if {"specification", "optax"} & set(variants):
         jobs += plan(served, variants, kinds=("coefficients",), cases=CURVES)
+    if weighed := [
+        v for v in map(served.capabilities.variant, variants) if v.weighs and v.exact.how != "never"
+    ]:
+        jobs += plan(served, [v.name for v in weighed], kinds=("weighed",))
     for job in jobs:
         for name, claim in job.claims:
             variant = served.capabilities.variant(name)

@@ -1,16 +1,21 @@
-"""The pull weighted by an importance, in the specification and in PyTorch's optimizer."""
+"""The pull weighted by an importance: on every backend, and in the optimizers of torch and optax."""
 
 from __future__ import annotations
 
 import copy
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import recadam_core as rc
+import recadam_jax
+from recadam_numpy import NumpyBackend
 from recadam_torch import RecAdam, feature_importance, importance_of
 
 SETTINGS = {"lr": 1e-2, "gamma": 20.0, "annealing": rc.Sigmoid(k=0.3, t0=10)}
@@ -154,8 +159,10 @@ def test_drift_takes_it_into_account():
 @pytest.mark.parametrize(
     ("importance", "more", "message"),
     [
-        ({}, {}, "importance of 'w' is None; give a floating tensor of shape (2,)"),
-        ({"w": torch.ones(3)}, {}, "importance of 'w' has shape (3,); give a floating tensor of shape (2,)"),
+        ({}, {}, "importance of 'w' is None; give a floating array of shape (2,)"),
+        ({"w": torch.ones(3)}, {}, "importance of 'w' has shape (3,); give a floating array of shape (2,)"),
+        ({"w": np.ones(2)}, {}, "importance of 'w' is a ndarray; give a tensor"),
+        ({"w": torch.ones(2)}, {"form": "proximal"}, "importance needs form='decoupled', not 'proximal'"),
         ({"w": torch.tensor([0.5, 2.0])}, {}, "importance of 'w' leaves [0, 1]; scale it, and set the"),
         ({"w": torch.tensor([0.5, torch.nan])}, {}, "importance of 'w' leaves [0, 1]; scale it"),
         (
@@ -245,3 +252,192 @@ W = torch.ones(2, requires_grad=True)
 def test_importance_of_nothing_is_named(losses, message):
     with pytest.raises(rc.RecAdamError, match=message):
         importance_of({"w": W}, losses)
+
+
+def over(backend, importance, steps=12):
+    """`recadam_core.RecAdam` over a backend, with a new head; the weights and the last state."""
+    backend = rc.get_backend(backend) if isinstance(backend, str) else backend
+    theta, anchor, *grads = arrays(0, 2 + steps)
+    with backend.precision("float64"):
+        params = {name: backend.from_numpy(theta) for name in ("w", "head")}
+        weights = importance if importance is None else {"w": backend.from_numpy(importance)}
+        optimizer = rc.RecAdam(rc.Hyperparameters(**SETTINGS), backend)
+        state = optimizer.init(params, {"w": backend.from_numpy(anchor)}, weights)
+        for grad in grads:
+            step = {name: backend.from_numpy(grad) for name in params}
+            params, state = optimizer.step(params, step, state)
+        return backend.to_numpy(params["w"]), backend.to_numpy(params["head"]), state
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax", "array_api_strict"])
+def test_every_backend_follows_the_formula(backend):
+    importance = np.random.default_rng(5).uniform(size=(3, 5))
+    w, head, state = over(backend, importance)
+    np.testing.assert_allclose(w, by_hand(importance), rtol=1e-12)
+    np.testing.assert_array_equal(head, over(backend, None)[1])
+    assert list(state.importance) == ["w"]
+
+
+def test_the_state_lets_go_of_it_with_the_anchors():
+    optimizer = rc.RecAdam(rc.Hyperparameters(lr=0.1, gamma=1.0, annealing=rc.Linear(t0=2)))
+    params = {"w": np.ones(2)}
+    state = optimizer.init(params, params, {"w": np.ones(2)})
+    for expected in ({"w"}, set()):
+        params, state = optimizer.step(params, {"w": np.ones(2)}, state)
+        assert set(state.importance) == expected
+    optimizer.step(params, {"w": np.ones(2)}, state)
+
+
+@pytest.mark.parametrize(
+    ("hp", "backend", "importance", "message"),
+    [
+        ({}, None, {"v": np.ones(2)}, "importance: 'v' matches no parameter; rename it or leave it out"),
+        ({}, None, {}, "importance of 'w' is None; give a floating array of shape (2,)"),
+        ({}, None, [np.ones(2)], "importance: list; give a dict of arrays by parameter name"),
+        ({}, None, {"w": np.ones(2, int)}, "importance of 'w' has dtype int64; give a floating array"),
+        ({}, None, {"w": np.full(2, -0.5)}, "importance of 'w' leaves [0, 1]; scale it"),
+        ({}, None, {"w": torch.ones(2)}, "importance of 'w' is of another library than its parameter"),
+        ({"form": "released"}, None, {"w": np.ones(2)}, "importance needs form='decoupled', not 'released'"),
+    ],
+)
+def test_what_does_not_fit_is_named_in_one_line(hp, backend, importance, message):
+    optimizer = rc.RecAdam(rc.Hyperparameters(**hp), backend)
+    with pytest.raises(rc.RecAdamError) as caught:
+        optimizer.init({"w": np.ones(2)}, {"w": np.ones(2)}, importance)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_backend_that_takes_none_says_so():
+    class Unweighed(NumpyBackend):
+        capabilities = rc.Capabilities(dtypes=("float64",))
+
+    optimizer, w = rc.RecAdam(rc.Hyperparameters(), Unweighed()), {"w": np.ones(2)}
+    with pytest.raises(rc.RecAdamError, match="importance: the backend 'numpy' takes none; leave it out"):
+        optimizer.init(w, w, w)
+    pytest.importorskip("numba")
+    fused = rc.RecAdam(rc.Hyperparameters(gamma=1.0), NumpyBackend(fused=True))
+    with pytest.raises(rc.RecAdamError, match="NumpyBackend: fused takes no importance"):
+        fused.step(w, w, fused.init(w, w, w))
+
+
+def transformed(importance, steps=12, **more):
+    """`recadam_jax.recadam`, compiled; the weights and the last state."""
+    theta, anchor, *grads = arrays(0, 2 + steps)
+    with jax.enable_x64(True):
+        weights = importance if importance is None else {"w": jnp.array(importance), "head": None}
+        tx = recadam_jax.recadam(
+            SETTINGS["lr"],
+            gamma=SETTINGS["gamma"],
+            annealing=SETTINGS["annealing"],
+            anchor={"w": jnp.array(anchor), "head": None},
+            importance=weights,
+            **more,
+        )
+        params = {"w": jnp.array(theta), "head": jnp.array(theta)}
+        state, step = tx.init(params), jax.jit(tx.update)
+        for grad in grads:
+            updates, state = step({name: jnp.array(grad) for name in params}, state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+
+@pytest.mark.parametrize("more", [{}, {"anchor_memory": "pinned_host"}], ids=str)
+def test_jax_follows_the_formula(more):
+    importance = np.random.default_rng(5).uniform(size=(3, 5))
+    params, state = transformed(importance, **more)
+    np.testing.assert_allclose(params["w"], by_hand(importance), rtol=1e-12)
+    np.testing.assert_array_equal(params["head"], transformed(None)[0]["head"])
+    np.testing.assert_array_equal(state.importance["w"], importance)
+    assert state.importance["head"] is None
+    assert transformed(None, steps=1)[1].importance is None
+
+
+def test_jax_lets_go_of_it_with_the_anchors():
+    annealing = rc.Linear(t0=2)
+    tx = recadam_jax.recadam(0.1, gamma=1.0, annealing=annealing, importance=jnp.array([0.5, 1.0]))
+    params = jnp.ones(2)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(jnp.ones(2), state, params)
+        params = optax.apply_updates(params, updates)
+    released = recadam_jax.release(state, annealing)
+    assert released.importance is None
+    for held in (state, released):
+        updates, _ = tx.update(jnp.ones(2), held, params)
+        np.testing.assert_array_equal(updates, tx.update(jnp.ones(2), state, params)[0])
+
+
+def test_the_direction_in_a_chain_of_ones_own():
+    importance = jnp.array([0.25, 1.0])
+    settings = {"gamma": 5.0, "annealing": rc.Constant(1.0, 1.0), "anchor": jnp.zeros(2)}
+    whole = recadam_jax.recadam(0.1, importance=importance, **settings)
+    direction = recadam_jax.scale_by_recadam(importance=importance, **settings)
+    parts = optax.chain(direction, optax.scale_by_learning_rate(0.1))
+    params = jnp.ones(2)
+    one, other = (tx.update(jnp.zeros(2), tx.init(params), params)[0] for tx in (whole, parts))
+    np.testing.assert_allclose(one, [-0.125, -0.5], rtol=1e-6)
+    np.testing.assert_allclose(other, one, rtol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["init", "compiled init"])
+@pytest.mark.parametrize(
+    ("importance", "more", "message"),
+    [
+        ({"a": {"w": jnp.ones(3)}}, {}, "importance of 'a/w' has shape (3,); give a floating array of"),
+        ({"a": None}, {}, "importance of 'a/w' is None; give a floating array of shape (2,)"),
+        ({"a": {"w": jnp.array([0.5, 1.5])}}, {}, "importance of 'a/w' leaves [0, 1]; scale it"),
+        ({"b": jnp.ones(2)}, {}, "importance: not the parameters' tree ("),
+        ({"a": {"w": jnp.ones(2)}}, {"form": "proximal"}, "importance needs form='decoupled', not 'prox"),
+    ],
+)
+def test_jax_names_bad_input_in_one_line(importance, more, message, compiled):
+    init = recadam_jax.recadam(1e-4, importance=importance, **more).init
+    with pytest.raises(rc.RecAdamError) as caught:
+        (jax.jit(init) if compiled else init)({"a": {"w": jnp.ones(2)}})
+    assert str(caught.value).startswith(message)
+
+
+def test_two_frameworks_weigh_alike():
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal((4, 3)), rng.standard_normal((6, 8, 4))
+    p = torch.nn.Parameter(torch.tensor(w))
+    theirs = importance_of({"w": p}, ((torch.tensor(b) @ p).tanh().square().sum() for b in x))["w"].numpy()
+    with jax.enable_x64(True):
+        loss = lambda held, batch: jnp.square(jnp.tanh(batch @ held["w"])).sum()  # noqa: E731
+        ours = recadam_jax.importance_of(loss, {"w": jnp.array(w)}, map(jnp.array, x))["w"]
+        assert ours.dtype == jnp.float64
+    np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+    assert 0 < np.mean(theirs == 1) <= 2 / 12
+
+
+def test_jax_importance_by_features_is_their_curvature():
+    rng = np.random.default_rng(1)
+    x, w = rng.standard_normal((400, 16, 3)).astype(np.float32), jnp.zeros((3, 2))
+    found = recadam_jax.feature_importance(lambda w, batch: batch @ w, w, list(x))
+    curvature = (x**2).sum(axis=(0, 1))[:, None] * np.ones((3, 2))
+    np.testing.assert_allclose(found / found.max(), curvature / curvature.max(), rtol=0.25)
+    again, other = (recadam_jax.feature_importance(lambda w, b: b @ w, w, list(x), s) for s in (0, 1))
+    np.testing.assert_array_equal(found, again)
+    assert (found != other).any()
+
+
+@pytest.mark.parametrize(
+    ("loss", "batches", "message"),
+    [
+        (lambda w, x: (w * x).sum(), [], "importance: no loss that depends on any of the parameters"),
+        (lambda w, x: x.sum(), [1.0], "importance: no loss that depends on any of the parameters"),
+        (lambda w, x: (w * x).sum(), [1.0, jnp.nan], "importance: the loss of batch 1 is nan; leave it out"),
+        (lambda w, x: w * x, [1.0], "importance: the loss has shape (2,); give a scalar"),
+        (
+            lambda w, x: jnp.sqrt(w - 1).sum(),
+            [1.0],
+            "importance: the gradient of 'w' in batch 0 is not finite; leave the batch out",
+        ),
+    ],
+)
+def test_jax_importance_of_nothing_is_named(loss, batches, message):
+    with pytest.raises(rc.RecAdamError) as caught:
+        recadam_jax.importance_of(
+            lambda p, x: loss(p["w"], x), {"w": jnp.ones(2)}, [jnp.asarray(x) for x in batches]
+        )
+    assert str(caught.value).startswith(message)

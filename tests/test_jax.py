@@ -289,7 +289,7 @@ def test_tree_map_params_finds_the_anchor_that_was_given():
     found = optax.tree_utils.tree_map_params(
         tx, lambda _, spec: spec, state, specs, is_leaf=lambda x: x is None, transform_non_params=lambda _: ()
     )
-    assert found == (found.count, specs, specs, specs)
+    assert found == (found.count, specs, specs, specs, None)
 
 
 # A compiled step on the host's coefficients is the specification up to contraction; without it, see the kit.

@@ -26,7 +26,7 @@ def started(command, devices, flags=FLAG):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("flags", "which", "count"), [(FLAG, "", 29), ("", "sharded_run or scan or shard_map", 10)]
+    ("flags", "which", "count"), [(FLAG, "", 31), ("", "sharded_run or scan or shard_map", 10)]
 )
 def test_on_eight_devices(flags, which, count):
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", HERE / "jax_on_eight.py"]

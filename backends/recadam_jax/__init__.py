@@ -10,6 +10,7 @@ params = optax.apply_updates(params, updates)
 
 from .anchors import load_anchor, release
 from .backend import FLAG, JaxBackend, backend
+from .importance import feature_importance, importance_of
 from .transformation import (
     HostCoefficients,
     RecAdamState,
@@ -27,8 +28,10 @@ __all__ = [
     "RecAdamState",
     "Released",
     "backend",
+    "feature_importance",
     "from_hyperparameters",
     "host_coefficients",
+    "importance_of",
     "load_anchor",
     "recadam",
     "release",

@@ -95,8 +95,9 @@ def release(state: Any, annealing: Annealing) -> Any:
         annealing: its annealing, which says when the recall weight is zero for good.
 
     Returns:
-        A state of the same kind with `Released()` in place of each anchor; new heads have None as before. An
-        abstract state (of `jax.eval_shape`, to restore a checkpoint into) is released whatever its count.
+        A state of the same kind with `Released()` in place of each anchor, and without importances; new heads
+        have None as before. An abstract state (of `jax.eval_shape`, to restore a checkpoint into) is
+        released whatever its count.
 
     Raises:
         RecAdamError: when the anchors will be read again, naming the step from which they are not; when there
@@ -130,7 +131,7 @@ def release(state: Any, annealing: Annealing) -> Any:
                 raise RecAdamError(
                     f"release: step {t} still reads the anchors; release them before step {last}, no earlier"
                 )
-        return part._replace(anchor=jax.tree.map(lambda _: Released(), part.anchor))
+        return part._replace(anchor=jax.tree.map(lambda _: Released(), part.anchor), importance=None)
 
     found = jax.tree.map(without, state, is_leaf=lambda x: isinstance(x, RecAdamState))
     if not seen:

@@ -36,6 +36,7 @@ def _step(
     grads: Any,
     moments: Any,
     anchors: Any,
+    importances: Any,
     scalars: Any,
     beta1: float,
     beta2: float,
@@ -43,9 +44,10 @@ def _step(
 ) -> tuple[list[Any], list[Moments]]:
     step, eps, recall, decay = scalars
     c = Coefficients(beta1, beta2, step, eps, 0.0 if anchors is None else recall, decay if decays else 0.0)
-    stars = [None] * len(params) if anchors is None else anchors
+    stars, weights = ([None] * len(params) if xs is None else xs for xs in (anchors, importances))
     new: list[tuple[Any, Moments]] = [
-        update(*arrays, c) for arrays in zip(params, grads, moments, stars, strict=True)
+        update(theta, grad, state, star, c, weight)
+        for theta, grad, state, star, weight in zip(params, grads, moments, stars, weights, strict=True)
     ]
     return [apply(theta, delta) for theta, (delta, _) in zip(params, new, strict=True)], [s for _, s in new]
 
@@ -96,12 +98,14 @@ class JaxBackend:
                     {"XLA_FLAGS": FLAG},
                 ),
                 misses=FLUSHED,
+                weighs=True,
             ),
             Variant(
                 "eager",
                 "RecAdam(hp, JaxBackend(jit=False))",
                 Exact(price="one dispatch an operation"),
                 misses=FLUSHED,
+                weighs=True,
             ),
             Variant(
                 "optax",
@@ -110,6 +114,7 @@ class JaxBackend:
                 traced=True,
                 rounds_update=True,
                 misses={"exact": TRACED, "denormals": TRACED},
+                weighs=True,
             ),
             Variant(
                 "optax-host",
@@ -121,6 +126,7 @@ class JaxBackend:
                 ),
                 rounds_update=True,
                 misses=FLUSHED,
+                weighs=True,
             ),
         ),
         finetunes=("mlp", "bert"),
@@ -141,10 +147,11 @@ class JaxBackend:
         moments: Sequence[Moments],
         anchors: Sequence[jax.Array] | None,
         c: Coefficients,
+        importances: Sequence[jax.Array] | None = None,
     ) -> tuple[list[jax.Array], list[Moments]]:
         """One compiled step."""
         if not self._jit:
-            return Specification(jnp).step(params, grads, moments, anchors, c)
+            return Specification(jnp).step(params, grads, moments, anchors, c, importances)
         if self._exact and any(_contracts(p.dtype.name) for p in params if p.dtype.itemsize >= 4):
             raise RecAdamError(
                 f"JAX contracts operations on this processor; start the process with XLA_FLAGS={FLAG}"
@@ -153,7 +160,7 @@ class JaxBackend:
             list(params),
             list(grads),
             list(moments),
-            None if anchors is None else list(anchors),
+            *(None if xs is None else list(xs) for xs in (anchors, importances)),
             tuple(c[2:]),
             c.beta1,
             c.beta2,
@@ -168,12 +175,15 @@ class JaxBackend:
         anchors: dict[str, Any],
         hp: Hyperparameters,
         exact: bool = False,
+        importance: dict[str, Any] | None = None,
     ) -> Stepper:
         """`recadam_jax.recadam` in one compiled step, or `recadam_core.RecAdam`."""
         self.capabilities.variant(variant)
         if variant.startswith("optax"):
-            return _OptaxStepper(params, anchors, hp, host=variant == "optax-host")
-        return Functional(JaxBackend(jit=variant == "functional", exact=exact), params, anchors, hp)
+            return _OptaxStepper(params, anchors, hp, importance, host=variant == "optax-host")
+        return Functional(
+            JaxBackend(jit=variant == "functional", exact=exact), params, anchors, hp, importance
+        )
 
     def traced_coefficients(
         self, t: np.ndarray[Any, Any], hp: Hyperparameters, anchored: bool, dtype: str
@@ -216,11 +226,17 @@ class _OptaxStepper:
     """`recadam_jax.recadam` as the conformance kit drives it."""
 
     def __init__(
-        self, params: dict[str, Any], anchors: dict[str, Any], hp: Hyperparameters, host: bool
+        self,
+        params: dict[str, Any],
+        anchors: dict[str, Any],
+        hp: Hyperparameters,
+        importance: dict[str, Any] | None,
+        host: bool,
     ) -> None:
         stars = {name: anchors.get(name) for name in params}
+        weights = importance and {name: importance.get(name) for name in params}
         self.params, self.hp, self.host = params, hp, host
-        self.state: Any = from_hyperparameters(hp, anchor=stars).init(params)
+        self.state: Any = from_hyperparameters(hp, anchor=stars, importance=weights).init(params)
 
         @jax.jit
         def train(params: Any, grads: Any, state: Any, lr: Any, given: Any) -> Any:

@@ -29,6 +29,7 @@ from recadam_core import (
 from recadam_core.annealing import ANNEALINGS
 from recadam_core.coefficients import check_pull, is_zero
 from recadam_core.errors import check_number
+from recadam_core.importance import check_importance
 
 __all__ = [
     "HostCoefficients",
@@ -63,6 +64,7 @@ class RecAdamState(NamedTuple):
     mu: optax.Updates  # first moments, the parameters' shapes, mu_dtype or at least float32
     nu: optax.Updates  # second moments, the parameters' shapes, at least float32
     anchor: optax.Params  # pretrained values, the parameters' shapes; None for new heads, or Released()
+    importance: Any = None  # of each anchor, its shape, in [0, 1]; None for 1 everywhere
 
 
 class HostCoefficients(NamedTuple):
@@ -125,6 +127,7 @@ def recadam(
     mu_dtype: Any = None,
     bias_correction: bool = True,
     form: str = "decoupled",
+    importance: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with a pull towards pretrained weights that is annealed away.
 
@@ -152,6 +155,9 @@ def recadam(
         mu_dtype: floating dtype of the first moments; None for the parameter's, at least float32.
         bias_correction: whether the moments are corrected for their start at zero.
         form: "decoupled", "released" or "proximal".
+        importance: how much each weight matters to the old task: arrays in [0, 1] by which the pulls are
+            multiplied, a tree like the parameters with an array wherever there is an anchor, as
+            `importance_of` gives it. Kept where the anchors are; for the form "decoupled". None for 1.
 
     Returns:
         A transformation whose update needs the parameters. The updates are the whole step, to be
@@ -162,8 +168,8 @@ def recadam(
 
     Raises:
         RecAdamError: for a value outside its range, at once; for a tree that does not fit, naming the path,
-            at init or while tracing; for an anchor that is not finite or a pull that diverges, at init (a
-            schedule is sampled; settings that are traced cannot be checked).
+            at init or while tracing; for an anchor that is not finite, an importance outside [0, 1] or a pull
+            that diverges, at init (a schedule is sampled; settings that are traced cannot be checked).
 
     Example:
         >>> params = {"w": jnp.ones(2), "head": jnp.zeros(1)}
@@ -185,7 +191,7 @@ def recadam(
         bias_correction=bias_correction,
         form=form,
     )
-    kept = _Kept(anchor, anchor_mask, anchor_dtype, anchor_memory, mu_dtype)
+    kept = _Kept(anchor, anchor_mask, anchor_dtype, anchor_memory, importance, mu_dtype)
     return _transformation("recadam", hp, learning_rate, kept)
 
 
@@ -201,6 +207,7 @@ def scale_by_recadam(
     anchor_memory: str | None = None,
     mu_dtype: Any = None,
     bias_correction: bool = True,
+    importance: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescale gradients as Adam does, weighted by the annealing, and add the pull towards the anchor.
 
@@ -224,6 +231,7 @@ def scale_by_recadam(
         anchor_memory: as in `recadam`.
         mu_dtype: as in `recadam`.
         bias_correction: as in `recadam`.
+        importance: as in `recadam`.
 
     Returns:
         A transformation whose update needs the parameters.
@@ -248,7 +256,7 @@ def scale_by_recadam(
         annealing=_annealing(annealing),
         bias_correction=bias_correction,
     )
-    kept = _Kept(anchor, anchor_mask, anchor_dtype, anchor_memory, mu_dtype)
+    kept = _Kept(anchor, anchor_mask, anchor_dtype, anchor_memory, importance, mu_dtype)
     return _transformation("scale_by_recadam", hp, None, kept)
 
 
@@ -260,7 +268,8 @@ def from_hyperparameters(
     Args:
         hp: the settings.
         learning_rate: a number or a schedule in place of hp's.
-        **kept: `anchor`, `anchor_mask`, `anchor_dtype`, `anchor_memory` and `mu_dtype` of `recadam`.
+        **kept: `anchor`, `anchor_mask`, `anchor_dtype`, `anchor_memory`, `mu_dtype` and `importance` of
+            `recadam`.
 
     Returns:
         The transformation.
@@ -313,6 +322,7 @@ class _Kept:
     anchor_mask: Any = None
     anchor_dtype: Any = None
     anchor_memory: str | None = None
+    importance: Any = None
     mu_dtype: Any = None
 
     def __post_init__(self) -> None:
@@ -366,7 +376,8 @@ class _Kept:
             if not isinstance(star, jax.core.Tracer) and not _is_finite(star):
                 raise RecAdamError(f"anchor {path!r} holds NaN or infinity; give the pretrained values")
         placed = [
-            None if star is None else self._placed(star, p) for star, p in zip(stars, leaves, strict=True)
+            None if star is None else self._placed(star, p, self.anchor_dtype)
+            for star, p in zip(stars, leaves, strict=True)
         ]
         for path, star in zip(names, placed, strict=True):
             concrete = star is not None and not isinstance(star, jax.core.Tracer)
@@ -375,9 +386,24 @@ class _Kept:
                 raise RecAdamError(f"anchor {path!r} has values beyond anchor_dtype {dtype}; give another")
         return placed
 
-    def _placed(self, star: Any, p: Any) -> Any:
-        """A copy of an anchor where its parameter is, part by part."""
-        dtype = jnp.result_type(star) if self.anchor_dtype is None else self.anchor_dtype
+    def importances(self, params: Any, stars: list[Any], form: str) -> list[Any] | None:
+        """The importance of each anchor, checked and copied; None when there are none."""
+        if self.importance is None or not stars:
+            return None
+        given = _leaves(params, self.importance, "importance")
+        placed: list[Any] = []
+        for path, p, star, x in zip(paths(params), jax.tree.leaves(params), stars, given, strict=True):
+            if star is None:
+                placed.append(None)
+                continue
+            with jax.ensure_compile_time_eval():  # within a trace, too
+                check_importance(path, x, jnp.shape(p), form)
+            placed.append(self._placed(x, p))
+        return placed
+
+    def _placed(self, star: Any, p: Any, dtype: Any = None) -> Any:
+        """A copy of an anchor or an importance where its parameter is, part by part."""
+        dtype = jnp.result_type(star) if dtype is None else dtype
         if isinstance(p, jax.Array) and not isinstance(p, jax.core.Tracer) and p.committed:
             star = jax.device_put(star, p.sharding)
         star = jnp.array(star, dtype=dtype, copy=True)
@@ -427,6 +453,7 @@ def _transformation(
                     f"parameter {path!r} has dtype {jnp.result_type(p)}; give a floating array"
                 )
         stars = kept.anchors(params)
+        weights = kept.importances(params, stars, hp.form)
         if learning_rate is not None and any(star is not None for star in stars):
             _check_strength(hp, learning_rate)
         moments = [_zeros_like(jnp.asarray(p)) for p in leaves]
@@ -436,6 +463,7 @@ def _transformation(
             mu=tree.unflatten([s.m if mu_dtype is None else s.m.astype(mu_dtype) for s in moments]),
             nu=tree.unflatten([s.v for s in moments]),
             anchor=tree.unflatten(stars),
+            importance=None if weights is None else tree.unflatten(weights),
         )
 
     def update_fn(
@@ -462,6 +490,9 @@ def _transformation(
                 ("the state's anchor", state.anchor),
             )
         )
+        weights = [None] * len(thetas)
+        if state.importance is not None:
+            weights = _leaves(params, state.importance, "the state's importance", prefix=False)
         for path, theta, grad, m in zip(paths(params), thetas, grads, mus, strict=True):
             _check_step(path, theta, grad, m)
         if any(isinstance(star, Released) for star in stars) and _never_ends(hp.annealing):
@@ -471,20 +502,23 @@ def _transformation(
         count = optax.safe_increment(state.count)
         by_anchored = _coefficients(hp, learning_rate, state.count, coefficients)
         new = []
-        for theta, grad, m, v, star in zip(thetas, grads, mus, nus, stars, strict=True):
+        for theta, grad, m, v, star, weight in zip(thetas, grads, mus, nus, stars, weights, strict=True):
             c = by_anchored[star is not None]
             if isinstance(star, Released):
                 # The recall weight is zero: the same operations on what is there, so the same bits.
                 star = jnp.asarray(theta)
             elif star is not None and kept.anchor_memory is not None:
-                star = jax.device_put(star, jax.memory.Space.Device)
-            new.append(update(jnp.asarray(theta), jnp.asarray(grad), Moments(m, v), star, c))
+                star, weight = (
+                    x if x is None else jax.device_put(x, jax.memory.Space.Device) for x in (star, weight)
+                )
+            new.append(update(jnp.asarray(theta), jnp.asarray(grad), Moments(m, v), star, c, weight))
         deltas = [delta if learning_rate is not None else -delta for delta, _ in new]
         return tree.unflatten([d.astype(p.dtype) for d, p in zip(deltas, thetas, strict=True)]), RecAdamState(
             count=count,
             mu=tree.unflatten([s.m for _, s in new]),
             nu=tree.unflatten([s.v for _, s in new]),
             anchor=state.anchor,
+            importance=state.importance,
         )
 
     return optax.GradientTransformationExtraArgs(init, update_fn)

@@ -22,6 +22,7 @@ class NumpyBackend(Specification):
 
     Args:
         fused: whether to step in one pass over memory, on all cores, which needs numba. Changes no bit.
+            It takes no importance.
         in_place: whether a step may write into the arrays of parameters and state that it is given, and
             return them. Needs `fused`. Otherwise it is pure, and spends most of its time on new memory.
 
@@ -33,8 +34,8 @@ class NumpyBackend(Specification):
     capabilities = Capabilities(
         dtypes=("float16", "float32", "float64"),
         variants=(
-            Variant("functional", "recadam_core.RecAdam"),
-            Variant("specification", "recadam_core.update"),
+            Variant("functional", "recadam_core.RecAdam", weighs=True),
+            Variant("specification", "recadam_core.update", weighs=True),
             Variant("fused", "RecAdam(hp, NumpyBackend(fused=True))", needs=("numba",)),
         ),
         finetunes=("mlp",),
@@ -63,13 +64,16 @@ class NumpyBackend(Specification):
         moments: Sequence[Moments],
         anchors: Sequence[Array] | None,
         c: Coefficients,
+        importances: Sequence[Array] | None = None,
     ) -> tuple[list[Array], list[Moments]]:
         """One step, in new memory unless `in_place`; 16-bit parameters are summed in float32."""
-        stars = [None] * len(params) if anchors is None else anchors
-        lists: dict[Any, list[list[Array]]] = {}
+        stars, weights = ([None] * len(params) if xs is None else xs for xs in (anchors, importances))
+        if self._one_pass is not None and importances is not None:
+            raise RecAdamError("NumpyBackend: fused takes no importance; leave one of them out")
+        lists: dict[Any, list[list[Any]]] = {}
         new_params: list[Array] = []
         new_moments: list[Moments] = []
-        for old, grad, (m, v), star in zip(params, grads, moments, stars, strict=True):
+        for old, grad, (m, v), star, weight in zip(params, grads, moments, stars, weights, strict=True):
             dtype = np.result_type(old, m, v)
             if dtype.itemsize < 4:
                 dtype = np.dtype(np.float32)
@@ -77,11 +81,9 @@ class NumpyBackend(Specification):
             if self._in_place and not (old.flags.writeable and m.flags.writeable and v.flags.writeable):
                 raise RecAdamError("NumpyBackend: an array is read-only; give copies, or leave in_place out")
             theta, m_new, v_new = (np.array(x, dtype=dtype, copy=copy, order="C") for x in (old, m, v))
-            others = [np.asarray(grad, dtype=dtype)]
-            if star is not None:
-                others.append(np.asarray(star, dtype=dtype))
-            columns = lists.setdefault(dtype, [[] for _ in range(5)])
-            for column, x in zip(columns, (theta, others[0], m_new, v_new, others[-1]), strict=True):
+            g, *pull = (None if x is None else np.asarray(x, dtype=dtype) for x in (grad, star, weight))
+            columns = lists.setdefault(dtype, [[] for _ in range(6)])
+            for column, x in zip(columns, (theta, g, m_new, v_new, *pull), strict=True):
                 column.append(x)
             new_params.append(theta)
             new_moments.append(Moments(m_new, v_new))
@@ -89,8 +91,8 @@ class NumpyBackend(Specification):
             if self._one_pass is not None:
                 self._one_pass(*columns[:4], None if anchors is None else columns[4], c)
                 continue
-            for theta, grad, m, v, anchor in zip(*columns, strict=True):
-                self._kernel(theta, grad, m, v, None if anchors is None else anchor, c)
+            for *arrays, importance in zip(*columns, strict=True):
+                self._kernel(*arrays, c, importance)
         for i, (old, (m, v)) in enumerate(zip(params, moments, strict=True)):
             new_params[i] = _as_was(old, new_params[i])
             new_moments[i] = Moments(_as_was(m, new_moments[i].m), _as_was(v, new_moments[i].v))
@@ -103,11 +105,12 @@ class NumpyBackend(Specification):
         anchors: dict[str, Any],
         hp: Hyperparameters,
         exact: bool = False,
+        importance: dict[str, Any] | None = None,
     ) -> Stepper:
         """`recadam_core.RecAdam` over one of the kernels, or over the specification itself; all are exact."""
         self.capabilities.variant(variant)
         serving = {"functional": self, "specification": Specification(np)}
-        return Functional(serving.get(variant) or NumpyBackend(fused=True), params, anchors, hp)
+        return Functional(serving.get(variant) or NumpyBackend(fused=True), params, anchors, hp, importance)
 
     @property
     def engine(self) -> Any:

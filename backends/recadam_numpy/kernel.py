@@ -13,7 +13,15 @@ __all__ = ["kernel"]
 Array = np.ndarray[Any, Any]
 
 
-def kernel(theta: Array, grad: Array, m: Array, v: Array, anchor: Array | None, c: Coefficients) -> None:
+def kernel(
+    theta: Array,
+    grad: Array,
+    m: Array,
+    v: Array,
+    anchor: Array | None,
+    c: Coefficients,
+    importance: Array | None = None,
+) -> None:
     r"""One step, in place on `theta`, `m` and `v`: operation for operation that of `recadam_core.update`.
 
     Args:
@@ -23,6 +31,7 @@ def kernel(theta: Array, grad: Array, m: Array, v: Array, anchor: Array | None, 
         v: second moment, theta's shape and dtype; overwritten.
         anchor: pretrained value, theta's shape and dtype; None where `c.recall` is 0.
         c: coefficients, Python floats.
+        importance: by which the pull is multiplied, theta's shape and dtype; None for 1.
 
     Example:
         >>> theta, m, v = np.ones(2), np.zeros(2), np.zeros(2)
@@ -49,6 +58,8 @@ def kernel(theta: Array, grad: Array, m: Array, v: Array, anchor: Array | None, 
     else:
         np.subtract(anchor, theta, out=b)
         np.multiply(b, c.recall, out=b)
+        if importance is not None:
+            np.multiply(b, importance, out=b)
         np.subtract(b, a, out=a)
     if c.decay:
         np.multiply(theta, c.decay, out=b)

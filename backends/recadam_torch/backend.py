@@ -40,11 +40,16 @@ class TorchBackend:
         devices=("cpu", "cuda"),
         sharding=True,
         variants=(
-            Variant("functional", "recadam_core.RecAdam", Exact("TorchBackend(exact=True)", BY_NUMPY.price)),
-            Variant("single", "RecAdam(..., foreach=False)", BY_NUMPY),
-            Variant("foreach", "RecAdam(..., foreach=True)", BY_NUMPY),
+            Variant(
+                "functional",
+                "recadam_core.RecAdam",
+                Exact("TorchBackend(exact=True)", BY_NUMPY.price),
+                weighs=True,
+            ),
+            Variant("single", "RecAdam(..., foreach=False)", BY_NUMPY, weighs=True),
+            Variant("foreach", "RecAdam(..., foreach=True)", BY_NUMPY, weighs=True),
             # Coefficients come from the device's exp, square roots from torch.
-            Variant("capturable", "RecAdam(..., capturable=True)", Exact("never", "")),
+            Variant("capturable", "RecAdam(..., capturable=True)", Exact("never", ""), weighs=True),
             Variant("fused", 'RecAdam(..., fused="numba")', needs=("numba",)),
             Variant("compiled", 'RecAdam(..., fused="compiled")', programs=(("g++", "clang++"),)),
             Variant(
@@ -72,12 +77,14 @@ class TorchBackend:
         moments: Sequence[Moments],
         anchors: Sequence[Tensor] | None,
         c: Coefficients,
+        importances: Sequence[Tensor] | None = None,
     ) -> tuple[list[Tensor], list[Moments]]:
         """One step in new memory, outside of any gradient tape."""
         thetas, ms, vs = (
             [self.copy(x) for x in xs] for xs in (params, (s.m for s in moments), (s.v for s in moments))
         )
-        kernel_(thetas, list(grads), ms, vs, None if anchors is None else list(anchors), c, self._exact)
+        stars, weights = (None if xs is None else list(xs) for xs in (anchors, importances))
+        kernel_(thetas, list(grads), ms, vs, stars, c, self._exact, weights)
         return thetas, [Moments(m, v) for m, v in zip(ms, vs, strict=True)]
 
     def stepper(
@@ -87,11 +94,12 @@ class TorchBackend:
         anchors: dict[str, Any],
         hp: Hyperparameters,
         exact: bool = False,
+        importance: dict[str, Any] | None = None,
     ) -> Stepper:
         """`recadam_torch.RecAdam` in one of its ways to step; or `recadam_core.RecAdam`."""
         self.capabilities.variant(variant)
         if variant == "functional":
-            return Functional(TorchBackend(exact), params, anchors, hp)
+            return Functional(TorchBackend(exact), params, anchors, hp, importance)
         ways: dict[str, dict[str, Any]] = {
             "single": {"foreach": False},
             "foreach": {"foreach": True},
@@ -99,7 +107,8 @@ class TorchBackend:
             "fused": {"fused": "numba"},
         }
         way = ways.get(variant) or {"fused": variant}
-        return _Stepper(params, anchors, hp, exact=exact and variant != "capturable", **way)
+        way = {"exact": exact and variant != "capturable", "importance": importance, **way}
+        return _Stepper(params, anchors, hp, **way)
 
     def from_numpy(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> Tensor:
         """A copy on the CPU."""

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from recadam_core import RecAdamError
 from recadam_core.errors import check_number
+from recadam_core.importance import check_importance
 from recadam_core.optimizer import check_anchors
 
 from .anchors import Anchors, bare, placed
@@ -66,8 +67,6 @@ def weigh(group: Mapping[str, Any], states: list[dict[str, Any]], importance: An
         return
     if group["fused"]:
         raise RecAdamError("RecAdam: importance and fused are both set; give one of them")
-    if group["form"] != "decoupled":  # the others' steps shrink by the pull, which is one number there
-        raise RecAdamError(f"RecAdam: importance needs form='decoupled', not {group['form']!r}")
     if "param_names" not in group:
         raise RecAdamError(
             "importance is matched by name; pass model.named_parameters() instead of model.parameters()"
@@ -76,15 +75,9 @@ def weigh(group: Mapping[str, Any], states: list[dict[str, Any]], importance: An
         if "anchor" not in state:
             continue
         given = importance.get(name)
-        if not isinstance(given, Tensor) or given.shape != p.shape or not given.is_floating_point():
-            what = f"has shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"is {given!r}"
-            raise RecAdamError(
-                f"importance of {name!r} {what}; give a floating tensor of shape {tuple(p.shape)}"
-            )
-        if not bool(((given >= 0) & (given <= 1)).all()):
-            raise RecAdamError(
-                f"importance of {name!r} leaves [0, 1]; scale it, and set the strength by gamma"
-            )
+        check_importance(name, given, p.shape, group["form"])
+        if not isinstance(given, Tensor):
+            raise RecAdamError(f"importance of {name!r} is a {type(given).__name__}; give a tensor")
         sharded = is_sharded(given)
         state["importance"] = (
             given.detach().clone() if sharded else like(p, partial(_copied, given, p.device))

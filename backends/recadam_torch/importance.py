@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from recadam_core import RecAdamError
+from recadam_core import RecAdamError, importance_from
 
 __all__ = ["feature_importance", "importance_of"]
 
@@ -18,8 +17,7 @@ def importance_of(params: Mapping[str, Tensor], losses: Iterable[Tensor]) -> dic
     r"""Weigh parameters by their squared gradients, as EWC does with the old task's loss.
 
     Math:
-        $F_i = \sum_b (\partial L_b / \partial\theta_i)^2$, and the importance is $\min(1, F_i / q)$, where q
-        is exceeded by a tenth of those $F_i$ that are not zero, so that no pull is stronger than `gamma` says
+        $F_i = \sum_b (\partial L_b / \partial\theta_i)^2$, scaled by `recadam_core.importance_from`
 
     Args:
         params: the anchored parameters by name, at their pretrained values. What needs no gradient has no
@@ -69,11 +67,7 @@ def importance_of(params: Mapping[str, Tensor], losses: Iterable[Tensor]) -> dic
                     "out, or scale its loss down"
                 )
             sums[name] += grad.to(sums[name].dtype).square()
-    known = torch.cat([x[x > 0] for x in sums.values()]) if sums else torch.zeros(0)
-    if not len(known):
-        raise RecAdamError("importance: no loss that depends on any of the parameters; give some batches")
-    top = float(np.quantile(known.cpu().numpy(), 0.9))  # torch.quantile takes 16 million at most
-    return {name: (x / top).clamp_(max=1.0).to(params[name].dtype) for name, x in sums.items()}
+    return {name: x.to(params[name].dtype) for name, x in importance_from(sums).items()}
 
 
 def feature_importance(

@@ -21,6 +21,7 @@ __all__ = [
     "EXACT",
     "FAST",
     "SETTINGS",
+    "WEIGHED",
     "Case",
     "Values",
 ]
@@ -59,6 +60,7 @@ class Values:
         numbers: "usual", or the special ones that `draw` knows.
         layout: of parameter, gradient and anchor: "" (contiguous), "transposed" or "strided".
         anchored: whether it has an anchor.
+        weighed: whether its pull is multiplied by an importance.
 
     Example:
         >>> Values((2, 3)).anchored
@@ -69,6 +71,7 @@ class Values:
     numbers: str = "usual"
     layout: tuple[str, str, str] = ("", "", "")
     anchored: bool = True
+    weighed: bool = False
 
     def draw(self, rng: np.random.Generator, steps: int, dtype: str) -> tuple[Array, Array, Array]:
         """Starting value, anchor, and gradients of shape (steps, ...), in float64.
@@ -132,6 +135,12 @@ ARRAYS: dict[str, dict[str, Values]] = {
         "matrix": Values((6, 5), "denormal", ("transposed", "", "")),
         "head": Values((5, 2), "denormal", anchored=False),
     },
+    "weighed": {
+        "scalar": Values((), weighed=True),
+        "vector": Values((40,), weighed=True),
+        "matrix": Values((9, 5), layout=("transposed", "", "strided"), weighed=True),
+        "head": Values((5, 2), anchored=False),
+    },
 }
 """Sets of arrays by the name that a case has for them."""
 
@@ -149,7 +158,7 @@ class Case:
         steps: number of steps.
 
     Raises:
-        RecAdamError: for a name that there is not.
+        RecAdamError: for a name that there is not, or an importance in another form than "decoupled".
 
     Example:
         >>> case = Case("proximal", steps=3)
@@ -175,6 +184,8 @@ class Case:
         for what, known in choices.items():
             if getattr(self, what) not in known:
                 raise unknown(f"case: {what}", getattr(self, what), known)
+        if self.arrays == "weighed" and self.form != "decoupled":
+            raise RecAdamError(f"case: arrays 'weighed' in the form {self.form!r}; give 'decoupled'")
         if self.steps < 1:
             raise RecAdamError(f"case: {self.steps} steps; give 1 or more")
 
@@ -225,16 +236,19 @@ class Case:
             array([0.00015, 0.0002 ])
         """
         rng = np.random.default_rng(0)
-        theta0, anchors, grads, layouts = {}, {}, {}, {}
+        theta0, anchors, grads, layouts, importance = {}, {}, {}, {}, {}
         for name, values in ARRAYS[self.arrays].items():
             drawn = (_round(x, self.dtype) for x in values.draw(rng, self.steps, self.dtype))
             theta0[name], anchors[name], grads[name] = drawn
             layouts[name] = values.layout
             if not values.anchored:
                 del anchors[name]
+            if values.weighed:  # zeros and ones among them
+                drawn_weights = np.clip(1.5 * rng.random(values.shape) - 0.25, 0.0, 1.0)
+                importance[name] = _round(np.asarray(drawn_weights), self.dtype)
         t = np.arange(1, self.steps + 1)
         lr = 1e-3 * np.minimum(t / 5, 1.0) * (1.0 - 0.5 * t / self.steps)
-        group = Group(self.hyperparameters, theta0, anchors, grads, layouts=layouts)
+        group = Group(self.hyperparameters, theta0, anchors, grads, layouts=layouts, importance=importance)
         return Recording(self.name, self.dtype, lr, (group,))
 
 
@@ -288,6 +302,12 @@ DENORMALS: dict[str, tuple[Case, ...]] = {
     dtype: tuple(Case(form, arrays="denormal", dtype=dtype, steps=30) for form in FORMS) for dtype in BOTH
 }
 """Cases of the claim "the same bits, of denormal numbers too", by dtype."""
+
+WEIGHED: dict[str, tuple[Case, ...]] = {
+    dtype: tuple(Case(annealing=x, arrays="weighed", dtype=dtype, steps=12) for x in FIVE[:4])
+    for dtype in BOTH
+}
+"""Cases of the claim "the same bits, where pulls are weighed", by dtype."""
 
 FAST: dict[str, tuple[Case, ...]] = {dtype: tuple(_fast(dtype)) for dtype in (*BOTH, "bfloat16", "float16")}
 """Cases of the claims "every step within its bound" and "the same way", by dtype."""

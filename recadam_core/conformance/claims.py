@@ -18,7 +18,7 @@ from ..coefficients import Coefficients, coefficients
 from ..errors import RecAdamError, unknown
 from ..hyperparameters import FORMS, Hyperparameters
 from . import oracle
-from .cases import ANNEALINGS, BOTH, DENORMALS, EXACT, FAST, Case
+from .cases import ANNEALINGS, BOTH, DENORMALS, EXACT, FAST, WEIGHED, Case
 from .manners import MANNERS
 from .oracle import Spread
 from .replay import Frame, Recording, load_recording, replay, trajectories, trajectory_deviation, walk
@@ -42,7 +42,7 @@ class Claim:
     """What is claimed of a variant, and the cases that show it.
 
     Args:
-        kind: "exact", "denormals", "step", "trajectory", "golden", "coefficients" or "manners".
+        kind: "exact", "denormals", "weighed", "step", "trajectory", "golden", "coefficients" or "manners".
         level: one of `LEVELS`.
         dtype: the weights' dtype.
         cases: names of cases, of annealings or of manners, or paths of golden files.
@@ -73,9 +73,9 @@ class Result:
         level: one of `LEVELS`.
         claim: kind and dtype.
         cases: number of cases.
-        worst: what was measured: for "exact" and "denormals" the number of values whose bits differ; for
-            "step" and "coefficients" the largest error as a share of its derived bound; for "manners" 0;
-            else the largest distance as a share of the way. Infinite where something was raised.
+        worst: what was measured: for "exact", "denormals" and "weighed" the number of values whose bits
+            differ; for "step" and "coefficients" the largest error as a share of its derived bound; for
+            "manners" 0; else the largest distance as a share of the way. Infinite where something was raised.
         bound: what it may be at most.
         ulps: largest and mean error in ulps of the largest operand, where that was measured.
         where: the worst case: its name, the array, and the step; or what it raised.
@@ -159,7 +159,8 @@ def claims(backend: Backend, variant: Variant, level: str, golden: Path | None =
         >>> from recadam_core import get_backend
         >>> numpy = get_backend("numpy")
         >>> [claim.name for claim in claims(numpy, numpy.capabilities.variants[0], "exact")]
-        ['exact float32', 'denormals float32', 'exact float64', 'denormals float64']
+        ['exact float32', 'denormals float32', 'weighed float32', 'exact float64', 'denormals float64',
+        'weighed float64']
     """
     if level not in LEVELS:
         raise unknown("level", level, LEVELS)
@@ -182,7 +183,9 @@ def _claims(
     found = []
     if level == "exact":
         for dtype in EXACT:
-            for kind, cases in (("exact", EXACT), ("denormals", DENORMALS)):
+            for kind, cases in (("exact", EXACT), ("denormals", DENORMALS), ("weighed", WEIGHED)):
+                if kind == "weighed" and not variant.weighs:
+                    continue
                 claim = Claim(kind, level, dtype, tuple(case.name for case in cases[dtype]))
                 # What is never exact promises no bits; that it misses them may be shown all the same.
                 if variant.exact.how != "never" or {kind, claim.name} & set(variant.misses):
@@ -281,7 +284,7 @@ def check(
 
 
 def _bound(claim: Claim) -> float:
-    if claim.kind in ("exact", "denormals", "manners"):
+    if claim.kind in ("exact", "denormals", "weighed", "manners"):
         return 0.0
     return BOUNDS.get(claim.name, 1.0)
 
@@ -511,6 +514,7 @@ def _computed(
 MEASURES: dict[str, Callable[[Backend, Variant, Claim, str], Measured]] = {
     "exact": _bits,
     "denormals": _bits,
+    "weighed": _bits,
     "step": _step,
     "trajectory": _trajectory,
     "golden": _golden_way,

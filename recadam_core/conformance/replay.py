@@ -43,6 +43,7 @@ class Group:
         grads: gradients by name, of shape (steps, ...).
         expected: weights after each step by name, of shape (steps, ...); None when not recorded.
         layouts: layouts of parameter, gradient and anchor by name; contiguous where there is none.
+        importance: importance by name, laid out as the anchor; empty where pulls are not weighed.
 
     Example:
         >>> from recadam_core.conformance import Case
@@ -56,6 +57,7 @@ class Group:
     grads: dict[str, Array]
     expected: dict[str, Array] | None = None
     layouts: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
+    importance: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,9 @@ def walk(
             params, anchors = place(group.theta0, 0), place(group.anchors, 2)
             if not all(map(backend.owns, params.values())):
                 raise RecAdamError(f"backend {backend.name!r} does not own what it made itself; mend owns")
-            stepper = backend.stepper(variant, params, anchors, group.hp, exact)
+            # A backend that takes no importance need not know the argument.
+            more: Any = {"importance": place(group.importance, 2)} if group.importance else {}
+            stepper = backend.stepper(variant, params, anchors, group.hp, exact, **more)
             if variant == "functional" and not _is_functional(stepper, backend):
                 raise RecAdamError(
                     "stepper('functional', ...) is not recadam_core.backends.Functional over this backend; "

@@ -141,9 +141,11 @@ def _chosen(claim: Claim, cases: Sequence[str]) -> Iterator[str]:
             yield from (name for name in claim.cases if name == case)
         elif "/" in case:
             parsed = Case.named(case)
-            # Denormal numbers are a claim of their own; with eps 0 a zero gradient has no exact step.
-            denormal = parsed.arrays == "denormal"
-            fits = denormal == (claim.kind == "denormals") or claim.kind not in ("exact", "denormals")
+            # Denormal numbers and importances are claims of their own; of these the oracle does not know.
+            apart = {"denormal": ("denormals", "step", "trajectory"), "weighed": ("weighed",)}
+            others = ("exact", "step", "trajectory")
+            fits = claim.kind in apart.get(parsed.arrays, others)
+            # With eps 0 a zero gradient has no exact step.
             if parsed.dtype == claim.dtype and fits and (claim.kind != "step" or parsed.settings != "bare"):
                 yield case
 

@@ -25,7 +25,7 @@ COLUMNS = {
 """Columns of a table of results, and whether they hold numbers."""
 
 LEGEND = """\
-worst, of exact and denormals: how many values differ in any bit from the specification's
+worst, of exact, denormals and weighed: how many values differ in any bit from the specification's
 worst, of step and coefficients: largest error against the oracle, as a share of its derived bound
 worst, of manners: 0, or infinity where one was amiss
 worst, of trajectory and golden: largest distance between trajectories, as a share of the distance travelled
@@ -143,7 +143,7 @@ def _cells(groups: list[list[Result]]) -> Iterator[str]:
             yield f"{words}: {variants}"
 
 
-SUPPORT = ("backend", "variant", "a user writes", "bit for bit", "at the price of", "needs")
+SUPPORT = ("backend", "variant", "a user writes", "bit for bit", "at the price of", "importance", "needs")
 """Columns of the table of variants."""
 
 
@@ -180,6 +180,7 @@ def support(backends: Iterable[Backend]) -> str:
             f"`{v.about}`",
             v.exact.how if v.exact.how in ("always", "never") else f"`{v.exact.how}`",
             v.exact.price,
+            "yes" if v.weighs else "no",
             ", ".join(
                 [*v.needs, *map(" or ".join, v.programs), *(f"{k}={x}" for k, x in v.environment.items())]
             ),
