@@ -121,7 +121,9 @@ def pareto_figure(summaries: Sequence[Summary], title: str) -> Any:
 def _place_labels(panel: Any, places: Sequence[tuple[float, float, str, str]]) -> None:
     """A label beside each point, where it lies on no other label and on no point."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.patheffects import withStroke
 
+    halo = [withStroke(linewidth=2.5, foreground="white", alpha=0.85)]  # over the points of single runs
     canvas: Any = FigureCanvasAgg(panel.figure)
     canvas.draw()  # or nothing has a place yet
     pixel = panel.figure.dpi / 72
@@ -130,7 +132,7 @@ def _place_labels(panel: Any, places: Sequence[tuple[float, float, str, str]]) -
     inside = panel.get_window_extent()
     for (x, y, text, colour), (at_x, at_y) in sorted(zip(places, spots, strict=True), key=lambda p: -p[1][1]):
         label = panel.annotate(text, (x, y), (0, 0), textcoords="offset points", color=colour, fontsize=8)
-        label.set(va="center", in_layout=False)
+        label.set(va="center", in_layout=False, path_effects=halo)
         width, height = label.get_window_extent(canvas.get_renderer()).size
 
         def box(
