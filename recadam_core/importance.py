@@ -11,7 +11,7 @@ from array_api_compat import array_namespace, is_array_api_obj
 from .backends import backend_for
 from .errors import RecAdamError
 
-__all__ = ["check_importance", "importance_from"]
+__all__ = ["check_importance", "check_weighable", "importance_from"]
 
 EXCEEDED_BY = 0.1
 """Share of the squares above zero that have the whole pull, so that a few large ones do not take it all."""
@@ -25,13 +25,14 @@ def importance_from(squares: Mapping[str, Any]) -> dict[str, Any]:
         is stronger than `gamma` says
 
     Args:
-        squares: sums $F_i \ge 0$ of squared gradients by parameter name, of any scale.
+        squares: sums $F_i \ge 0$ of squared gradients by parameter name, of any scale; floating arrays that
+            this process can read whole.
 
     Returns:
         Arrays in [0, 1] of the same names, shapes and dtypes.
 
     Raises:
-        RecAdamError: when all are zero.
+        RecAdamError: when one is negative, not finite or spread over processes, or all vanish.
 
     Example:
         >>> importance_from({"w": np.array([1.0, 4.0, 0.0])})["w"].round(2)
@@ -39,47 +40,81 @@ def importance_from(squares: Mapping[str, Any]) -> dict[str, Any]:
 
     Source: elastic weight consolidation, arXiv 1612.00796, equation 3.
     """
-    told = [np.ravel(backend_for(x).to_numpy(x)) for x in squares.values()]
-    known = np.concatenate([x[x > 0] for x in told]) if told else np.zeros(0)
-    if not known.size:
-        raise RecAdamError("importance: no loss that depends on any of the parameters; give some batches")
-    top = float(np.quantile(known, 1 - EXCEEDED_BY))
+    known = [np.zeros(0)]
+    for name, x in squares.items():
+        try:
+            told = backend_for(x).to_numpy(x)
+        except RuntimeError as error:  # as torch and JAX say it
+            raise RecAdamError(
+                f"importance: {name!r} is spread over processes; gather its sum of squares first"
+            ) from error
+        if not (np.isfinite(told) & (told >= 0)).all():
+            raise RecAdamError(
+                f"importance: {name!r} has sums of squares below 0 or not finite; scale the loss down"
+            )
+        known.append(told[told > 0])
+    every = np.concatenate(known)
+    top = float(np.quantile(every, 1 - EXCEEDED_BY)) if every.size else 0.0
+    if top < 2.0**-126:  # below it frameworks flush to zero
+        raise RecAdamError(
+            "importance: no loss depends on any of the parameters, or so little that its squared gradients "
+            "vanish; give some batches, or scale the loss up"
+        )
     return {name: array_namespace(x).clip(x / top, max=1.0) for name, x in squares.items()}
 
 
-def check_importance(name: str, given: Any, shape: Any, form: str) -> None:
-    """Raise unless an importance fits its parameter and the form of the update.
+def check_weighable(form: str) -> None:
+    """Raise unless the form of the update can have importances.
+
+    Raises:
+        RecAdamError: when it is not "decoupled".
+
+    Example:
+        >>> check_weighable("decoupled")
+    """
+    if form != "decoupled":  # the others' steps shrink by the pull, which is one number there
+        raise RecAdamError(f"importance needs form='decoupled', not {form!r}")
+
+
+def check_importance(name: str, given: Any, shape: Any) -> None:
+    """Raise unless an importance fits its parameter.
 
     Args:
         name: the parameter's name.
         given: its importance.
         shape: the parameter's shape.
-        form: the form of the update.
 
     Raises:
-        RecAdamError: when it is no floating array of that shape in [0, 1], or the form is not "decoupled".
+        RecAdamError: when it is no floating array of that shape in [0, 1].
 
     Example:
-        >>> check_importance("w", np.array([0.5, 2.0]), (2,), "decoupled")
+        >>> check_importance("w", np.array([0.5, 2.0]), (2,))
         Traceback (most recent call last):
         ...
         recadam_core.errors.RecAdamError: importance of 'w' leaves [0, 1]; scale it, and set the strength by
         gamma
     """
-    if form != "decoupled":  # the others' steps shrink by the pull, which is one number there
-        raise RecAdamError(f"importance needs form='decoupled', not {form!r}")
-    what = "" if is_array_api_obj(given) else f"is {given!r}"
-    if not what:
-        xp = array_namespace(given)
-        if tuple(given.shape) != tuple(shape):
-            what = f"has shape {tuple(given.shape)}"
-        elif not xp.isdtype(given.dtype, "real floating"):
-            what = f"has dtype {given.dtype}"
+    what = ""
+    if not is_array_api_obj(given):
+        what = "is None" if given is None else f"is a {type(given).__name__}"
+    elif tuple(given.shape) != tuple(shape):
+        what = f"has shape {tuple(given.shape)}"
+    elif not _is_floating(given):
+        what = f"has dtype {given.dtype}"
     if what:
         raise RecAdamError(f"importance of {name!r} {what}; give a floating array of shape {tuple(shape)}")
     try:
-        fits = bool(xp.all((given >= 0) & (given <= 1)))
-    except (TypeError, RuntimeError):
-        fits = True  # traced, or without data: there is no value to look at
+        fits = getattr(given, "is_meta", False) or bool(
+            array_namespace(given).all((given >= 0) & (given <= 1))
+        )
+    except TypeError:
+        fits = True  # traced: there is no value to look at
     if not fits:
         raise RecAdamError(f"importance of {name!r} leaves [0, 1]; scale it, and set the strength by gamma")
+
+
+def _is_floating(array: Any) -> bool:
+    try:
+        return bool(array_namespace(array).isdtype(array.dtype, "real floating"))
+    except TypeError:  # a dtype from outside of the library
+        return False

@@ -13,7 +13,7 @@ from .backends import Backend, backend_for
 from .coefficients import coefficients
 from .errors import RecAdamError
 from .hyperparameters import Hyperparameters
-from .importance import check_importance
+from .importance import check_importance, check_weighable
 from .update import Moments
 
 __all__ = ["RecAdam", "State", "check_anchors"]
@@ -157,12 +157,13 @@ class RecAdam:
             raise RecAdamError(
                 f"importance: {type(importance).__name__}; give a dict of arrays by parameter name"
             )
+        check_weighable(self.hp.form)
         for name in importance:
             if name not in params:
                 raise RecAdamError(f"importance: {name!r} matches no parameter; rename it or leave it out")
         found = {}
         for name in anchors:
-            check_importance(name, importance.get(name), params[name].shape, self.hp.form)
+            check_importance(name, importance.get(name), params[name].shape)
             backend = self._backend or backend_for(params[name])
             if not any(v.name == "functional" and v.weighs for v in backend.capabilities.variants):
                 raise RecAdamError(f"importance: the backend {backend.name!r} takes none; leave it out")

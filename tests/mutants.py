@@ -44,6 +44,7 @@ CASES = (
     "decoupled/sigmoid/plain/solo/float32/300",
     "decoupled/sigmoid/plain/few/float16/8",
 )
+WEIGHED = "decoupled/sigmoid/plain/weighed/float32/12"
 CURVES = ("sigmoid", "steep", "linear")  # of the claim on coefficients
 
 
@@ -62,6 +63,7 @@ MUTATIONS = [
         ("the pull reads the new theta", "(cast(anchor) - theta)", "(cast(anchor) - (theta - adam))"),
         ("the pull pushes", "recall * (cast(anchor) - theta)", "recall * (theta - cast(anchor))"),
         ("the decay reads the new theta", "decay * theta", "decay * (theta + delta)"),
+        ("the importance is missing", "else cast(importance) * pull", "else pull"),
         ("the gradient is not squared", "(grad * grad)", "grad"),
         ("16-bit sums are rounded twice", "xp.astype(theta, delta.dtype, copy=False) + delta,",
          "theta + xp.astype(delta, theta.dtype, copy=False),"),
@@ -225,10 +227,8 @@ def caught_by(backend: str, variants: list[str]) -> str:
     jobs = plan(served, variants, kinds=("exact", "step"), cases=CASES)
     if {"specification", "optax"} & set(variants):
         jobs += plan(served, variants, kinds=("coefficients",), cases=CURVES)
-    if weighed := [
-        v for v in map(served.capabilities.variant, variants) if v.weighs and v.exact.how != "never"
-    ]:
-        jobs += plan(served, [v.name for v in weighed], kinds=("weighed",))
+    if weighing := [v for v in variants if served.capabilities.variant(v).weighs]:
+        jobs += plan(served, weighing, kinds=("weighed", "step"), cases=[WEIGHED])
     for job in jobs:
         for name, claim in job.claims:
             variant = served.capabilities.variant(name)

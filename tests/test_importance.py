@@ -162,6 +162,9 @@ def test_drift_takes_it_into_account():
         ({}, {}, "importance of 'w' is None; give a floating array of shape (2,)"),
         ({"w": torch.ones(3)}, {}, "importance of 'w' has shape (3,); give a floating array of shape (2,)"),
         ({"w": np.ones(2)}, {}, "importance of 'w' is a ndarray; give a tensor"),
+        ({"w": [0.5] * 1000}, {}, "importance of 'w' is a list; give a floating array of shape (2,)"),
+        ({"w": torch.ones(2, device="meta")}, {}, "importance of 'w' is without data; give a tensor"),
+        ([torch.ones(2)], {}, "importance: list; give a dict of tensors by parameter name"),
         ({"w": torch.ones(2)}, {"form": "proximal"}, "importance needs form='decoupled', not 'proximal'"),
         ({"w": torch.tensor([0.5, 2.0])}, {}, "importance of 'w' leaves [0, 1]; scale it, and set the"),
         ({"w": torch.tensor([0.5, torch.nan])}, {}, "importance of 'w' leaves [0, 1]; scale it"),
@@ -237,12 +240,12 @@ W = torch.ones(2, requires_grad=True)
 @pytest.mark.parametrize(
     ("losses", "message"),
     [
-        ([], "importance: no loss that depends on any of the parameters; give some batches"),
-        ([W.sum() * 0], "importance: no loss that depends on any of the parameters; give some batches"),
+        ([], "importance: no loss depends on any of the parameters, or so little"),
+        ([W.sum() * 0], "importance: no loss depends on any of the parameters, or so little"),
         ([W.sum(), W.sum() * torch.nan], "importance: the loss of batch 1 is nan; leave it out"),
         ([torch.ones(())], "importance: the loss of batch 0 has no gradient; make it outside of torch.no_gr"),
         ([W * 2], r"importance: the loss of batch 0 has shape \(2,\); give a scalar"),
-        ([(W - 1).norm()], "importance: no loss that"),
+        ([(W - 1).norm()], "importance: no loss depends"),
         (
             [(W - 1).sqrt().sum()],
             "importance: the gradient of 'w' in batch 0 is not finite; leave the batch out",
@@ -316,8 +319,9 @@ def test_a_backend_that_takes_none_says_so():
         optimizer.init(w, w, w)
     pytest.importorskip("numba")
     fused = rc.RecAdam(rc.Hyperparameters(gamma=1.0), NumpyBackend(fused=True))
-    with pytest.raises(rc.RecAdamError, match="NumpyBackend: fused takes no importance"):
-        fused.step(w, w, fused.init(w, w, w))
+    with pytest.raises(rc.RecAdamError, match="importance: the backend 'numpy' takes none; leave it out"):
+        fused.init(w, w, w)
+    assert any(v.weighs for v in NumpyBackend().capabilities.variants)
 
 
 def transformed(importance, steps=12, **more):
@@ -352,6 +356,11 @@ def test_jax_follows_the_formula(more):
     assert transformed(None, steps=1)[1].importance is None
 
 
+def test_jax_refuses_other_forms_at_once():
+    with pytest.raises(rc.RecAdamError, match="importance needs form='decoupled', not 'proximal'"):
+        recadam_jax.recadam(1e-4, importance=jnp.ones(2), form="proximal")
+
+
 def test_jax_lets_go_of_it_with_the_anchors():
     annealing = rc.Linear(t0=2)
     tx = recadam_jax.recadam(0.1, gamma=1.0, annealing=annealing, importance=jnp.array([0.5, 1.0]))
@@ -381,20 +390,63 @@ def test_the_direction_in_a_chain_of_ones_own():
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["init", "compiled init"])
 @pytest.mark.parametrize(
-    ("importance", "more", "message"),
+    ("importance", "message"),
     [
-        ({"a": {"w": jnp.ones(3)}}, {}, "importance of 'a/w' has shape (3,); give a floating array of"),
-        ({"a": None}, {}, "importance of 'a/w' is None; give a floating array of shape (2,)"),
-        ({"a": {"w": jnp.array([0.5, 1.5])}}, {}, "importance of 'a/w' leaves [0, 1]; scale it"),
-        ({"b": jnp.ones(2)}, {}, "importance: not the parameters' tree ("),
-        ({"a": {"w": jnp.ones(2)}}, {"form": "proximal"}, "importance needs form='decoupled', not 'prox"),
+        ({"a": {"w": jnp.ones(3)}}, "importance of 'a/w' has shape (3,); give a floating array of"),
+        ({"a": None}, "importance of 'a/w' is None; give a floating array of shape (2,)"),
+        ({"a": {"w": jnp.array([0.5, 1.5])}}, "importance of 'a/w' leaves [0, 1]; scale it"),
+        ({"b": jnp.ones(2)}, "importance: not the parameters' tree ("),
+        ({"a": jnp.ones(2)}, "importance: an array stands where the parameters have a branch; give an"),
     ],
 )
-def test_jax_names_bad_input_in_one_line(importance, more, message, compiled):
-    init = recadam_jax.recadam(1e-4, importance=importance, **more).init
+def test_jax_names_bad_input_in_one_line(importance, message, compiled):
+    init = recadam_jax.recadam(1e-4, importance=importance).init
     with pytest.raises(rc.RecAdamError) as caught:
         (jax.jit(init) if compiled else init)({"a": {"w": jnp.ones(2)}})
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({}, "importance: no parameters; give the anchored ones"),
+        ({"n": jnp.arange(2)}, "importance: 'n' has dtype int32; give the floating arrays alone"),
+        ({"n": 1.0}, "importance: 'n' is a float; give the floating arrays alone"),
+        ({"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}, "importance: two parameters have one path; rename"),
+    ],
+)
+def test_jax_weighs_floating_arrays_alone(params, message):
+    with pytest.raises(rc.RecAdamError) as caught:
+        recadam_jax.importance_of(lambda p, x: x.sum(), params, [jnp.ones(1)])
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
+def test_sums_of_squares_must_be_ones(bad):
+    with pytest.raises(rc.RecAdamError, match="importance: 'v' has sums of squares below 0 or not finite"):
+        rc.importance_from({"w": np.ones(2), "v": np.array([1.0, bad])})
+
+
+def test_optax_finds_the_importance_in_the_state():
+    params = {"w": jnp.ones(2), "head": jnp.ones(3)}
+    weights = {"w": jnp.ones(2), "head": None}
+    tx = recadam_jax.recadam(1e-3, gamma=1.0, anchor=weights, importance=weights)
+    found = optax.tree_utils.tree_map_params(
+        tx,
+        lambda _, spec: spec,
+        tx.init(params),
+        {"w": "of w", "head": "of head"},
+        is_leaf=lambda x: x is None,
+    )
+    assert found.importance == {"w": "of w", "head": "of head"}
+
+
+def test_a_half_precision_importance_from_the_host():
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+    found = recadam_jax.importance_of(lambda p, x: (p["w"] * x).sum(), params, [jnp.array([1.0, 2.0, 0.0])])
+    state = recadam_jax.recadam(1e-3, gamma=1.0, importance=jax.device_get(found)).init(params)
+    assert state.importance["w"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(state.importance["w"], found["w"])
 
 
 def test_two_frameworks_weigh_alike():
@@ -424,10 +476,17 @@ def test_jax_importance_by_features_is_their_curvature():
 @pytest.mark.parametrize(
     ("loss", "batches", "message"),
     [
-        (lambda w, x: (w * x).sum(), [], "importance: no loss that depends on any of the parameters"),
-        (lambda w, x: x.sum(), [1.0], "importance: no loss that depends on any of the parameters"),
+        (lambda w, x: (w * x).sum(), [], "importance: no loss depends on any of the parameters"),
+        (lambda w, x: x.sum(), [1.0], "importance: no loss depends on any of the parameters"),
         (lambda w, x: (w * x).sum(), [1.0, jnp.nan], "importance: the loss of batch 1 is nan; leave it out"),
         (lambda w, x: w * x, [1.0], "importance: the loss has shape (2,); give a scalar"),
+        (lambda w, x: (w.sum(), x), [1.0], "importance: the loss is a tuple; give a scalar"),
+        (lambda w, x: (w * x).sum() * 1e20, [1.0], "importance: 'w' has sums of squares below 0 or not fin"),
+        (
+            lambda w, x: (w * x).sum() * 1e-25,
+            [1.0],
+            "importance: no loss depends on any of the parameters, or so",
+        ),
         (
             lambda w, x: jnp.sqrt(w - 1).sum(),
             [1.0],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,19 +21,20 @@ def importance_of(loss: Callable[[Any, Any], Any], params: Any, batches: Iterabl
     r"""Weigh parameters by their squared gradients, as EWC does with the old task's loss.
 
     Math:
-        $F_i = \sum_b (\partial L_b / \partial\theta_i)^2$, scaled by `recadam_core.importance_from`
+        $F_i = \sum_b (\partial L_b / \partial\theta_i)^2$ over batches b, scaled by
+        `recadam_core.importance_from`; with batches of one row EWC's empirical Fisher information
 
     Args:
         loss: of the parameters and a batch, a scalar; it is compiled.
-        params: the anchored parameters, a tree of arrays at their pretrained values.
-        batches: the old task's; a few dozen do.
+        params: the anchored parameters, a tree of floating arrays at their pretrained values.
+        batches: trees of arrays, the old task's; a few dozen small ones do.
 
     Returns:
         For `recadam(importance=...)`: a tree like the parameters, of arrays in [0, 1] and their dtypes.
 
     Raises:
-        RecAdamError: when a loss is no scalar, a loss or a gradient is not finite, or no loss depends on
-            any parameter.
+        RecAdamError: when a parameter is no floating array, a loss is no scalar, a loss, a gradient or
+            the sum of its squares is not finite, or no loss depends on any parameter.
 
     Example:
         >>> found = importance_of(lambda w, x: (w * x).sum(), jnp.ones(3), [jnp.array([1.0, 2.0, 0.0])])
@@ -42,14 +44,23 @@ def importance_of(loss: Callable[[Any, Any], Any], params: Any, batches: Iterabl
     Source: elastic weight consolidation, arXiv 1612.00796, equation 3.
     """
     names, leaves = paths(params), jax.tree.leaves(params)
+    if not leaves:
+        raise RecAdamError("importance: no parameters; give the anchored ones")
+    if len(set(names)) < len(names):
+        raise RecAdamError("importance: two parameters have one path; rename one of them")
+    for name, p in zip(names, leaves, strict=True):
+        if not hasattr(p, "dtype") or not jnp.issubdtype(p.dtype, jnp.floating):
+            what = f"has dtype {p.dtype}" if hasattr(p, "dtype") else f"is a {type(p).__name__}"
+            raise RecAdamError(f"importance: {name!r} {what}; give the floating arrays alone")
 
     def scalar(held: Any, batch: Any) -> Any:
         told = loss(held, batch)
-        if jnp.shape(told) != ():
-            raise RecAdamError(f"importance: the loss has shape {jnp.shape(told)}; give a scalar")
+        if getattr(told, "shape", None) != ():
+            what = f"has shape {told.shape}" if hasattr(told, "shape") else f"is a {type(told).__name__}"
+            raise RecAdamError(f"importance: the loss {what}; give a scalar")
         return told
 
-    @jax.jit
+    @partial(jax.jit, donate_argnums=0)
     def add(sums: list[Any], held: Any, batch: Any) -> Any:
         told, grads = jax.value_and_grad(scalar)(held, batch)
         found = jax.tree.leaves(grads)
@@ -106,6 +117,9 @@ def feature_importance(
     def projected(held: Any, drawn: Any) -> Any:
         key, batch = drawn
         found = features(held, batch)
+        if not hasattr(found, "shape"):
+            raise RecAdamError(f"importance: the features are a {type(found).__name__}; give an array")
+        found = found.astype(jnp.promote_types(found.dtype, jnp.float32))
         return (found * jax.random.normal(key, found.shape, found.dtype)).sum()
 
     first = jax.random.key(seed)

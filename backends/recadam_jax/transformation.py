@@ -29,7 +29,7 @@ from recadam_core import (
 from recadam_core.annealing import ANNEALINGS
 from recadam_core.coefficients import check_pull, is_zero
 from recadam_core.errors import check_number
-from recadam_core.importance import check_importance
+from recadam_core.importance import check_importance, check_weighable
 
 __all__ = [
     "HostCoefficients",
@@ -386,18 +386,23 @@ class _Kept:
                 raise RecAdamError(f"anchor {path!r} has values beyond anchor_dtype {dtype}; give another")
         return placed
 
-    def importances(self, params: Any, stars: list[Any], form: str) -> list[Any] | None:
+    def importances(self, params: Any, stars: list[Any]) -> list[Any] | None:
         """The importance of each anchor, checked and copied; None when there are none."""
-        if self.importance is None or not stars:
+        if self.importance is None:
             return None
+        if not stars:  # as in anchors
+            return []
         given = _leaves(params, self.importance, "importance")
+        jax.tree.map(_is_alone, self.importance, params, is_leaf=lambda x: x is None)
         placed: list[Any] = []
         for path, p, star, x in zip(paths(params), jax.tree.leaves(params), stars, given, strict=True):
             if star is None:
                 placed.append(None)
                 continue
+            if isinstance(x, np.ndarray):  # of which bfloat16 is no dtype of its own
+                x = jnp.asarray(x)
             with jax.ensure_compile_time_eval():  # within a trace, too
-                check_importance(path, x, jnp.shape(p), form)
+                check_importance(path, x, jnp.shape(p))
             placed.append(self._placed(x, p))
         return placed
 
@@ -415,6 +420,17 @@ class _Kept:
             space = jax.memory.Space.Host if "host" in self.anchor_memory else jax.memory.Space.Device
             return jax.device_put(star, space)
         return jax.device_put(star, star.sharding.with_memory_kind(self.anchor_memory))
+
+
+def _is_alone(importance: Any, part: Any) -> None:
+    if (
+        importance is not None
+        and jax.tree.leaves(part)
+        and not jax.tree_util.treedef_is_leaf(jax.tree.structure(part))
+    ):
+        raise RecAdamError(
+            "importance: an array stands where the parameters have a branch; give an array for each, or None"
+        )
 
 
 def _alike(x: Any, p: jax.Array) -> Any:
@@ -444,6 +460,8 @@ def _transformation(
     name: str, hp: Hyperparameters, learning_rate: Any, kept: _Kept
 ) -> optax.GradientTransformationExtraArgs:
     """The step; without a learning rate, the direction that is to be multiplied by one and subtracted."""
+    if kept.importance is not None:
+        check_weighable(hp.form)
 
     def init(params: Any) -> RecAdamState:
         leaves, tree = _flatten(params)
@@ -453,7 +471,7 @@ def _transformation(
                     f"parameter {path!r} has dtype {jnp.result_type(p)}; give a floating array"
                 )
         stars = kept.anchors(params)
-        weights = kept.importances(params, stars, hp.form)
+        weights = kept.importances(params, stars)
         if learning_rate is not None and any(star is not None for star in stars):
             _check_strength(hp, learning_rate)
         moments = [_zeros_like(jnp.asarray(p)) for p in leaves]

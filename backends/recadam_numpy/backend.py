@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,6 +53,8 @@ class NumpyBackend(Specification):
             from .one_pass import one_pass
 
             self._one_pass = one_pass
+            plain = (dataclasses.replace(v, weighs=False) for v in self.capabilities.variants)
+            self.capabilities = dataclasses.replace(self.capabilities, variants=tuple(plain))
 
     def owns(self, array: Any) -> bool:
         """Whether the object is an array or a scalar of NumPy."""
@@ -69,7 +72,7 @@ class NumpyBackend(Specification):
         """One step, in new memory unless `in_place`; 16-bit parameters are summed in float32."""
         stars, weights = ([None] * len(params) if xs is None else xs for xs in (anchors, importances))
         if self._one_pass is not None and importances is not None:
-            raise RecAdamError("NumpyBackend: fused takes no importance; leave one of them out")
+            raise RecAdamError("NumpyBackend: fused=True takes no importance; leave one of them out")
         lists: dict[Any, list[list[Any]]] = {}
         new_params: list[Array] = []
         new_moments: list[Moments] = []

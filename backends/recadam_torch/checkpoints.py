@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from recadam_core import RecAdamError
 from recadam_core.errors import check_number
-from recadam_core.importance import check_importance
+from recadam_core.importance import check_importance, check_weighable
 from recadam_core.optimizer import check_anchors
 
 from .anchors import Anchors, bare, placed
@@ -67,6 +67,11 @@ def weigh(group: Mapping[str, Any], states: list[dict[str, Any]], importance: An
         return
     if group["fused"]:
         raise RecAdamError("RecAdam: importance and fused are both set; give one of them")
+    check_weighable(group["form"])
+    if not isinstance(importance, Mapping):
+        raise RecAdamError(
+            f"importance: {type(importance).__name__}; give a dict of tensors by parameter name"
+        )
     if "param_names" not in group:
         raise RecAdamError(
             "importance is matched by name; pass model.named_parameters() instead of model.parameters()"
@@ -75,9 +80,10 @@ def weigh(group: Mapping[str, Any], states: list[dict[str, Any]], importance: An
         if "anchor" not in state:
             continue
         given = importance.get(name)
-        check_importance(name, given, p.shape, group["form"])
-        if not isinstance(given, Tensor):
-            raise RecAdamError(f"importance of {name!r} is a {type(given).__name__}; give a tensor")
+        check_importance(name, given, p.shape)
+        if not isinstance(given, Tensor) or given.is_meta != p.is_meta:
+            what = "without data" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+            raise RecAdamError(f"importance of {name!r} is {what}; give a tensor")
         sharded = is_sharded(given)
         state["importance"] = (
             given.detach().clone() if sharded else like(p, partial(_copied, given, p.device))

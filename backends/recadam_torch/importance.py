@@ -17,13 +17,14 @@ def importance_of(params: Mapping[str, Tensor], losses: Iterable[Tensor]) -> dic
     r"""Weigh parameters by their squared gradients, as EWC does with the old task's loss.
 
     Math:
-        $F_i = \sum_b (\partial L_b / \partial\theta_i)^2$, scaled by `recadam_core.importance_from`
+        $F_i = \sum_b (\partial L_b / \partial\theta_i)^2$ over batches b, scaled by
+        `recadam_core.importance_from`; with batches of one row EWC's empirical Fisher information
 
     Args:
         params: the anchored parameters by name, at their pretrained values. What needs no gradient has no
             importance.
         losses: a scalar of each batch, made as they are asked for, so that one graph at a time is in memory.
-            A few dozen batches do.
+            A few dozen small batches do.
 
     Returns:
         For `RecAdam(importance=...)`: a tensor in [0, 1] of each parameter's shape, dtype and device.
@@ -101,6 +102,7 @@ def feature_importance(
     generator = torch.Generator().manual_seed(seed)  # on the host: the same u on every device
 
     def projected(found: Tensor) -> Tensor:
+        found = found.to(torch.promote_types(found.dtype, torch.float32))
         return (found * torch.randn(found.shape, generator=generator).to(found)).sum()
 
     return importance_of(params, map(projected, features))

@@ -183,16 +183,19 @@ def _claims(
     found = []
     if level == "exact":
         for dtype in EXACT:
-            for kind, cases in (("exact", EXACT), ("denormals", DENORMALS), ("weighed", WEIGHED)):
-                if kind == "weighed" and not variant.weighs:
-                    continue
+            kinds = {
+                "exact": EXACT,
+                "denormals": DENORMALS,
+                **({"weighed": WEIGHED} if variant.weighs else {}),
+            }
+            for kind, cases in kinds.items():
                 claim = Claim(kind, level, dtype, tuple(case.name for case in cases[dtype]))
                 # What is never exact promises no bits; that it misses them may be shown all the same.
                 if variant.exact.how != "never" or {kind, claim.name} & set(variant.misses):
                     found.append(claim)
     else:
         for dtype, fast in FAST.items():
-            names = tuple(case.name for case in fast)
+            names = tuple(case.name for case in (*fast, *WEIGHED[dtype][: variant.weighs]))
             found.append(Claim("step", level, dtype, names))
             if f"trajectory {dtype}" in BOUNDS:
                 found.append(Claim("trajectory", level, dtype, names))
@@ -366,10 +369,11 @@ def _step(backend: Backend, variant: Variant, claim: Claim, case: str) -> Measur
             start = [_joined(x, names)[some] for x in (before.params, frame.grads)]
             start += [_joined({n: s[i] for n, s in before.moments.items()}, names)[some] for i in (0, 1)]
             star = _joined(group.anchors, names)[some] if anchored else None
+            weight = _joined(group.importance, names)[some] if anchored and group.importance else None
             # Where a square overflows there is no error to speak of; the claim on bits covers those.
             overflows = ~np.isfinite(start[1].astype(start[3].dtype) ** 2) | ~np.isfinite(start[3])
             about = (claim.dtype, precise, variant.rounds_update)
-            exact, may = _oracle(case, group.hp, frame, start, star, *about)
+            exact, may = _oracle(case, group.hp, frame, start, star, weight, *about)
             got = [_joined(frame.params, names)[some]]
             got += [_joined({n: s[i] for n, s in frame.moments.items()}, names)[some] for i in (0, 1)]
             for i, what in enumerate(("theta", "m", "v")):
@@ -401,7 +405,7 @@ _told: dict[Any, Any] = {}
 
 
 def _oracle(
-    case: str, hp: Hyperparameters, frame: Frame, start: Any, star: Any, *about: Any
+    case: str, hp: Hyperparameters, frame: Frame, start: Any, star: Any, weight: Any, *about: Any
 ) -> tuple[oracle.Exactly, oracle.Budget]:
     """What the oracle says of a step; told again to variants that stand on the same bits."""
     key = (case, frame.group, frame.t, star is None, about, *(x.tobytes() for x in start))
@@ -410,8 +414,8 @@ def _oracle(
         c = oracle.exact_coefficients(frame.t, hp, frame.lr, star is not None)
         off = oracle.spread(frame.t, hp, frame.lr, star is not None, precise, c)
         theta, grad, m, v = start
-        exact = oracle.exact_step(theta, grad, m, v, star, c)
-        may = oracle.budget(theta, grad, m, v, star, c, exact, off, dtype, rounds_update)
+        exact = oracle.exact_step(theta, grad, m, v, star, c, weight)
+        may = oracle.budget(theta, grad, m, v, star, c, exact, off, dtype, rounds_update, weight)
         _told[key] = exact, may
     answer: tuple[oracle.Exactly, oracle.Budget] = _told[key]
     return answer

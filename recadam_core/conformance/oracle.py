@@ -103,7 +103,13 @@ def _exact_weights(annealing: Any, t: int) -> tuple[Any, Any]:
 
 
 def exact_step(
-    theta: Array, grad: Array, m: Array, v: Array, anchor: Array | None, c: Coefficients
+    theta: Array,
+    grad: Array,
+    m: Array,
+    v: Array,
+    anchor: Array | None,
+    c: Coefficients,
+    importance: Array | None = None,
 ) -> Exactly:
     """The kernel in extended precision.
 
@@ -114,6 +120,7 @@ def exact_step(
         v: second moment, theta's shape.
         anchor: pretrained value, theta's shape; None for a new head.
         c: coefficients, in any numbers.
+        importance: by which the pull is multiplied, theta's shape; None for 1.
 
     Returns:
         Parameter and moments after the step.
@@ -131,7 +138,8 @@ def exact_step(
         star = theta if anchor is None else mpf(np.asarray(anchor, dtype=object))
         m = m * b1 + grad * (1 - b1)
         v = v * b2 + grad * grad * (1 - b2)
-        new = theta + (star - theta) * recall - m / (root(v) + eps) * step - theta * decay
+        weight = mpf(np.asarray(1.0 if importance is None else importance, dtype=object))
+        new = theta + weight * ((star - theta) * recall) - m / (root(v) + eps) * step - theta * decay
         return Exactly(new, m, v)
 
 
@@ -235,14 +243,16 @@ def budget(
     off: Spread,
     dtype: str,
     rounds_update: bool = False,
+    importance: Array | None = None,
 ) -> Budget:
     r"""The derived bound of one step's error, element by element.
 
     Math:
         With $M = |\beta_1 m| + |(1-\beta_1) g|$, $A = s M / (\sqrt{v'}+\varepsilon)$,
-        $P = r|\theta^*-\theta|$ and $D = d|\theta|$:
+        $P = f r|\theta^*-\theta|$ and $D = d|\theta|$:
         $|\Delta m'| \le 3uM$, $|\Delta v'| \le 4uv'$,
-        $|\Delta\theta'| \le u(|\theta'| + 5P + 14A + 3D)$, plus what the coefficients are off by.
+        $|\Delta\theta'| \le u(|\theta'| + 5P + 14A + 3D)$, plus what the coefficients are off by;
+        $6P$ where there is an importance.
 
     Args:
         theta: parameter before the step.
@@ -255,6 +265,7 @@ def budget(
         off: how far off the coefficients may be.
         dtype: the parameter's dtype.
         rounds_update: whether the update is rounded to that dtype before it is added.
+        importance: by which the pull is multiplied, theta's shape; None for 1.
 
     Returns:
         Bounds and operands, float64 arrays of theta's shape.
@@ -276,14 +287,16 @@ def budget(
     den = np.sqrt(v_new) + eps
     with np.errstate(divide="ignore", invalid="ignore"):
         over = np.where(den > 0, 1 / den, 0.0)
-    adam, pull, wane = abs(step) * both * over, recall * np.abs(star - theta), decay * np.abs(theta)
+    weight = 1.0 if importance is None else np.asarray(importance, dtype=np.float64)
+    away = weight * np.abs(star - theta)
+    adam, pull, wane = abs(step) * both * over, recall * away, decay * np.abs(theta)
     # Numbers below the smallest normal one may be lost on the way: a few of them in each result.
     lost = abs(step) * over * 3 * tiny + adam * over * np.sqrt(4 * tiny) + 4 * tiny
-    error = u * (new + 5 * pull + 14 * adam + 3 * wane) + lost
+    error = u * (new + (5 + (importance is not None)) * pull + 14 * adam + 3 * wane) + lost
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = off.step / abs(step) if step else 0.0
     error += adam * ratio + (0 if step else off.step * both * over)
-    error += adam * over * off.eps + off.recall * np.abs(star - theta) + off.decay * np.abs(theta)
+    error += adam * over * off.eps + off.recall * away + off.decay * np.abs(theta)
     error *= 1 + 64 * u  # products of errors
     if inner != dtype:
         outer, least = 2.0 ** -DIGITS[dtype], 2.0 ** (1 - DIGITS[dtype]) * TINY[dtype]

@@ -125,14 +125,14 @@ def _by_environment(
                 if kinds and claim.kind not in kinds:
                     continue
                 if cases:
-                    claim = dataclasses.replace(claim, cases=tuple(_chosen(claim, cases)))
+                    claim = dataclasses.replace(claim, cases=tuple(_chosen(claim, cases, variant)))
                 if claim.cases:
                     key = tuple(sorted(environment(variant, level).items()))
                     jobs.setdefault(key, []).append((variant.name, claim))
     return jobs
 
 
-def _chosen(claim: Claim, cases: Sequence[str]) -> Iterator[str]:
+def _chosen(claim: Claim, cases: Sequence[str], variant: Variant) -> Iterator[str]:
     """Of the cases asked for those that are the claim's; cases of the kit may be new ones."""
     for case in cases:
         if claim.kind == "golden":
@@ -141,12 +141,12 @@ def _chosen(claim: Claim, cases: Sequence[str]) -> Iterator[str]:
             yield from (name for name in claim.cases if name == case)
         elif "/" in case:
             parsed = Case.named(case)
-            # Denormal numbers and importances are claims of their own; of these the oracle does not know.
-            apart = {"denormal": ("denormals", "step", "trajectory"), "weighed": ("weighed",)}
-            others = ("exact", "step", "trajectory")
-            fits = claim.kind in apart.get(parsed.arrays, others)
+            # Denormal numbers and importances are claims of their own.
+            own = {"denormal": "denormals", "weighed": "weighed"}.get(parsed.arrays, "exact")
+            fits = claim.kind in (own, "step", "trajectory")
             # With eps 0 a zero gradient has no exact step.
-            if parsed.dtype == claim.dtype and fits and (claim.kind != "step" or parsed.settings != "bare"):
+            fits = fits and (claim.kind != "step" or parsed.settings != "bare")
+            if fits and parsed.dtype == claim.dtype and (variant.weighs or parsed.arrays != "weighed"):
                 yield case
 
 
