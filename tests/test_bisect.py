@@ -124,7 +124,7 @@ def test_a_kernel_that_rounds_otherwise_is_found(runs, monkeypatch):
     one = runs("numpy")
     plain = numpy_backend._kernel
 
-    def contracted(theta, grad, m, v, anchor, c):
+    def contracted(theta, grad, m, v, anchor, c, importance):
         sharp = _fused(np.float64(c.beta1), m, np.float64(1 - c.beta1) * grad)
         keep = m.copy()
         plain(theta.copy(), grad, m, v.copy(), anchor, c)
