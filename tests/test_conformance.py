@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from recadam_core.conformance.claims import Claim, Result, check, claims
 from recadam_core.conformance.kit import BackendConformance
 from recadam_core.conformance.oracle import Spread, exact_coefficients, exact_step, ulp
 from recadam_core.conformance.replay import to_bfloat16
-from recadam_core.conformance.run import Job, certify, plan
+from recadam_core.conformance.run import Job, _elsewhere, certify, plan
 from recadam_core.conformance.tables import cells, grouped, markdown, support
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -579,6 +580,14 @@ def test_a_termination_ends_the_processes(tmp_path):
     assert stderr.strip().splitlines()[-1] == "recadam: interrupted"
     for child in found.split():
         assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_process_that_starts_during_the_end_is_ended():
+    stopped = threading.Event()
+    stopped.set()
+    job = plan(NUMPY, ["functional"], ["exact"], ["exact"])[0]
+    with pytest.raises(RecAdamError, match="the process failed: exit code -15"):
+        _elsewhere(job, [], stopped, print)
 
 
 def test_what_a_backend_prints_is_no_result(tmp_path):

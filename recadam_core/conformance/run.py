@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -179,6 +180,7 @@ def certify(
     tell = progress or (lambda result: None)
     results: dict[Job, list[Result]] = {}
     processes: list[subprocess.Popen[str]] = []
+    stopped = threading.Event()
     pool = ThreadPoolExecutor(workers)
     try:
         if workers == 1:
@@ -188,11 +190,12 @@ def certify(
             (job for job in jobs if job not in results),
             key=lambda job: (not job.environment, job.backend == "numpy"),
         )
-        futures = {pool.submit(_elsewhere, job, processes, tell): job for job in waiting}
+        futures = {pool.submit(_elsewhere, job, processes, stopped, tell): job for job in waiting}
         for future in as_completed(futures):
             results[futures[future]] = future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # first, or the next job would start
+        stopped.set()
         for process in processes:
             process.terminate()
         pool.shutdown()
@@ -231,7 +234,10 @@ def _set(name: str, value: str, variables: Mapping[str, str]) -> bool:
 
 
 def _elsewhere(
-    job: Job, processes: list[subprocess.Popen[str]], tell: Callable[[Result], None]
+    job: Job,
+    processes: list[subprocess.Popen[str]],
+    stopped: threading.Event,
+    tell: Callable[[Result], None],
 ) -> list[Result]:
     """The job's results, from a process of its own."""
     variables = dict(os.environ)
@@ -251,6 +257,8 @@ def _elsewhere(
             text=True,
         )
         processes.append(process)
+        if stopped.is_set():  # while this one was starting, so it was not among those ended
+            process.terminate()
         with process:
             for line in process.stdout or ():
                 fields = json.loads(line)
