@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from recadam_core import Constant, RecAdamError, Sigmoid
 from recadam_core.experiments import METHODS, Trial
 from recadam_core.experiments.data import Source, archives, target_of
+from recadam_core.experiments.figures import pareto_figure
 from recadam_core.experiments.grids import ARMS, EXPERIMENTS, TUNING_SEED, Options, choose
 from recadam_core.experiments.report import write_experiment
 from recadam_core.experiments.run import _each, _row, run_experiment
@@ -160,6 +161,20 @@ def test_what_is_kept_and_what_is_as_good():
     assert l2sp.gain == pytest.approx((-0.01, -0.03, 0.01))
     assert frozen.gain.high < 0
     assert adamw.gain == (0, 0, 0)
+
+
+def test_arms_with_the_same_trials_are_one_point_of_the_picture():
+    rows = [row(arm, 0.7, 0.8, s, "test") for arm in ("adamw", "adamw-careful") for s in range(3)]
+    rows += [row("l2sp", 0.7, 0.6, s, "test", pull=0.2) for s in range(3)]
+    rows += [row("l2sp-accurate", 0.71, 0.7, s, "test", pull=0.1) for s in range(3)]
+    (panel,) = pareto_figure(summarize(rows), "title").axes
+    assert [text.get_text() for text in panel.texts] == [
+        "80% kept of what AdamW forgets →",
+        "before",
+        "constant pull (L2-SP), most accurate",
+        "AdamW (also lr chosen with care)",
+        "constant pull (L2-SP)",
+    ]
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=9))

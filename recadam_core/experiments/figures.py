@@ -94,12 +94,12 @@ def pareto_figure(summaries: Sequence[Summary], title: str) -> Any:
         xycoords=("data", "axes fraction"), textcoords="offset points",
     )  # fmt: skip
     places = []
-    for summary in summaries:
+    for label, summary in _labelled(summaries):
         points = np.array([(r.figures[SOURCE], r.figures["accuracy"]) for r in summary.rows])
         colour = _colour(summary.arm)
         panel.plot(*points.T, ".", color=colour, alpha=0.35, markersize=6)
         panel.plot(summary.source.median, summary.target.median, "o", color=colour, markersize=8)
-        places.append((summary.source.median, summary.target.median, label_of(summary.arm), colour))
+        places.append((summary.source.median, summary.target.median, label, colour))
     panel.set(
         xlabel="source loss after fine-tuning (SNLI pairs; log scale, turned: further right forgets less)",
         ylabel="target accuracy",
@@ -116,6 +116,16 @@ def pareto_figure(summaries: Sequence[Summary], title: str) -> Any:
             panel.plot([], [], "o", color=colour, label=name)
     panel.legend(loc="lower left", fontsize=8)
     return figure
+
+
+def _labelled(summaries: Sequence[Summary]) -> list[tuple[str, Summary]]:
+    """Each arm's label; arms for which the same trials were chosen are one point, and share it."""
+    found: dict[Any, tuple[str, Summary]] = {}
+    for summary in summaries:
+        label = label_of(summary.arm)
+        first, same = found.get(trials := tuple(row.trial for row in summary.rows), ("", summary))
+        found[trials] = (f"{first} (also {label.removeprefix(f'{first}, ')})" if first else label, same)
+    return list(found.values())
 
 
 def _place_labels(panel: Any, places: Sequence[tuple[float, float, str, str]]) -> None:
