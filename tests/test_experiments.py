@@ -128,6 +128,8 @@ def row(arm, accuracy, loss, seed=TUNING_SEED, stage="tune", **settings):
         "accuracy": accuracy,
         "snli_mnr": loss,
         "snli_mnr_before": 0.4,
+        "bbc_recall_at_1": round(1.3 - loss, 3),
+        "bbc_recall_at_1_before": 0.9,
         "distance": 1.0,
         "seconds": 2.0,
     }
@@ -154,6 +156,7 @@ def test_what_is_kept_and_what_is_as_good():
     assert (adamw.target, adamw.kept) == ((0.72, 0.70, 0.74), 0.0)
     assert l2sp.kept == pytest.approx(1 - 0.4 / 2.02)
     assert frozen.kept == 1.0
+    assert l2sp.titles_kept == pytest.approx(1 - 0.4 / 2.02)
     # Of the loss of 0.4, nothing is forgotten of which a share could be kept.
     (alone,) = summarize([row("adamw", 0.7, 0.41, s, "test") for s in range(5)])
     assert np.isnan(alone.kept)
@@ -161,6 +164,19 @@ def test_what_is_kept_and_what_is_as_good():
     assert l2sp.gain == pytest.approx((-0.01, -0.03, 0.01))
     assert frozen.gain.high < 0
     assert adamw.gain == (0, 0, 0)
+
+
+def test_a_case_has_an_adamw_of_its_own():
+    rows = [row("rows=250, AdamW", 0.70, 0.8), row("rows=250, RecAdam", 0.71, 0.6)]
+    rows += [
+        row("rows=500, AdamW", 0.80, 0.5),
+        row("rows=500, RecAdam", 0.78, 0.45),
+        row("pull=0.1", 0.7, 0.6),
+    ]
+    gains = {s.arm: (s.gain.median, s.kept) for s in summarize(rows)}
+    assert gains["rows=250, RecAdam"] == pytest.approx((0.01, 0.5))
+    assert gains["rows=500, RecAdam"] == pytest.approx((-0.02, 0.5))
+    assert np.isnan(gains["pull=0.1"]).all()
 
 
 def test_arms_with_the_same_trials_are_one_point_of_the_picture():

@@ -90,7 +90,7 @@ def _section(
         "picture": picture,
         "seeds": seeds,
         "size": f"{first.rows or 'all'} rows, {first.steps} steps of {first.batch_size}",
-        "before": summaries[0].before,
+        "before": _before(summaries[0]),
         "varies": len({(row.trial.rows, row.trial.steps) for row in rows}) > 1,
         "table": _glue_table(summaries, target) if target.startswith("glue/") else _table(summaries),
         "runs": [(row, _figures(row)) for row in rows],
@@ -105,8 +105,8 @@ def _figures(row: Row) -> str:
 
 
 def _table(summaries: Sequence[Summary]) -> Table:
-    header = ["", "settings", "target accuracy", "over AdamW, seed by seed", "source loss",
-              "kept of what AdamW forgets", "BBC recall@1", "distance"]  # fmt: skip
+    header = ["", "settings", "target accuracy", "over AdamW, seed by seed", "source loss", "kept",
+              "BBC recall@1", "kept, by that", "distance"]  # fmt: skip
     lines = [
         [
             label_of(s.arm),
@@ -114,13 +114,24 @@ def _table(summaries: Sequence[Summary]) -> Table:
             str(s.target),
             "" if np.isnan(s.gain.median) else s.gain.signed,
             str(s.source),
-            "" if np.isnan(s.kept) else f"{100 * s.kept:.0f}%",
-            "" if np.isnan(s.bbc.median) else f"{s.bbc.median:.3f}",
+            _percent(s.kept),
+            "" if np.isnan(s.titles.median) else f"{s.titles.median:.3f}",
+            _percent(s.titles_kept),
             f"{s.distance.median:.2f}",
         ]
         for s in summaries
     ]
     return header, lines
+
+
+def _before(summary: Summary) -> str:
+    if np.isnan(summary.before):
+        return ""
+    return f"Source loss before: {summary.before:.3f}; BBC recall@1: {summary.titles_before:.3f}."
+
+
+def _percent(share: float) -> str:
+    return "" if np.isnan(share) else f"{100 * share:.0f}%"
 
 
 def _glue_table(summaries: Sequence[Summary], target: str) -> Table:
@@ -180,11 +191,8 @@ def _markdown(section: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, section["seeds"]))
     size = "" if section["varies"] else f"; {section['size']}"
     text = [f"### {section['target']}, {section['model']}", ""]
-    before = "" if np.isnan(section["before"]) else f" Source loss before: {section['before']:.3f}."
-    text += [
-        f"Seeds {seeds}{size}. Medians, and 95% bootstrap intervals (of few seeds: their range).{before}",
-        "",
-    ]
+    about = f"Seeds {seeds}{size}. Medians, and 95% bootstrap intervals (of few seeds: their range)."
+    text += [f"{about} {section['before']}".rstrip(), ""]
     if section["picture"]:
         text += [f"![{section['target']}, {section['model']}]({section['place']}.png)", ""]
     text += ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]

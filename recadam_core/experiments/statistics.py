@@ -12,7 +12,7 @@ from .grids import ARMS
 from .table import Row
 from .trial import Trial
 
-__all__ = ["REFERENCE", "SOURCE", "Interval", "Summary", "median_of", "summarize"]
+__all__ = ["REFERENCE", "SOURCE", "TITLES", "Interval", "Summary", "median_of", "summarize"]
 
 REFERENCE = ("adamw", "AdamW", "AdamW, pretrained")
 """Names of the arm that the others are held against, the first that is there."""
@@ -20,8 +20,11 @@ REFERENCE = ("adamw", "AdamW", "AdamW, pretrained")
 SOURCE = "snli_mnr"
 """The figure by which forgetting is judged; less is better."""
 
+TITLES = "bbc_recall_at_1"
+"""Another, of data of another kind, which nothing is chosen by; more is better."""
+
 LITTLE = 0.05
-"""Share of the source loss; of less that is forgotten, no share that is kept means anything."""
+"""Share of the figure before; of less that is forgotten, no share that is kept means anything."""
 
 COMMON = ("target", "model", "method", "seed", "split", "rows", "steps", "max_length", "curve_every", "data")
 
@@ -56,8 +59,7 @@ class Interval(NamedTuple):
 def median_of(values: Sequence[float]) -> Interval:
     """The median, and where 95% of the medians of resampled values are (percentile bootstrap).
 
-    With five values that is from about the least to about the greatest of them, with three from the least
-    to the greatest: the range of the seeds, no more.
+    With five values or fewer that is from the least to the greatest: the range of the seeds, no more.
 
     Args:
         values: one a seed.
@@ -85,13 +87,17 @@ class Summary(NamedTuple):
     before: float  # source loss of the pretrained encoder; NaN where none is measured
     source: Interval  # source loss after training
     kept: float  # share that it keeps of what the reference forgets; NaN where that is next to nothing
-    bbc: Interval  # BBC title recall at 1
+    titles_before: float  # BBC title recall at 1 of the pretrained encoder, and so on
+    titles: Interval
+    titles_kept: float
     distance: Interval  # to the anchor
     gain: Interval  # of the target task's figure over the reference's, seed by seed
 
 
 def summarize(rows: Sequence[Row]) -> list[Summary]:
     """Summaries by arm, in the order in which arms appear.
+
+    Each arm is held against `REFERENCE`; those named "CASE, METHOD" against "CASE, AdamW", if it is there.
 
     Args:
         rows: rows of one target task and one encoder.
@@ -102,8 +108,11 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
     arms: dict[str, list[Row]] = {}
     for row in rows:
         arms.setdefault(row.entry.arm, []).append(row)
-    reference = next((arms[name] for name in REFERENCE if name in arms), None)
-    return [_summary(arm, members, reference) for arm, members in arms.items()]
+    references = {arm: (f"{arm.rpartition(', ')[0]}, AdamW", *REFERENCE) for arm in arms}
+    return [
+        _summary(arm, members, next((arms[name] for name in references[arm] if name in arms), []))
+        for arm, members in arms.items()
+    ]
 
 
 def _figure(rows: Sequence[Row], name: str) -> Interval:
@@ -122,9 +131,19 @@ def _gain(rows: Sequence[Row], reference: Sequence[Row]) -> Interval:
     return median_of(differences) if differences else Interval(np.nan, np.nan, np.nan)
 
 
-def _forgotten(rows: Sequence[Row]) -> float:
-    values = [r.figures[SOURCE] - r.figures[f"{SOURCE}_before"] for r in rows if SOURCE in r.figures]
+def _before(rows: Sequence[Row], name: str) -> float:
+    return rows[0].figures.get(f"{name}_before", np.nan)
+
+
+def _forgotten(rows: Sequence[Row], name: str) -> float:
+    sign = -1 if name == TITLES else 1
+    values = [sign * (r.figures[name] - r.figures[f"{name}_before"]) for r in rows if name in r.figures]
     return float(np.median(values)) if values else np.nan
+
+
+def _kept(rows: Sequence[Row], reference: Sequence[Row], name: str) -> float:
+    lost = _forgotten(reference, name)
+    return 1 - _forgotten(rows, name) / lost if lost > LITTLE * _before(rows, name) else np.nan
 
 
 def _settings(arm: str, trial: Trial) -> str:
@@ -136,19 +155,18 @@ def _settings(arm: str, trial: Trial) -> str:
     return " ".join(f"{name}={getattr(trial, name)}" for name in names)
 
 
-def _summary(arm: str, rows: list[Row], reference: list[Row] | None) -> Summary:
-    target = _target(rows)
-    lost = _forgotten(reference) if reference else np.nan
-    before = rows[0].figures.get(f"{SOURCE}_before", np.nan)
+def _summary(arm: str, rows: list[Row], reference: Sequence[Row]) -> Summary:
     return Summary(
         arm=arm,
         rows=rows,
         settings=_settings(arm, rows[0].trial),
-        target=target,
-        before=before,
+        target=_target(rows),
+        before=_before(rows, SOURCE),
         source=_figure(rows, SOURCE),
-        kept=1 - _forgotten(rows) / lost if lost > LITTLE * before else np.nan,
-        bbc=_figure(rows, "bbc_recall_at_1"),
+        kept=_kept(rows, reference, SOURCE),
+        titles_before=_before(rows, TITLES),
+        titles=_figure(rows, TITLES),
+        titles_kept=_kept(rows, reference, TITLES),
         distance=_figure(rows, "distance"),
-        gain=_gain(rows, reference or []),
+        gain=_gain(rows, reference),
     )
