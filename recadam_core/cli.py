@@ -23,7 +23,7 @@ def main() -> None:
     """Run the command line; bad input ends it with one line and exit code 2."""
     try:
         # A supervisor's SIGTERM ends a run as Ctrl-C does: child processes with it, directories true.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, _end)
         _run()
     except RecAdamError as error:
         _fail(str(error))
@@ -36,6 +36,11 @@ def main() -> None:
     except (KeyboardInterrupt, Interrupted) as error:
         print("; ".join(filter(None, ("recadam: interrupted", str(error)))), file=sys.stderr)
         sys.exit(130)
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice, and would interrupt the end
+    raise KeyboardInterrupt
 
 
 def _run() -> None:

@@ -522,7 +522,7 @@ def experiment(
         os.cpu_count() or 1
     ),
     data: Annotated[str, typer.Option(help="glue: the folder of the official files, or 'hub'.")] = "",
-    preset: Annotated[str, typer.Option(help="glue: bert-base or albert-xxlarge.")] = "bert-base",
+    preset: Annotated[str, typer.Option(help="glue: bert-base (default) or albert-xxlarge.")] = "",
 ) -> None:
     """Run one of the paper's experiments, or go on with it, and write its table and its page."""
     from .experiments.report import write_experiment
@@ -530,6 +530,8 @@ def experiment(
 
     if name not in EXPERIMENTS:
         raise unknown("experiment", name, EXPERIMENTS)
+    if name != "glue" and (data or preset):
+        raise RecAdamError(f"experiment {name!r} reads no --data and no --preset; they are for 'glue'")
     defaults = Options()
     options = Options(
         seeds=tuple(range(seeds)) if seeds else defaults.seeds[: 2 if quick else None],
@@ -540,7 +542,7 @@ def experiment(
         arms=tuple(arm or ()),
         quick=quick,
         data=data,
-        preset=preset,
+        preset=preset or defaults.preset,
     )
     folder = out or Path("runs/experiments") / (f"{name}-quick" if quick else name)
     if folder.exists() and not folder.is_dir():
@@ -550,9 +552,8 @@ def experiment(
             results = run_experiment(EXPERIMENTS[name], options, folder, jobs, tell)
     except KeyboardInterrupt:
         raise Interrupted(f"{folder} has what is done; run it again, and it goes on") from None
-    for row in results.rows.values():
-        if row.error:
-            print(f"failed: {row.trial.command}: {row.error}", file=sys.stderr)
+    for row in results.failed(EXPERIMENTS[name].entries(options, results)):
+        print(f"failed: {row.trial.command}: {row.error}", file=sys.stderr)
     print(write_experiment(name, results, options))
 
 

@@ -32,6 +32,8 @@ def run(*words, **variables):
         ["plain_loop.py", "--bfloat16", "--rounding", "compensated"],
         ["trainer.py"],
         ["lora.py"],
+        ["recipe.py"],
+        ["recipe.py", "--plain"],
         ["jax_nnx.py"],
         ["jax_equinox.py"],
     ],

@@ -242,6 +242,13 @@ def test_the_table_comes_back_as_it_was(tmp_path):
             "line 2: damaged (no accuracy); delete that line, and its tri",
         ),
         (lambda text: text.replace(b"\ntune", b"\ntnue"), "line 2: damaged (stage 'tnue'); delete that line"),
+        (lambda text: text.replace(b"0.53", b"7.5"), "line 2: damaged (accuracy is 7.5); delete that line"),
+        (
+            lambda text: text + text.splitlines(keepends=True)[1],
+            "'adamw' has 'recadam trial seed=1000' twice; delete one of the lines",
+        ),
+        (lambda text: b"", "no column 'stage' in its first line; delete the file, or give another folder by"),
+        (lambda text: b"a,b\n1,2\n", "no column 'stage' in its first line; delete the file"),
         (
             lambda text: text[:-30],
             "damaged after line 2 (it has not as many columns as the first line); mend it",
@@ -352,6 +359,8 @@ def test_what_cannot_be_trained_is_said(encoders, tmp_path):
         run_trial(Trial(model=str(folder), **SMALL))
     with pytest.raises(RecAdamError, match="probe_head: no row of class"):
         run_trial(Trial(target="topics", method="frozen", model=encoders["bert"], **{**SMALL, "rows": 10}))
+    with pytest.raises(RecAdamError, match="batch_size is 25; there are 24 rows, give no more"):
+        run_trial(Trial(model=encoders["bert"], **{**SMALL, "batch_size": 25}))
 
 
 def test_init_random_starts_elsewhere_and_is_pulled_home(encoders):
@@ -474,13 +483,18 @@ def test_a_trial_that_diverges_is_a_row_of_its_own(encoders, recadam, tmp_path):
     with pytest.raises(RecAdamError, match=r"failed, as all of recadam did: .*diverges \(2 or more\)"):
         results.some([entry])
     results.add(row("adamw", 0.5, 1.25, 0, "test"))
-    for accuracy, settings in enumerate(ARMS["adamw"].trials):
-        results.add(row("adamw", accuracy / 10, 1.0, split="validation", **settings))
+    tuned = [
+        row("adamw", accuracy / 10, 1.0, split="validation", **settings)
+        for accuracy, settings in enumerate(ARMS["adamw"].trials)
+    ]
+    for each in (dataclasses.replace(tuned[0], figures={}, error="step 3 is lost"), *tuned[1:]):
+        results.add(each)
     chosen = EXPERIMENTS["comparison"].stages[1](Options(seeds=(0,), arms=("adamw",)), results)
     assert [entry.trial for entry in chosen] == [Trial(lr=8e-4)]
     results.add(row("adamw", 0.5, 1.25, 0, "test", lr=8e-4))
     page = write_experiment("comparison", results, Options(seeds=(0,), arms=("adamw",))).read_text()
-    assert "failed: step" in page
+    assert "failed: step 3 is lost" in page
+    assert found.error not in page  # of no trial of this grid
 
 
 @pytest.mark.heavy
@@ -553,6 +567,11 @@ def test_the_same_trial_in_several_places_is_run_once(tmp_path):
             "recadam: unknown preset 'bert': did you mean 'bert-base'?",
         ),
         (["experiment", "comparison", "--target", "news"], "recadam: unknown target 'news'"),
+        (
+            ["experiment", "comparison", "--preset", "bert-base"],
+            "recadam: experiment 'comparison' reads no --data and no --preset; they are for 'glue'",
+        ),
+        (["experiment", "comparison", "--model", "minilm-l9"], "recadam: unknown model 'minilm-l9': did you"),
     ],
 )
 def test_bad_input_is_one_line(recadam, tmp_path, arguments, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from recadam_core.experiments.grids import EXPERIMENTS, Options
 from recadam_core.experiments.report import write_experiment
 from recadam_core.experiments.run import _row
 from recadam_core.experiments.table import Results
+from recadam_torch.classifiers import Classifier
 
 # Header and columns of each task's files; CoLA's have no header. `{a}`, `{b}` are texts, `{y}` the label.
 OFFICIAL = {
@@ -128,6 +130,7 @@ def test_the_papers_settings():
         ("0\tthe man\tmaybe", r"line 2 has 3 columns; fetch the file again"),
         ("0\tthe man\ta man\tmaybe", r"the label of row 1 is 'maybe', not entailment or not_entailment"),
         (None, "no rows; fetch it again"),
+        ("", r"train.tsv: empty; give the official files"),
         (
             "0\tthe man\ta man\tentailment",
             "glue/RTE: one training row, and some are kept out; fetch the file",
@@ -138,10 +141,39 @@ def test_the_papers_settings():
 def test_damaged_files_are_named(tmp_path, line, message):
     (tmp_path / "RTE").mkdir()
     for part in ("train", "dev"):
-        text = OFFICIAL["RTE"][0] + "\n" + (f"{line}\n" if line else "")
+        text = OFFICIAL["RTE"][0] + "\n" + (f"{line}\n" if line else "") if line != "" else ""
         (tmp_path / "RTE" / f"{part}.tsv").write_text(text, encoding="latin-1")
     with pytest.raises(RecAdamError, match=message):
         glue.read("RTE", str(tmp_path))
+
+
+def test_a_score_is_from_0_to_5(tmp_path):
+    (tmp_path / "STS-B").mkdir()
+    header, line = OFFICIAL["STS-B"]
+    for part in ("train", "dev"):
+        (tmp_path / "STS-B" / f"{part}.tsv").write_text(f"{header}\n{line.format(a='a', b='b', y='500')}\n")
+    with pytest.raises(RecAdamError, match=r"the label of row 1 is 500.0, not a score from 0 to 5"):
+        glue.read("STS-B", str(tmp_path))
+
+
+def test_a_head_of_another_task_is_not_taken(folder, encoders, tmp_path):
+    """Whether it has as many classes or not."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    shutil.copytree(encoders["bert"], tmp_path, dirs_exist_ok=True)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
+    torch.nn.init.constant_(model.classifier.weight, 7.0)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    other = Classifier(str(tmp_path), 2)
+    assert other.new == {"body.classifier.weight", "body.classifier.bias"}
+    assert 0 < float(other.body.classifier.weight.detach().abs().max()) < 0.2
+    assert torch.equal(other.body.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
+    for name in ("RTE", "STS-B"):
+        place = {"target": f"glue/{name}", "data": folder, "model": str(tmp_path), "rows": 0}
+        figures = run_trial(Trial(method="recadam", steps=2, batch_size=4, max_length=16, **place))
+        assert figures["distance"] > 0
 
 
 def test_other_columns_are_named(tmp_path):

@@ -181,6 +181,12 @@ def test_bad_input_is_named_in_one_line(importance, more, message):
     assert str(caught.value).startswith(message)
 
 
+def test_what_has_no_anchor_has_no_importance():
+    group = {"params": [("w", torch.nn.Parameter(torch.ones(2)))], "importance": {"w": torch.ones(2)}}
+    with pytest.raises(rc.RecAdamError, match="a group has an importance and says 'anchored': False"):
+        RecAdam([{**group, "anchored": False}])
+
+
 def test_importance_needs_names():
     with pytest.raises(rc.RecAdamError, match="importance is matched by name; pass"):
         RecAdam([torch.nn.Parameter(torch.ones(2))], importance={"w": torch.ones(2)})
@@ -255,6 +261,23 @@ W = torch.ones(2, requires_grad=True)
 def test_importance_of_nothing_is_named(losses, message):
     with pytest.raises(rc.RecAdamError, match=message):
         importance_of({"w": W}, losses)
+
+
+def test_parameters_are_weighed_by_name():
+    model = torch.nn.Linear(2, 1)
+    found = importance_of(model.named_parameters(), [model(torch.ones(1, 2)).sum()])
+    assert list(found) == ["weight", "bias"]
+    loss = [model(torch.ones(1, 2)).sum()]
+    with pytest.raises(
+        rc.RecAdamError, match=r"importance: the parameters are a generator; give model\.named"
+    ):
+        importance_of(model.parameters(), loss)
+    with pytest.raises(
+        rc.RecAdamError, match="importance: the features are one tensor; give a list or gener"
+    ):
+        feature_importance(model.named_parameters(), model(torch.ones(1, 2)))
+    with pytest.raises(rc.RecAdamError, match="importance: the losses of batch 0 are a float; give a tensor"):
+        importance_of(model.named_parameters(), [1.0])
 
 
 def over(backend, importance, steps=12):

@@ -21,14 +21,16 @@ Batch = dict[str, Tensor]
 
 
 class Classifier(nn.Module):
-    """A checkpoint with the head that its own library gives it, as GLUE is done.
+    """A checkpoint with a new head, of the kind that its own library gives it, as GLUE is done.
+
+    Where the checkpoint has a head already, of another task, it is not taken.
 
     Args:
         name: of the checkpoint; see `recadam_core.finetuning.archives.model_folder`.
         classes: number of classes; 1 for scores.
 
     Raises:
-        RecAdamError: when there is no such encoder.
+        RecAdamError: when there is no such encoder, or its weights are not those of its configuration.
     """
 
     def __init__(self, name: str, classes: int) -> None:
@@ -36,9 +38,23 @@ class Classifier(nn.Module):
         from transformers import AutoModelForSequenceClassification
 
         kind: Any = AutoModelForSequenceClassification
-        self.tokenizer, (model, info) = _loaded(name, kind, num_labels=classes, output_loading_info=True)
+        self.tokenizer, (model, info) = _loaded(
+            name, kind, num_labels=classes, output_loading_info=True, ignore_mismatched_sizes=True
+        )
         self.body: Any = model
-        self.new = {f"body.{parameter}" for parameter in info["missing_keys"]}
+        encoder = {id(p) for p in model.base_model.parameters()}
+        head = {parameter for parameter, p in model.named_parameters() if id(p) not in encoder}
+        for parameter, *_ in info["mismatched_keys"]:
+            if parameter not in head:
+                raise RecAdamError(
+                    f"model {name!r}: {parameter!r} is not of the shape that config.json says; save it again"
+                )
+        for module in model.modules():
+            if any(id(p) not in encoder for p in module.parameters(recurse=False)):
+                for p in module.parameters(recurse=False):
+                    p._is_hf_initialized = False  # or what was loaded would stay
+                model._init_weights(module)
+        self.new = {f"body.{parameter}" for parameter in head | set(info["missing_keys"])}
 
     def forward(self, batch: Batch) -> Tensor:
         """Scores, of shape (rows, classes)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from recadam_core import RecAdamError, importance_from
 __all__ = ["feature_importance", "importance_of"]
 
 
-def importance_of(params: Mapping[str, Tensor], losses: Iterable[Tensor]) -> dict[str, Tensor]:
+def importance_of(
+    params: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], losses: Iterable[Tensor]
+) -> dict[str, Tensor]:
     r"""Weigh parameters by their squared gradients, as EWC does with the old task's loss.
 
     Math:
@@ -21,8 +23,8 @@ def importance_of(params: Mapping[str, Tensor], losses: Iterable[Tensor]) -> dic
         `recadam_core.importance_from`; with batches of one row EWC's empirical Fisher information
 
     Args:
-        params: the anchored parameters by name, at their pretrained values. What needs no gradient has no
-            importance.
+        params: the anchored parameters by name, or as `named_parameters()` has them, at their pretrained
+            values. What needs no gradient has no importance.
         losses: a scalar of each batch, made as they are asked for, so that one graph at a time is in memory.
             A few dozen small batches do.
 
@@ -40,12 +42,13 @@ def importance_of(params: Mapping[str, Tensor], losses: Iterable[Tensor]) -> dic
 
     Source: elastic weight consolidation, arXiv 1612.00796, equation 3.
     """
+    params = _by_name(params)
     sums = {  # at least float32: squares leave the range of float16
         name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
         for name, p in params.items()
     }
     wanted = {name: p for name, p in params.items() if p.requires_grad}
-    for batch, loss in enumerate(losses):
+    for batch, loss in enumerate(_tensors(losses, "losses")):
         if loss.ndim:
             shape = tuple(loss.shape)
             raise RecAdamError(f"importance: the loss of batch {batch} has shape {shape}; give a scalar")
@@ -72,7 +75,7 @@ def importance_of(params: Mapping[str, Tensor], losses: Iterable[Tensor]) -> dic
 
 
 def feature_importance(
-    params: Mapping[str, Tensor], features: Iterable[Tensor], seed: int = 0
+    params: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], features: Iterable[Tensor], seed: int = 0
 ) -> dict[str, Tensor]:
     r"""Weigh parameters by how far each moves the features of some texts or images; no labels, no old data.
 
@@ -81,7 +84,7 @@ def feature_importance(
         $\|f_\theta(x) - f_{\theta^*}(x)\|^2$ in $\theta_i$ at the anchor; scaled as in `importance_of`
 
     Args:
-        params: the anchored parameters by name, at their pretrained values.
+        params: as of `importance_of`.
         features: what the encoder makes of each batch, of shape (rows, width), with its graph.
         seed: of the u.
 
@@ -105,4 +108,29 @@ def feature_importance(
         found = found.to(torch.promote_types(found.dtype, torch.float32))
         return (found * torch.randn(found.shape, generator=generator).to(found)).sum()
 
-    return importance_of(params, map(projected, features))
+    return importance_of(params, map(projected, _tensors(features, "features")))
+
+
+def _by_name(params: Any) -> dict[str, Tensor]:
+    """A dict, or the pairs of `named_parameters()`."""
+    try:
+        found = dict(params)
+    except (TypeError, ValueError):
+        found = {}
+    if not found or not all(isinstance(p, Tensor) for p in found.values()):
+        raise RecAdamError(
+            f"importance: the parameters are a {type(params).__name__}; give model.named_parameters() or a "
+            "dict of tensors by name"
+        )
+    return found
+
+
+def _tensors(given: Iterable[Any], what: str) -> Iterator[Tensor]:
+    if isinstance(given, Tensor):
+        raise RecAdamError(f"importance: the {what} are one tensor; give a list or generator of one a batch")
+    for batch, x in enumerate(given):
+        if not isinstance(x, Tensor):
+            raise RecAdamError(
+                f"importance: the {what} of batch {batch} are a {type(x).__name__}; give a tensor"
+            )
+        yield x

@@ -54,14 +54,22 @@ def probe_head(head: nn.Module, features: Any, labels: Any, inverse_strength: fl
         raise RecAdamError(f"probe_head: the head is a {type(head).__name__}; give the linear layer in it")
     if head.out_features < 2:
         raise RecAdamError("probe_head: the head has one output; give a layer with one for each class")
-    given = torch.as_tensor(features).detach().cpu()
+    try:
+        given, y = torch.as_tensor(features).detach().cpu(), torch.as_tensor(labels).cpu().numpy()
+        if given.is_complex():
+            raise TypeError
+    except (TypeError, ValueError, RuntimeError):
+        raise RecAdamError(
+            "probe_head: the features or labels are no arrays of real numbers; number the classes from 0"
+        ) from None
     x = given.to(torch.promote_types(given.dtype, torch.float32)).numpy()  # numpy has no bfloat16
-    y = torch.as_tensor(labels).cpu().numpy()
     if x.ndim != 2 or y.shape != x.shape[:1] or x.shape[1] != head.in_features:
         raise RecAdamError(
             f"probe_head: features of shape {x.shape} and labels of shape {y.shape} for a head of "
             f"{head.in_features} inputs; give a row of features and a class number for each example"
         )
+    if not (np.isin(y, np.arange(len(y) + head.out_features))).all():
+        raise RecAdamError("probe_head: the labels are no class numbers; number the classes from 0")
     finite = np.isfinite(x).all(axis=1)
     if not finite.all():
         raise RecAdamError(
@@ -71,10 +79,11 @@ def probe_head(head: nn.Module, features: Any, labels: Any, inverse_strength: fl
         raise RecAdamError("probe_head: the head has no bias; give one that has")
     classes, there = set(range(head.out_features)), set(y.tolist())
     if classes != there:
-        which = (
-            f"no row of class {min(classes - there)}" if classes - there else f"class {max(there - classes)}"
+        other = there - classes
+        which = f"class {min(other)}" if other else f"no row of class {min(classes - there)}"
+        raise RecAdamError(
+            f"probe_head: {which}, and the head has {len(classes)}; give rows of each, numbered from 0"
         )
-        raise RecAdamError(f"probe_head: {which}, and the head has {len(classes)}; give rows of each class")
     fitted = LogisticRegression(C=inverse_strength, max_iter=2000).fit(x, y)
     weight, bias = fitted.coef_, fitted.intercept_
     if len(weight) == 1:  # of two classes it has the second's score alone

@@ -192,6 +192,10 @@ def _train(trial: Trial, subject: _Subject, train: Encoded, texts: Texts, classe
         probe_head(subject.module.classifier, features, texts.labels, trial.inverse_strength)
     if not trains:
         return {"distance": subject.distance(), "curve": []}
+    if trial.batch_size > len(texts):
+        raise RecAdamError(
+            f"{trial.command}: batch_size is {trial.batch_size}; there are {len(texts)} rows, give no more"
+        )
     wanted = torch.tensor(texts.labels, device=subject.device)
     loss_of: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
     if classes == 1:

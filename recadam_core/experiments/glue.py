@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,8 +175,10 @@ def check(name: str, data: str) -> None:
     if name not in TASKS:
         raise unknown("GLUE task", name, TASKS)
     if not data:
-        where = f"{name}/train.tsv"
-        raise RecAdamError(f"glue/{name}: no data; give --data FOLDER with {where} in it, or --data hub")
+        raise RecAdamError(
+            f"glue/{name}: no data; give --data FOLDER with {name}/train.tsv in it, or --data hub; a trial "
+            "takes it as data=FOLDER"
+        )
     for part in () if data == "hub" else ("train", TASKS[name].dev):
         if not (path := Path(data) / name / f"{part}.tsv").is_file():
             raise RecAdamError(f"{path}: not there; give --data the folder of the official GLUE files")
@@ -233,7 +234,9 @@ def _official(task: GlueTask, path: Path) -> Iterable[tuple[str, str, str]]:
         rows = _whole(path, reader)
         places = task.columns
         if not isinstance(places[0], int):
-            header = next(rows, [])
+            header = next(rows, None)
+            if header is None:
+                raise RecAdamError(f"{path}: empty; give the official files")
             absent = [x for x in places if x and x not in header]
             if absent:
                 raise RecAdamError(
@@ -270,10 +273,10 @@ def _texts(name: str, where: str, rows: Iterable[tuple[str, str, Any]]) -> Texts
             if task.labels and isinstance(label, str):
                 label = task.labels.index(label)
             label = float(label)
-            if label not in range(len(task.labels)) if task.labels else not math.isfinite(label):
+            if label not in range(len(task.labels)) if task.labels else not 0 <= label <= 5:
                 raise ValueError
         except ValueError:
-            says = " or ".join(task.labels) or "a number"
+            says = " or ".join(task.labels) or "a score from 0 to 5"
             raise RecAdamError(
                 f"{where}: the label of row {number} is {label!r}, not {says}; fetch it again"
             ) from None

@@ -84,6 +84,10 @@ class Experiment:
     stages: tuple[Stage, ...]
     count: Callable[[Options], tuple[int, ...]] = lambda options: ()
 
+    def entries(self, options: Options, results: Results) -> list[Entry]:
+        """Every entry of every stage."""
+        return [entry for stage in self.stages for entry in stage(options, results)]
+
     def later(self, options: Options, stage: Stage) -> int:
         """How many entries the stages after this one will have."""
         counts = self.count(options)

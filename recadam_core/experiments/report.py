@@ -42,14 +42,19 @@ def write_experiment(name: str, results: Results, options: Options) -> Path:
 
     stages = [results.of(stage(options, results)) for stage in EXPERIMENTS[name].stages]
     tested, tuning = stages[-1], stages[0] if len(stages) > 1 else []
+    failed = results.failed(EXPERIMENTS[name].entries(options, results))
     if not tested:
-        raise RecAdamError(f"{results.folder}: no row of a test yet; let the experiment run on")
+        why = (
+            "every trial failed; mend that, and run again"
+            if failed
+            else "none yet; let the experiment run on"
+        )
+        raise RecAdamError(f"{results.folder}: no row of a test, {why}")
     sections = []
     for model, target in dict.fromkeys((row.trial.model, row.trial.target) for row in tested):
         rows = [row for row in tested if (row.trial.model, row.trial.target) == (model, target)]
         tuned = [row for row in tuning if (row.trial.model, row.trial.target) == (model, target)]
         sections.append(_section(name, model, target, rows, tuned, results.folder))
-    failed = [row for row in results.rows.values() if row.error]
     environment = Environment(loader=PackageLoader("recadam_core.experiments"), autoescape=True)
     page = environment.get_template("experiment.html.j2").render(
         title=name, about=EXPERIMENTS[name].about, sections=sections, failed=failed, quick=options.quick

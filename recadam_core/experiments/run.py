@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecAdamError
-from ..finetuning.archives import fetch
+from ..finetuning.archives import fetch, model_folder
 from ..finetuning.processes import settle, shares, thread_limits
-from .data import archives
+from .data import archives, target_of
 from .grids import Experiment, Options
 from .table import Entry, Results, Row
 from .trial import Trial, run_trial
@@ -102,8 +102,7 @@ def _run(
                 entry for entry in planned if entry.name not in results.rows or results.rows[entry.name].error
             ]
             finished += len(planned) - len(waiting)
-            for name in dict.fromkeys(n for e in waiting for n in archives(e.trial.target, e.trial.model)):
-                fetch(name)
+            _prepare([entry.trial for entry in waiting])
             total = finished + len(waiting) + experiment.later(options, stage)
             told(finished, "", total)
             for row in _each(pool, waiting, results):
@@ -119,6 +118,16 @@ def _run(
         queue.close()
         for name, value in held.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _prepare(trials: Sequence[Trial]) -> None:
+    """Fetch what they read, and find what is wrong with it before any of them has run."""
+    for name in dict.fromkeys(name for t in trials for name in archives(t.target, t.model)):
+        fetch(name)
+    for model in dict.fromkeys(t.model for t in trials):
+        model_folder(model)
+    for target, data in dict.fromkeys((t.target, t.data) for t in trials if t.data):
+        target_of(target, data)
 
 
 def _each(pool: ProcessPoolExecutor, entries: Sequence[Entry], results: Results) -> Iterator[Row]:

@@ -82,6 +82,8 @@ class Row:
         for name in needed:
             if name not in self.figures:
                 return f"no {name}"
+        if not 0 <= (accuracy := self.figures.get("accuracy", 0)) <= 1:
+            return f"accuracy is {accuracy}"
         return next((f"{n} is {x}" for n, x in self.figures.items() if not math.isfinite(x)), "")
 
 
@@ -101,9 +103,14 @@ class Results:
         if folder is not None and (folder / TABLE).exists():
             curves = self._read_curves()
             for row in self._read_table(curves):
+                if row.entry.name in self.rows:
+                    arm, command = row.entry.arm, row.trial.command
+                    raise RecAdamError(
+                        f"{folder / TABLE}: {arm!r} has {command!r} twice; delete one of the lines"
+                    )
                 self.rows[row.entry.name] = row
 
-    def _lines(self, name: str) -> Iterable[tuple[int, dict[str, str]]]:
+    def _lines(self, name: str, needed: Iterable[str]) -> Iterable[tuple[int, dict[str, str]]]:
         path = self.folder / name
         if not path.exists():
             return
@@ -111,10 +118,18 @@ class Results:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             try:
+                absent = [x for x in needed if x not in (reader.fieldnames or ())]
+                if absent:
+                    raise RecAdamError(
+                        f"{path}: no column {absent[0]!r} in its first line; delete the file, or give "
+                        "another folder by --out"
+                    )
                 for line in reader:
                     if None in line or None in line.values():
                         raise ValueError("it has not as many columns as the first line")
                     yield reader.line_num, line
+            except RecAdamError:
+                raise
             except (ValueError, csv.Error) as error:
                 raise RecAdamError(
                     f"{path}: damaged after line {reader.line_num} ({error}); mend it, or delete the file"
@@ -123,7 +138,7 @@ class Results:
     def _read_curves(self) -> dict[str, list[dict[str, float]]]:
         curves: dict[str, list[dict[str, float]]] = {}
         try:
-            for _, line in self._lines(CURVES):
+            for _, line in self._lines(CURVES, ("key", *POINTS)):
                 point = {name: float(line[name]) for name in POINTS if line[name]}
                 curves.setdefault(line["key"], []).append(point)
         except (KeyError, ValueError, TypeError) as error:
@@ -131,7 +146,7 @@ class Results:
         return curves
 
     def _read_table(self, curves: Mapping[str, list[dict[str, float]]]) -> Iterable[Row]:
-        for number, line in self._lines(TABLE):
+        for number, line in self._lines(TABLE, ("stage", "arm", "method", *FIGURES, "error")):
             try:
                 read = Trial.reads(line["method"], line.get("head", ""))
                 trial = Trial.parse(
@@ -186,6 +201,11 @@ class Results:
         """Rows of these entries, in their order; without those that failed or are still to come."""
         found = (self.rows.get(entry.name) for entry in entries)
         return [row for row in found if row is not None and not row.error]
+
+    def failed(self, entries: Iterable[Entry]) -> list[Row]:
+        """Rows of these entries that say why they have no figures."""
+        found = (self.rows.get(entry.name) for entry in entries)
+        return [row for row in found if row is not None and row.error]
 
     def some(self, entries: Sequence[Entry]) -> list[Row]:
         """As `of`, of entries that have been tried.
