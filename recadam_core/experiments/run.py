@@ -122,10 +122,10 @@ def _run(
 
 def _prepare(trials: Sequence[Trial]) -> None:
     """Fetch what they read, and find what is wrong with it before any of them has run."""
-    for name in dict.fromkeys(name for t in trials for name in archives(t.target, t.model)):
-        fetch(name)
     for model in dict.fromkeys(t.model for t in trials):
         model_folder(model)
+    for name in dict.fromkeys(name for t in trials for name in archives(t.target, t.model)):
+        fetch(name)
     for target, data in dict.fromkeys((t.target, t.data) for t in trials if t.data):
         target_of(target, data)
 

