@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -552,7 +553,7 @@ def experiment(
             results = run_experiment(EXPERIMENTS[name], options, folder, jobs, tell)
     except KeyboardInterrupt:
         raise Interrupted(f"{folder} has what is done; run it again, and it goes on") from None
-    for row in results.failed(EXPERIMENTS[name].entries(options, results)):
+    for row in results.failed(chain(*EXPERIMENTS[name].planned(options, results))):
         print(f"failed: {row.trial.command}: {row.error}", file=sys.stderr)
     print(write_experiment(name, results, options))
 

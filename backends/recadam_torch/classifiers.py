@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from recadam_core import RecAdamError
 from recadam_core.finetuning.archives import model_folder
 
-__all__ = ["Batch", "Classifier", "Encoded", "SentenceClassifier", "set_dropout"]
+__all__ = ["Batch", "Classifier", "Encoded", "SentenceClassifier", "renew", "set_dropout"]
 
 Array = np.ndarray[Any, Any]
 Batch = dict[str, Tensor]
@@ -49,11 +49,7 @@ class Classifier(nn.Module):
                 raise RecAdamError(
                     f"model {name!r}: {parameter!r} is not of the shape that config.json says; save it again"
                 )
-        for module in model.modules():
-            if any(id(p) not in encoder for p in module.parameters(recurse=False)):
-                for p in module.parameters(recurse=False):
-                    p._is_hf_initialized = False  # or what was loaded would stay
-                model._init_weights(module)
+        renew(model, (m for m in model.modules() if {id(p) for p in m.parameters(recurse=False)} - encoder))
         self.new = {f"body.{parameter}" for parameter in head | set(info["missing_keys"])}
 
     def forward(self, batch: Batch) -> Tensor:
@@ -96,6 +92,14 @@ class SentenceClassifier(nn.Module):
         """Scores, of shape (rows, classes)."""
         scores: Tensor = self.classifier(self.features(batch))
         return scores
+
+
+def renew(model: Any, modules: Iterable[Any]) -> None:
+    """Draw the own parameters of modules of a Hugging Face model anew, whatever was loaded."""
+    for module in modules:
+        for p in module.parameters(recurse=False):
+            p._is_hf_initialized = False  # or what was loaded would stay
+        model._init_weights(module)
 
 
 def _loaded(name: str, kind: Any, **settings: Any) -> tuple[Any, Any]:

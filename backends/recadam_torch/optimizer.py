@@ -186,10 +186,9 @@ class RecAdam(Optimizer):
         check_settings(settings)
         hp, _ = group_policy(settings)
         rate_of(settings["lr"], hp)
-        if own is not None and not settings["anchored"]:
-            raise RecAdamError("RecAdam: a group has anchors and says 'anchored': False; leave one out")
-        if param_group.get("importance") is not None and not settings["anchored"]:
-            raise RecAdamError("RecAdam: a group has an importance and says 'anchored': False; leave one out")
+        for what, given in (("anchors", own), ("an importance", param_group.get("importance"))):
+            if given is not None and not settings["anchored"]:
+                raise RecAdamError(f"RecAdam: a group has {what} and says 'anchored': False; leave one out")
         anchors = self._anchors if own is None else own
         super().add_param_group(group)
         group = self.param_groups[-1]

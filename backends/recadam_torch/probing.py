@@ -68,7 +68,7 @@ def probe_head(head: nn.Module, features: Any, labels: Any, inverse_strength: fl
             f"probe_head: features of shape {x.shape} and labels of shape {y.shape} for a head of "
             f"{head.in_features} inputs; give a row of features and a class number for each example"
         )
-    if not (np.isin(y, np.arange(len(y) + head.out_features))).all():
+    if not np.isin(y, np.arange(len(y) + head.out_features)).all():
         raise RecAdamError("probe_head: the labels are no class numbers; number the classes from 0")
     finite = np.isfinite(x).all(axis=1)
     if not finite.all():

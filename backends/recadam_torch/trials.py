@@ -21,7 +21,7 @@ from recadam_core.finetuning.engine import coupled_gradients
 from recadam_core.finetuning.run import batch_order
 from recadam_core.finetuning.schedules import learning_rate
 
-from .classifiers import Batch, Classifier, Encoded, SentenceClassifier, set_dropout
+from .classifiers import Batch, Classifier, Encoded, SentenceClassifier, renew, set_dropout
 from .importance import feature_importance, importance_of
 from .optimizer import RecAdam
 from .probing import probe_head
@@ -106,9 +106,7 @@ class _Subject:
         }
         if trial.init == "random":
             torch.manual_seed(trial.seed)  # whatever loading has drawn
-            for p in self.module.body.parameters():
-                p._is_hf_initialized = False  # or what was loaded would stay
-            self.module.body.apply(self.module.body._init_weights)
+            renew(self.module.body, self.module.body.modules())
 
     @property
     def sentences(self) -> bool:

@@ -84,9 +84,9 @@ class Experiment:
     stages: tuple[Stage, ...]
     count: Callable[[Options], tuple[int, ...]] = lambda options: ()
 
-    def entries(self, options: Options, results: Results) -> list[Entry]:
-        """Every entry of every stage."""
-        return [entry for stage in self.stages for entry in stage(options, results)]
+    def planned(self, options: Options, results: Results) -> list[list[Entry]]:
+        """The entries of each stage."""
+        return [stage(options, results) for stage in self.stages]
 
     def later(self, options: Options, stage: Stage) -> int:
         """How many entries the stages after this one will have."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,9 @@ def write_experiment(name: str, results: Results, options: Options) -> Path:
     """
     from jinja2 import Environment, PackageLoader
 
-    stages = [results.of(stage(options, results)) for stage in EXPERIMENTS[name].stages]
-    tested, tuning = stages[-1], stages[0] if len(stages) > 1 else []
-    failed = results.failed(EXPERIMENTS[name].entries(options, results))
+    planned = EXPERIMENTS[name].planned(options, results)
+    tested, tuning = results.of(planned[-1]), results.of(planned[0]) if len(planned) > 1 else []
+    failed = results.failed(chain(*planned))
     if not tested:
         why = (
             "every trial failed; mend that, and run again"

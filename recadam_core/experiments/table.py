@@ -199,13 +199,14 @@ class Results:
 
     def of(self, entries: Iterable[Entry]) -> list[Row]:
         """Rows of these entries, in their order; without those that failed or are still to come."""
-        found = (self.rows.get(entry.name) for entry in entries)
-        return [row for row in found if row is not None and not row.error]
+        return [row for row in self._tried(entries) if not row.error]
 
     def failed(self, entries: Iterable[Entry]) -> list[Row]:
         """Rows of these entries that say why they have no figures."""
-        found = (self.rows.get(entry.name) for entry in entries)
-        return [row for row in found if row is not None and row.error]
+        return [row for row in self._tried(entries) if row.error]
+
+    def _tried(self, entries: Iterable[Entry]) -> list[Row]:
+        return [self.rows[entry.name] for entry in entries if entry.name in self.rows]
 
     def some(self, entries: Sequence[Entry]) -> list[Row]:
         """As `of`, of entries that have been tried.
