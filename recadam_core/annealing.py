@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from ._scalars import host
-from .errors import RecAdamError, check_number, unknown
+from .errors import RecAdamError, check_number, shown, unknown
 
 __all__ = [
     "ANNEALINGS",
@@ -62,6 +63,16 @@ class Annealing(Protocol):
         ...
 
 
+def _settle(annealing: Any, positive: tuple[str, ...] = ()) -> None:
+    """Check an annealing's fields, none of which may be negative, and make Python numbers of them."""
+    for field in dataclasses.fields(annealing):
+        value = getattr(annealing, field.name)
+        number = check_number(
+            type(annealing).__name__, field.name, value, low=0.0, open_low=field.name in positive
+        )
+        object.__setattr__(annealing, field.name, number)
+
+
 @dataclass(frozen=True)
 class Sigmoid:
     r"""Sigmoid annealing, the paper's: $\lambda_t = w\,\sigma(k(t - t_0))$.
@@ -92,10 +103,7 @@ class Sigmoid:
     name: ClassVar[str] = "sigmoid"
 
     def __post_init__(self) -> None:
-        check_number("Sigmoid", "k", self.k, low=0.0, open_low=True)
-        check_number("Sigmoid", "t0", self.t0, low=0.0)
-        check_number("Sigmoid", "weight", self.weight, low=0.0)
-        check_number("Sigmoid", "floor", self.floor, low=0.0)
+        _settle(self, positive=("k",))
 
     @classmethod
     def over(
@@ -125,9 +133,9 @@ class Sigmoid:
             >>> [round(curve.weights(t)[0], 3) for t in (50, 250, 450)]
             [0.1, 0.5, 0.9]
         """
-        check_number("Sigmoid.over", "steps", steps, low=1)
-        check_number("Sigmoid.over", "center", center, low=0.0)
-        check_number("Sigmoid.over", "width", width, low=0.0, open_low=True)
+        steps = check_number("Sigmoid.over", "steps", steps, low=1)
+        center = check_number("Sigmoid.over", "center", center, low=0.0)
+        width = check_number("Sigmoid.over", "width", width, low=0.0, open_low=True)
         return cls(k=2 * math.log(9) / (width * steps), t0=center * steps, weight=weight, floor=floor)
 
     def weights(self, t: Any, xp: Any = None) -> tuple[Any, Any]:
@@ -176,9 +184,7 @@ class Linear:
     name: ClassVar[str] = "linear"
 
     def __post_init__(self) -> None:
-        check_number("Linear", "t0", self.t0, low=0.0, open_low=True)
-        check_number("Linear", "weight", self.weight, low=0.0)
-        check_number("Linear", "floor", self.floor, low=0.0)
+        _settle(self, positive=("t0",))
 
     def weights(self, t: Any, xp: Any = None) -> tuple[Any, Any]:
         """Task and recall weight of step `t`; arguments and returns as in `Sigmoid.weights`."""
@@ -222,8 +228,7 @@ class Constant:
     name: ClassVar[str] = "constant"
 
     def __post_init__(self) -> None:
-        check_number("Constant", "task", self.task, low=0.0)
-        check_number("Constant", "recall", self.recall, low=0.0)
+        _settle(self)
 
     def weights(self, t: Any, xp: Any = None) -> tuple[Any, Any]:
         """The two weights, whatever the step; arguments and returns as in `Sigmoid.weights`."""
@@ -240,14 +245,32 @@ def annealed_weights(annealing: Annealing, t: Any, xp: Any = None) -> tuple[Any,
         xp: array namespace of `t`; None for numbers.
 
     Returns:
-        (task, recall).
+        (task, recall); Python numbers on the host.
+
+    Raises:
+        RecAdamError: when the annealing gives no two numbers; on the host, when one is negative or not
+            finite.
 
     Example:
         >>> annealed_weights(Sigmoid(k=0.1, t0=250), 528)[1]
         0.0
     """
-    task, recall = annealing.weights(t, xp)
-    return task, (xp or host).where(recall < RECALL_FLOOR, 0.0 * recall, recall)
+    found = annealing.weights(t, xp)
+    if not isinstance(found, (tuple, list)) or len(found) != 2:
+        raise RecAdamError(
+            f"{type(annealing).__name__}: weights({shown(t)}) gives {shown(found)}; "
+            "have it give two numbers, (task, recall)"
+        )
+    task, recall = (
+        weight
+        if xp is not None and hasattr(weight, "dtype")
+        else check_number(
+            f"{type(annealing).__name__}, step {shown(t)}", f"the {what} weight", weight, low=0.0
+        )
+        for what, weight in zip(("task", "recall"), found, strict=True)
+    )
+    where = xp.where if hasattr(recall, "dtype") else host.where
+    return task, where(recall < RECALL_FLOOR, 0.0 * recall, recall)
 
 
 ANNEALINGS: dict[str, type[Any]] = {cls.name: cls for cls in (Sigmoid, Linear, Constant)}
@@ -276,7 +299,7 @@ def annealing_to_dict(annealing: Any) -> dict[str, Any]:
     raise RecAdamError(f"annealing {annealing!r} has no name to save it by; add its class to ANNEALINGS")
 
 
-def annealing_from_dict(fields: dict[str, Any]) -> Any:
+def annealing_from_dict(fields: Mapping[str, Any]) -> Any:
     """The annealing that `annealing_to_dict` described.
 
     Args:
@@ -292,8 +315,12 @@ def annealing_from_dict(fields: dict[str, Any]) -> Any:
         >>> annealing_from_dict({"name": "sigmoid", "k": 0.2})
         Sigmoid(k=0.2, t0=250, weight=1.0, floor=0.0)
     """
+    if not isinstance(fields, Mapping):
+        raise RecAdamError(
+            f"annealing: {shown(fields)}; give its name and arguments, as {{'name': 'sigmoid'}}"
+        )
     name = fields.get("name")
-    if name not in ANNEALINGS:
+    if not isinstance(name, str) or name not in ANNEALINGS:
         raise unknown("annealing", name, ANNEALINGS)
     arguments = {key: value for key, value in fields.items() if key != "name"}
     known = {field.name for field in dataclasses.fields(ANNEALINGS[name])}
@@ -324,7 +351,7 @@ def release_step(annealing: Annealing, horizon: int = 2**48) -> int | None:
         return None if own is None else own()
 
     def released(t: int) -> bool:
-        return bool(annealing.weights(t)[1] < RECALL_FLOOR)
+        return bool(annealing.weights(float(t))[1] < RECALL_FLOOR)  # an array may hold no such int
 
     high = 1
     while not released(high):

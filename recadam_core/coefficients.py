@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -10,11 +11,11 @@ from .annealing import annealed_weights
 from .errors import RecAdamError, check_number
 from .hyperparameters import Hyperparameters
 
-__all__ = ["Coefficients", "InstabilityWarning", "check_pull", "coefficients", "is_zero"]
+__all__ = ["Coefficients", "InstabilityWarning", "check_stable", "coefficients", "is_zero"]
 
 
 class InstabilityWarning(UserWarning):
-    """The pull overshoots the anchor in every step (its coefficient is above 1).
+    """The pull, or weight decay, overshoots its goal in every step (its coefficient is above 1).
 
     Example:
         >>> issubclass(InstabilityWarning, UserWarning)
@@ -38,42 +39,53 @@ class Coefficients(NamedTuple):
     decay: Any  # factor of theta
 
 
-def check_pull(pull: float, form: str, where: str) -> None:
-    """Refuse a pull that diverges and warn of one that overshoots.
+def check_stable(pull: float, decay: float, form: str, where: str) -> None:
+    """Refuse a pull or a decay that diverges and warn of one that overshoots.
 
-    The distance to the anchor is multiplied by (1 - pull) each step in the forms `decoupled` and
-    `released`: it changes sign above 1 and grows from 2 on. `proximal` divides by (1 + pull) and is
-    stable at any strength.
+    Without a gradient each step multiplies the distance to where both lead by 1 - pull - decay in the form
+    `decoupled`, by (1 - pull)(1 - decay) in `released` and by (1 - decay)/(1 + pull) in `proximal`: it
+    changes sign above 1 and grows from 2 on.
 
     Args:
         pull: lr * gamma * recall weight of one step.
+        decay: lr * weight_decay of it.
         form: the form of the update.
         where: the place for the message, as in "step 12".
 
     Raises:
-        RecAdamError: when pull >= 2 in a form that diverges.
+        RecAdamError: when pull or decay is 2 or more, or both together are, in a form that diverges.
 
     Warns:
-        InstabilityWarning: when pull > 1 in such a form.
+        InstabilityWarning: when one is above 1 in such a form.
 
     Example:
-        >>> check_pull(5.0, "decoupled", "step 1")
+        >>> check_stable(5.0, 0.0, "decoupled", "step 1")
         Traceback (most recent call last):
         ...
         recadam_core.errors.RecAdamError: step 1: lr * gamma * recall = 5 diverges (2 or more); lower lr or
         gamma, or use form='proximal'
     """
-    if form == "proximal" or pull <= 1.0:
+    proximal = form == "proximal"
+    both = pull + decay if form == "decoupled" else 0.0
+    if (pull <= 1.0 or proximal) and decay <= 1.0 and both <= 1.0:
         return
-    remedy = "lower lr or gamma, or use form='proximal'"
-    if pull >= 2.0:
-        raise RecAdamError(f"{where}: lr * gamma * recall = {pull:g} diverges (2 or more); {remedy}")
-    # One text for all steps, so that Python's default filter shows it once.
-    warnings.warn(
-        f"lr * gamma * recall is above 1: every step overshoots the anchor; {remedy}",
-        InstabilityWarning,
-        stacklevel=3,
-    )
+    damping = 1.0 + pull if proximal else 1.0
+    terms = [
+        ("lr * weight_decay", decay, "zero", "lower lr or weight_decay"),
+        ("lr * (gamma * recall + weight_decay)", both, "its goal", "lower lr, gamma or weight_decay"),
+    ]
+    if not proximal:
+        remedy = "lower lr or gamma, or use form='proximal'"
+        terms.insert(0, ("lr * gamma * recall", pull, "the anchor", remedy))
+    for what, size, _, remedy in terms:
+        if not size - 1.0 < damping:
+            raise RecAdamError(f"{where}: {what} = {size:g} diverges ({1 + damping:g} or more); {remedy}")
+    for what, size, goal, remedy in terms:
+        if size > 1.0:
+            # One text for all steps, so that Python's default filter shows it once.
+            text = f"{what} is above 1: every step overshoots {goal}; {remedy}"
+            warnings.warn(text, InstabilityWarning, stacklevel=3)
+            return
 
 
 def coefficients(
@@ -110,10 +122,11 @@ def coefficients(
         The six coefficients: Python floats on the host, 0-d arrays when traced.
 
     Raises:
-        RecAdamError: on the host, when t < 1, lr is no number >= 0, or the pull diverges.
+        RecAdamError: on the host, when t < 1, lr is no number >= 0, the annealing gives weights that are
+            none, the pull or the decay diverges, or a coefficient is beyond the range of numbers.
 
     Warns:
-        InstabilityWarning: on the host, when the pull overshoots.
+        InstabilityWarning: on the host, when the pull or the decay overshoots.
 
     Example:
         >>> from recadam_core import Hyperparameters, Sigmoid
@@ -127,16 +140,19 @@ def coefficients(
     lr = hp.lr if lr is None else lr
     traced = xp is not None
     if not traced:
+        t = check_number("coefficients", "t", t)
         if t < 1:
             raise RecAdamError(f"coefficients: t is {t!r}; steps count from 1, after the increment")
-        check_number(f"step {t}", "lr", lr, low=0.0)
+        lr = check_number(f"step {t}", "lr", lr, low=0.0)
     xp = xp if traced else host
     # Zeros that the host knows stay Python's: the kernel leaves their terms out, traced or not.
     task, pull, decay = 1.0, 0.0, 0.0
     if anchored:
-        task, recall = annealed_weights(hp.annealing, t, xp)
-        if not is_zero(hp.gamma):
+        task, recall = annealed_weights(hp.annealing, t, xp if traced else None)
+        if not is_zero(hp.gamma) and not is_zero(recall):
             pull = lr * hp.gamma * recall
+            if hasattr(recall, "dtype"):  # traced, where lr * gamma may be infinite
+                pull = xp.where(recall == 0, 0.0 * recall, pull)
     if not is_zero(hp.weight_decay):
         decay = lr * hp.weight_decay
     beta1, beta2 = hp.betas
@@ -149,14 +165,23 @@ def coefficients(
         root = scale = 1.0
     step = lr * task * scale
     if not traced:
-        check_pull(pull, hp.form, f"step {t}")
+        check_stable(pull, decay, hp.form, f"step {t}")
+    eps = hp.eps
     if hp.form == "released":
         keep = 1.0 - decay
-        return Coefficients(beta1, beta2, keep * (1.0 - pull) * step, hp.eps, _scaled(pull, keep), decay)
-    if hp.form == "proximal":
+        step, pull = keep * (1.0 - pull) * step, _scaled(pull, keep)
+    elif hp.form == "proximal":
         shrink = 1.0 / (1.0 + pull)
-        step, pull, decay = shrink * step, _scaled(pull, shrink), _scaled(decay, shrink)
-    return Coefficients(beta1, beta2, step, hp.eps * root, pull, decay)
+        step, decay, eps = shrink * step, _scaled(decay, shrink), eps * root
+        # Beside a pull so large the 1 is lost, and its reciprocal underflows.
+        where = xp.where if hasattr(pull, "dtype") else host.where
+        pull = pull if is_zero(pull) else where(pull > 2.0**60, 1.0 + 0.0 * shrink, shrink * pull)
+    else:
+        eps = eps * root
+    found = Coefficients(beta1, beta2, step, eps, pull, decay)
+    if not traced and not all(map(math.isfinite, found)):
+        raise RecAdamError(f"step {t}: lr = {lr:g} gives coefficients beyond the range of numbers; lower it")
+    return found
 
 
 def is_zero(scalar: Any) -> bool:

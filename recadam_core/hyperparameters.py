@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 from .annealing import Annealing, Sigmoid, annealing_from_dict, annealing_to_dict
-from .errors import RecAdamError, check_number, unknown
+from .errors import RecAdamError, check_flag, check_number, shown, unknown
 
 __all__ = ["FORMS", "Hyperparameters"]
 
@@ -52,25 +53,30 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         where = "Hyperparameters"
-        check_number(where, "lr", self.lr, low=0.0)
+        settled: dict[str, Any] = {
+            name: check_number(where, name, getattr(self, name), low=0.0)
+            for name in ("lr", "eps", "weight_decay", "gamma")
+        }
         try:
-            beta1, beta2 = self.betas
-        except (TypeError, ValueError):
+            beta1, beta2 = () if isinstance(self.betas, (Set, Mapping)) else self.betas
+        except Exception:  # whatever iterating over it raises
             raise RecAdamError(
-                f"{where}: betas is {self.betas!r}; give two numbers, as (0.9, 0.999)"
+                f"{where}: betas is {shown(self.betas)}; give two numbers, as (0.9, 0.999)"
             ) from None
-        object.__setattr__(self, "betas", (beta1, beta2))
-        for name, beta in (("betas[0]", beta1), ("betas[1]", beta2)):
+        settled["betas"] = tuple(
             check_number(where, name, beta, low=0.0, high=1.0, open_high=True)
-        check_number(where, "eps", self.eps, low=0.0)
-        check_number(where, "weight_decay", self.weight_decay, low=0.0)
-        check_number(where, "gamma", self.gamma, low=0.0)
-        if isinstance(self.annealing, type) or not isinstance(self.annealing, Annealing):
+            for name, beta in (("betas[0]", beta1), ("betas[1]", beta2))
+        )
+        settled["bias_correction"] = check_flag(where, "bias_correction", self.bias_correction)
+        weights = getattr(self.annealing, "weights", None)
+        if isinstance(self.annealing, type) or not callable(weights):
             raise RecAdamError(
-                f"{where}: annealing is {self.annealing!r}; give one, as Sigmoid(k=0.1, t0=250)"
+                f"{where}: annealing is {shown(self.annealing)}; give one, as Sigmoid(k=0.1, t0=250)"
             )
-        if self.form not in FORMS:
+        if not isinstance(self.form, str) or self.form not in FORMS:
             raise unknown("form", self.form, FORMS)
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
 
     def replace(self, **changes: Any) -> Hyperparameters:
         """A copy with some values changed, checked again.
@@ -92,7 +98,7 @@ class Hyperparameters:
         return {**values, "betas": list(self.betas), "annealing": annealing_to_dict(self.annealing)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Hyperparameters:
+    def from_dict(cls, values: Mapping[str, Any]) -> Hyperparameters:
         """The settings that `to_dict` described.
 
         Raises:
@@ -102,6 +108,8 @@ class Hyperparameters:
             >>> Hyperparameters.from_dict({"lr": 1e-4}).lr
             0.0001
         """
+        if not isinstance(values, Mapping):
+            raise RecAdamError(f"Hyperparameters: {shown(values)}; give a dict of settings by name")
         known = {f.name for f in dataclasses.fields(cls)}
         for key in values:
             if key not in known:

@@ -32,15 +32,15 @@ def gamma_for(lr: float, *, pull: float | None = None, half_life: float | None =
         >>> gamma_for(1e-4, pull=0.2), round(gamma_for(1e-4, half_life=1))
         (2000.0, 5000)
     """
-    check_number("gamma_for", "lr", lr, low=0.0, open_low=True)
+    lr = check_number("gamma_for", "lr", lr, low=0.0, open_low=True)
     if (pull is None) == (half_life is None):
         raise RecAdamError("gamma_for: give one of pull and half_life")
     if half_life is not None:
-        check_number("gamma_for", "half_life", half_life, low=0.0, open_low=True)
+        half_life = check_number("gamma_for", "half_life", half_life, low=0.0, open_low=True)
         pull = -math.expm1(-math.log(2.0) / half_life)
-    check_number("gamma_for", "pull", pull, low=0.0)
-    assert pull is not None
-    return pull / lr
+    gamma: float = check_number("gamma_for", "pull", pull, low=0.0) / lr
+    check_number("gamma_for", "pull / lr", gamma)
+    return gamma
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,10 @@ class DriftBudget:
     high: float = 1e6
 
     def __post_init__(self) -> None:
-        for name in ("budget", "gain", "low"):
-            check_number("DriftBudget", name, getattr(self, name), low=0.0, open_low=True)
-        check_number("DriftBudget", "high", self.high, low=self.low)
+        for name in ("budget", "gain", "low", "high"):
+            low = self.low if name == "high" else 0.0
+            number = check_number("DriftBudget", name, getattr(self, name), low=low, open_low=name != "high")
+            object.__setattr__(self, name, number)
 
     def __call__(self, gamma: float, figure: float) -> float:
         """The strength for the next step.
@@ -88,9 +89,11 @@ class DriftBudget:
             The next strength.
 
         Raises:
-            RecAdamError: when the figure is no finite number.
+            RecAdamError: when the strength or the figure is no finite number >= 0.
         """
-        check_number("DriftBudget", "figure", figure, low=0.0)
+        gamma = check_number("DriftBudget", "gamma", gamma, low=0.0)
+        figure = check_number("DriftBudget", "figure", figure, low=0.0)
         excess = min(1.0, max(-1.0, figure / self.budget - 1.0))
-        stronger: float = min(self.high, max(self.low, gamma * 2.0 ** (self.gain * excess)))
+        doublings = min(1000.0, max(-1000.0, self.gain * excess))  # which leave any range of strengths
+        stronger: float = min(self.high, max(self.low, gamma * 2.0**doublings))
         return stronger

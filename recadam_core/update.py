@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from .coefficients import Coefficients, is_zero
@@ -113,7 +114,8 @@ def update(
     def cast(x: Any) -> Any:
         return xp.astype(x, dtype, copy=False) if hasattr(x, "dtype") else x
 
-    beta1, beta2, step, eps, recall, decay = (cast(scalar) for scalar in c)
+    # NumPy's scalars are numbers, whatever library the arrays are of.
+    beta1, beta2, step, eps, recall, decay = (float(x) if isinstance(x, np.generic) else cast(x) for x in c)
     theta, grad = cast(theta), cast(grad)
     m = beta1 * cast(state.m) + (1 - beta1) * grad
     v = beta2 * cast(state.v) + (1 - beta2) * (grad * grad)

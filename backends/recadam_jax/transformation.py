@@ -27,7 +27,7 @@ from recadam_core import (
     update,
 )
 from recadam_core.annealing import ANNEALINGS
-from recadam_core.coefficients import check_pull, is_zero
+from recadam_core.coefficients import check_stable, is_zero
 from recadam_core.errors import check_number
 from recadam_core.importance import check_importance, check_weighable
 
@@ -645,8 +645,8 @@ def _check_strength(hp: Hyperparameters, learning_rate: Any) -> None:
                 weights = [float(x) for x in hp.annealing.weights(t)]
                 for what, weight in zip(("task weight", "recall weight"), weights, strict=True):
                     check_number(f"recadam, step {t}", what, weight)
-                pulls.append(rate * float(hp.gamma) * weights[1])
+                pulls.append((rate * float(hp.gamma) * weights[1], rate * float(hp.weight_decay)))
     except jax.errors.JAXTypeError:
         return  # traced settings
     worst = max(range(len(steps)), key=lambda i: pulls[i])
-    check_pull(pulls[worst], hp.form, f"recadam, step {steps[worst]}")
+    check_stable(*pulls[worst], hp.form, f"recadam, step {steps[worst]}")
