@@ -337,6 +337,7 @@ def test_the_pull_holds_what_it_should(encoders):
     assert distance(method="recadam", pull=0.0) == distance(method="annealed")
 
 
+@pytest.mark.needs("torch")
 def test_what_is_not_there_is_named():
     from recadam_core.experiments import run_trial
 

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 import itertools
 import json
 import os
 import subprocess
 import sys
-import warnings
 import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch")
+
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from recadam_core import Coefficients, Hyperparameters, RecAdam, RecAdamError, Sigmoid
-from recadam_numpy import NumpyBackend
-from recadam_numpy.one_pass import COLUMNS, LEAST, Table
+from recadam_core import Coefficients, RecAdamError, Sigmoid
 from recadam_torch import Anchors, kernel_
 from recadam_torch import RecAdam as TorchRecAdam
-from recadam_torch.fused import FUSED, fused_kernel, torch_team
+from recadam_torch.fused import FUSED, fused_kernel
 
 # Triton's interpreter takes a process of its own, which sees this file with Triton's tests alone.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -99,51 +97,6 @@ def test_values_at_the_ends_of_bfloat16_and_float16(name):
         flushes = name == "triton" and dtype == B16
         seen = (theta.abs() > 2.0**-125) | theta.isnan() if flushes else slice(None)
         torch.testing.assert_close(found[seen], expected[seen], rtol=0, atol=0, equal_nan=True)
-
-
-def one_thread(function, pointer, workers):
-    """A team that gives fewer threads than were asked for."""
-    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(pointer)
-
-
-@pytest.mark.parametrize("workers", [1, 2, 3, 7])
-@pytest.mark.parametrize("team", [None, torch_team(), one_thread], ids=["pool", "torch", "fewer"])
-def test_any_number_of_threads_shares_the_work_out(workers, team):
-    sizes = [3, 0, 5 * LEAST + 17, 1, LEAST - 1, 0, 4 * LEAST, 2]
-    rng = np.random.default_rng(0)
-    columns = [[rng.standard_normal(n) for n in sizes] for _ in COLUMNS]
-    columns[3] = [abs(x) for x in columns[3]]
-    expected = [[x.copy() for x in xs] for xs in columns]
-    c = Coefficients(0.9, 0.999, 1e-3, 1e-8, 0.25, 0.01)
-    table = Table(sizes, ["float64"] * 5, workers)
-    table.addresses[:] = [[x.ctypes.data for x in xs] for xs in columns]
-    torch.ones(10**6).add_(1)  # wakes torch's threads, if there are any
-    table.run(c, True, team)
-    from recadam_numpy import kernel
-
-    for i in range(len(sizes)):
-        kernel(*(xs[i] for xs in expected), c)
-    for name, xs, ys in zip(COLUMNS, columns, expected, strict=True):
-        for x, y in zip(xs, ys, strict=True):
-            np.testing.assert_array_equal(x, y, err_msg=name)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_has_threads_of_its_own():
-    table = Table([4 * LEAST], ["float32"] * 5, 2)
-    held = [np.ones(4 * LEAST, dtype=np.float32) for _ in COLUMNS]
-    table.addresses[:, 0] = [x.ctypes.data for x in held]
-    c = Coefficients(0.9, 0.999, 1e-3, 1e-8, 0.25, 0.0)
-    table.run(c, True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of forking with threads, which is the point
-        child = os.fork()
-    if child == 0:
-        with contextlib.suppress(BaseException):
-            table.run(c, True)
-            os._exit(0)
-        os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0
 
 
 # What the optimizer keeps of the last step.
@@ -452,22 +405,3 @@ def test_what_a_grad_scaler_finds_stays_on_the_device_with_triton():
 
 
 # NumPy.
-
-
-def test_numpy_steps_in_place_when_it_may():
-    hp = Hyperparameters(lr=1e-2, gamma=10.0, annealing=Sigmoid(k=0.5, t0=6.0))
-    rng = np.random.default_rng(0)
-    start = {"w": rng.standard_normal((40, 50)).astype(np.float32), "head": rng.standard_normal(3)}
-    anchors = {"w": start["w"]}
-    plain, placed = RecAdam(hp, NumpyBackend()), RecAdam(hp, NumpyBackend(fused=True, in_place=True))
-    params, mine = dict(start), {name: x.copy() for name, x in start.items()}
-    memory = {name: x.ctypes.data for name, x in mine.items()}
-    state, own = plain.init(params, anchors), placed.init(mine, anchors)
-    for t in range(60):
-        grads = {name: rng.standard_normal(x.shape).astype(x.dtype) for name, x in start.items()}
-        params, state = plain.step(params, grads, state)
-        mine, own = placed.step(mine, grads, own)
-        for name in start:
-            np.testing.assert_array_equal(mine[name], params[name], err_msg=f"{name} at {t}")
-            np.testing.assert_array_equal(own.moments[name].v, state.moments[name].v)
-    assert {name: x.ctypes.data for name, x in mine.items()} == memory

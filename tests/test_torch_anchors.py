@@ -10,6 +10,9 @@ import warnings
 
 import pytest
 import rich.console
+
+pytest.importorskip("torch")
+
 import torch
 from safetensors.torch import save_file
 from torch import nn
