@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,7 @@ import numpy as np
 import optax
 
 import recadam_core as rc
+import recadam_jax
 from recadam_core import Constant, Hyperparameters, Linear, RecAdamError, Sigmoid
 from recadam_jax import (
     HostCoefficients,
@@ -57,6 +60,8 @@ def assert_close(a, b, **bounds):
 
 
 NEW = jax.tree.map(lambda _: False, tree())
+# Where a compiled program puts what is to be in the host's memory: before 0.10 JAX has one memory on a CPU.
+HOST = jax.jit(lambda x: jax.device_put(x, jax.memory.Space.Host))(jnp.ones(1)).sharding.memory_kind
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -66,6 +71,11 @@ def test_without_anchors_it_is_optax_adamw(weight_decay):
         ours, _ = run(recadam(1e-2, weight_decay=weight_decay, gamma=0.0, anchor_mask=NEW), params, 100)
         theirs, _ = run(optax.adamw(1e-2, weight_decay=weight_decay), params, 100)
         assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_the_package_needs_no_private_or_experimental_name_of_jax():
+    for file in Path(recadam_jax.__file__).parent.glob("*.py"):
+        assert not re.search(r"jax\.(_src|experimental|interpreters|extend|lib)\b", file.read_text()), file
 
 
 def test_jit_and_op_by_op_agree_to_float32():
@@ -355,15 +365,15 @@ def test_released_anchors_change_no_bit(annealing, settings):
 def test_anchors_keep_a_dtype_and_a_memory_of_their_own():
     params = tree()
     kept = {"anchor_dtype": jnp.bfloat16, "anchor_memory": "pinned_host"}
-    for init in (lambda tx: tx.init(params), lambda tx: jax.jit(tx.init)(params)):
-        tx = recadam(1e-2, gamma=10.0, annealing=Constant(0.0, 1.0), **kept)
-        state = init(tx)
+    tx = recadam(1e-2, gamma=10.0, annealing=Constant(0.0, 1.0), **kept)
+    for init, memory in ((tx.init, "pinned_host"), (jax.jit(tx.init), HOST)):
+        state = init(params)
         assert {x.dtype for x in jax.tree.leaves(state.anchor)} == {jnp.dtype(jnp.bfloat16)}
-        assert {x.sharding.memory_kind for x in jax.tree.leaves(state.anchor)} == {"pinned_host"}
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(state.anchor)} == {memory}
     updates, after = jax.jit(tx.update, donate_argnums=1)(params, state, params)
     wanted = jax.tree.map(lambda p: 0.1 * (p.astype(jnp.bfloat16).astype(jnp.float32) - p), params)
     assert_close(updates, wanted, rtol=1e-5, atol=1e-9)
-    assert {x.sharding.memory_kind for x in jax.tree.leaves(after.anchor)} == {"pinned_host"}
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(after.anchor)} == {HOST}
 
 
 def test_members_of_a_vmap_are_released_together():

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental.shard_alike import shard_alike
+from jax.sharding import AxisType
 
 from recadam_core import (
     Annealing,
@@ -434,9 +434,16 @@ def _is_alone(importance: Any, part: Any) -> None:
 
 
 def _alike(x: Any, p: jax.Array) -> Any:
-    """While tracing: the array, to be sharded as the parameter is."""
-    alike: Any = shard_alike
-    return alike(x, p)[0]
+    """While tracing: the array, to be sharded as the parameter is.
+
+    On a mesh of explicit axes the types say how. Elsewhere the partitioner lays operands of one elementwise
+    operation out alike, so x is chosen over p by a condition that the compiler may not fold before then.
+    """
+    place, lax, sharding = jax.typeof(p).sharding, cast(Any, jax.lax), cast(Any, jax.sharding)
+    if AxisType.Explicit in place.mesh.axis_types:
+        x = sharding.reshard(x, place)
+    keep = lax.optimization_barrier(jnp.asarray(True))
+    return lax.select_n(keep, p.astype(x.dtype), x)
 
 
 def _zeros_like(p: jax.Array) -> Moments:
