@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -56,9 +57,7 @@ def versions(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def lowest(session: nox.Session) -> None:
     """The lowest versions that pyproject.toml declares."""
-    bounds = Path(session.create_tmp()) / "lowest.txt"
-    bounds.write_text("\n".join(lowest_pins()), encoding="utf-8")
-    run(session, "lowest", "-c", str(bounds))
+    run(session, "lowest", lowest_pins())
 
 
 def lowest_pins() -> list[str]:
@@ -79,7 +78,7 @@ def wheel() -> Path:
     return path
 
 
-def run(session: nox.Session, which: str, *constraints: str) -> None:
+def run(session: nox.Session, which: str, constraints: Sequence[str] = ()) -> None:
     """Install the wheel, run what can run there, and keep the figures."""
     result = RESULTS / f"{session.python}-{which}.json"
     result.unlink(missing_ok=True)
@@ -89,9 +88,11 @@ def run(session: nox.Session, which: str, *constraints: str) -> None:
         extras += ["torch", "experiments", "test-torch"]
         packages.append("torch")
         wanted.append(TORCH)
-    session.install(*PIP_FLAGS, *constraints, *wanted, f"{wheel()}[{','.join(extras)}]")
     packages = [f"recadam_{name}" for name in packages]
     with tempfile.TemporaryDirectory() as folder:
+        held = Path(folder) / "constraints"
+        held.write_text("\n".join(constraints), encoding="utf-8")
+        session.install(*PIP_FLAGS, "-c", str(held), *wanted, f"{wheel()}[{','.join(extras)}]")
         copy_without_sources(Path(folder))
         session.chdir(folder)
         env = {"PYTHONPATH": None}
@@ -133,22 +134,24 @@ def copy_without_sources(folder: Path) -> None:
 
 
 def counted(report: Path) -> dict[str, object]:
-    """Figures of a report of pytest; what was skipped is counted by the package that is not there."""
+    """Figures of a report of pytest; what was skipped is counted by what is not there."""
     suite = ElementTree.parse(report).getroot().find("testsuite")
-    skipped = [case.get("message", "") for case in suite.iter("skipped")]
-    lacking = Counter(m[1] for text in skipped if (m := re.match(r"could not import '([\w.]+)'", text)))
+    known = [x for x in suite.iter("skipped") if x.get("type") == "pytest.xfail"]
+    skipped = [f"{x.get('message')} {x.text}" for x in suite.iter("skipped") if x not in known]
+    why = [re.search(r"could not import '(\w+)|no (sources)", text) for text in skipped]
     return {
-        "passed": int(suite.get("tests")) - len(skipped),
+        "passed": int(suite.get("tests")) - len(known) - len(skipped),
+        "files": sum(text.startswith("collection skipped") for text in skipped),
         "skipped": len(skipped),
-        "lacking": dict(lacking.most_common()),
+        "lacking": dict(Counter(m[1] or m[2] if m else "else" for m in why).most_common()),
     }
 
 
 def row(result: dict) -> list[str]:
     versions = [result["versions"].get(name, "–") for name in SHOWN]
-    lacking = ", ".join(f"{count} for lack of {name}" for name, count in result["lacking"].items())
-    skipped = f"{result['skipped']} ({lacking})" if lacking else str(result["skipped"])
-    return [result["python"], result["which"], *versions, str(result["passed"]), skipped]
+    skipped = f"{result['skipped'] - result['files']} and {result['files']} files"
+    lacking = ", ".join(f"{name} {count}" for name, count in result["lacking"].items())
+    return [result["python"], result["which"], *versions, str(result["passed"]), skipped, lacking]
 
 
 @nox.session(python=False)
@@ -156,7 +159,7 @@ def table(session: nox.Session) -> None:
     """Write docs/versions.md from the runs."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")]
     rows = sorted((row(result) for result in results), key=lambda r: (r[0].split(".")[1], r[1]))
-    head = ["Python", "versions", *SHOWN, "passed", "skipped"]
+    head = ["Python", "versions", *SHOWN, "passed", "skipped", "for lack of"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
     on = f"`make versions` on {platform.system()} {platform.machine()}, {date.today()}:"
     text, end = PAGE.read_text(encoding="utf-8"), "<!-- end of what it wrote -->"
