@@ -512,6 +512,30 @@ def test_a_parameter_that_is_thawed_later_anneals_from_its_own_first_step():
     assert (float(optimizer.state[a]["step"]), float(optimizer.state[b]["step"])) == (8.0, 5.0)
 
 
+def test_a_parametrization_leaves_its_original_and_that_one_s_anchor():
+    class Halved(nn.Module):
+        def forward(self, x):
+            return x / 2
+
+    found = []
+    for parametrized in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = RecAdam(model.named_parameters(), **K)
+        for t in range(6):
+            if parametrized and t == 3:
+                nn.utils.parametrize.register_parametrization(model, "weight", Halved())
+            optimizer.zero_grad()
+            scale = 0.5 if not parametrized and t >= 3 else 1.0  # what it does to the gradient
+            (model(torch.ones(1, 3)).sum() * (t + 1)).backward()
+            weight = model.parametrizations.weight.original if parametrized and t >= 3 else model.weight
+            weight.grad *= scale
+            optimizer.step()
+        assert set(optimizer.state) == set(model.parameters())
+        found.append((weight.detach(), optimizer.state[weight]["anchor"]))
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_triton_is_for_those_who_name_it(device):
     from recadam_torch.fused import chosen_fused
