@@ -178,7 +178,7 @@ class RecAdam(Optimizer):
         self._prepared: dict[int, Prepared] = {}
         self._states: list[Any] = []
         self._kernels: dict[Any, Callable[..., None]] = {}
-        self._lent = False
+        self._interpolates = False
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -283,7 +283,7 @@ class RecAdam(Optimizer):
     @_disable_dynamo
     def _plan(self, compiling: bool) -> list[Work]:
         """The parameters that have a gradient, in lists that share their coefficients; all of it checked."""
-        if self._lent:
+        if self._interpolates:
             raise RecAdamError("RecAdam: the weights are interpolated; step after the context has ended")
         same = len(self.state) == len(self._states) and all(map(is_, self.state.values(), self._states))
         alike: dict[Any, tuple[Policy, float | None, list[dict[str, Any]]]] = {}
@@ -682,13 +682,13 @@ class RecAdam(Optimizer):
         """
         between = self._between(alpha, anchors)
         held = {p: local(p).detach().clone() for p in between}
-        lent, self._lent = self._lent, True
+        outer, self._interpolates = self._interpolates, True
         try:
             _put(between)
             yield
         finally:
             _put(held)
-            self._lent = lent
+            self._interpolates = outer
 
 
 @torch.no_grad()
