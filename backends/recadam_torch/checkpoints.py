@@ -16,7 +16,7 @@ from recadam_core.importance import check_importance, check_weighable
 from recadam_core.optimizer import check_anchors
 
 from .anchors import Anchors, bare, placed
-from .settings import FROM, group_policy, named
+from .settings import FROM, named, policy_of
 from .shards import fingerprints, is_sharded, like, local
 from .sources import Tensors, open_source
 
@@ -165,7 +165,7 @@ def saved_anchors(
     take_hashes(optimizer.state.values())
     found: dict[Tensor, dict[str, Any]] = {}
     for group, ours in zip(groups, optimizer.param_groups, strict=True):
-        _, release = group_policy(group)
+        release = policy_of(group).release()
         wanted: list[tuple[str, Tensor, int, int]] = []
         for place, (index, (name, p)) in enumerate(zip(group["params"], named(ours), strict=True)):
             saved, mine = state_dict["state"][index], optimizer.state[p]
