@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import date
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -62,8 +63,8 @@ def lowest(session: nox.Session) -> None:
 
 def lowest_pins() -> list[str]:
     """`name==bound` of every `name>=bound`, PyTorch's aside, of which one build is named."""
-    extras = PROJECT["project"]["optional-dependencies"].values()
-    requirements = map(Requirement, [*PROJECT["project"]["dependencies"], *(x for xs in extras for x in xs)])
+    lists = [PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"].values()]
+    requirements = map(Requirement, chain.from_iterable(lists))
     bounds = {r.name: str(r.specifier) for r in requirements if r.name not in ("recadam-core", "torch")}
     return [name + bound.replace(">=", "==") for name, bound in sorted(bounds.items())]
 

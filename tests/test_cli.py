@@ -77,7 +77,11 @@ def test_bad_input_is_one_line_and_exit_code_2(recadam, tmp_path, arguments, mes
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("jax", "mlp, bert"), ("numpy", "functional, specification, fused"), ("torch", "functional, single, foreach")],
+    [
+        ("jax", "mlp, bert"),
+        ("numpy", "functional, specification, fused"),
+        ("torch", "functional, single, foreach"),
+    ],
 )
 def test_backends_lists_what_is_installed(recadam, name, says):
     result = recadam("backends")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-EXTRAS = PROJECT["optional-dependencies"]
-DECLARED = [
-    r for r in map(Requirement, [*PROJECT["dependencies"], *sum(EXTRAS.values(), [])]) if r.specifier
-]
+LISTS = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+DECLARED = [r for r in map(Requirement, chain.from_iterable(LISTS)) if r.specifier]
 
 pytestmark = pytest.mark.tree  # the table is written after this ran elsewhere
 
