@@ -16,10 +16,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What tests start in a process of its own, or load, has no tests and no examples.
-collect_ignore = [path.name for path in Path(__file__).parent.glob("*.py") if not path.match("test_*.py")]
+HERE = Path(__file__).parent
+collect_ignore = [str(path) for path in HERE.rglob("*.py") if not path.match("test_*.py")]
 
 LIBRARIES = ("torch", "jax")
-ROOT = Path(__file__).parent.parent
 
 
 def pytest_collection_modifyitems(items):
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items):
         for name in needed:
             if importlib.util.find_spec(name) is None:
                 item.add_marker(pytest.mark.skip(reason=f"could not import {name!r}"))
-        if item.get_closest_marker("tree") and not (ROOT / "recadam_core").exists():
+        if item.get_closest_marker("tree") and not (HERE.parent / "recadam_core").exists():
             item.add_marker(pytest.mark.skip(reason="no sources beside the tests"))
 
 

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+
 from recadam_core import Hyperparameters, Linear, RecAdamError, Sigmoid, commands
 from recadam_core.backends import Variant
 from recadam_core.finetuning import load_run

@@ -11,10 +11,13 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("mpmath")
+
 import array_api_strict
 import mpmath
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

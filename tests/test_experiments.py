@@ -18,6 +18,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytest.importorskip("typer")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
 from recadam_core import Constant, RecAdamError, Sigmoid
 from recadam_core.experiments import METHODS, Trial
 from recadam_core.experiments.data import Source, archives, target_of

@@ -13,6 +13,11 @@ import time
 
 import numpy as np
 import pytest
+
+pytest.importorskip("safetensors")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
 from safetensors.numpy import load_file, save_file
 
 from recadam_core import Linear, RecAdamError

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytest.importorskip("mpmath")
+
 from recadam_core import RecAdamError, available_backends, get_backend
 from recadam_core.conformance import Case, load_recording, replay, trajectory_deviation, walk
 from recadam_core.conformance.claims import BOUNDS
