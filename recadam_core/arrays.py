@@ -68,7 +68,7 @@ def not_plain(array: Any) -> str:
 
 
 def fault(array: Any, xp: Any = None) -> str:
-    """What keeps an array from being stepped, beside those of a library; empty where nothing does.
+    """What keeps an array from being stepped together with those of a library; empty where nothing does.
 
     Args:
         array: any object.

@@ -25,6 +25,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+
 from .arrays import kind_of, library, not_plain
 from .coefficients import Coefficients
 from .errors import RecAdamError, unknown
@@ -183,7 +184,7 @@ class Shared(NamedTuple):
         True
     """
 
-    names: Sequence[str]
+    names: Sequence[Any]  # of the parameters, for messages
     params: Sequence[Any]
     grads: Sequence[Any]
     moments: Sequence[Moments]
@@ -197,7 +198,7 @@ class Backend(Protocol):
     """The kernel of one array library, and its manners.
 
     One whose `step` writes into what it is given has a method `step_groups`, too, which `RecAdam` calls
-    instead: of a list of `Shared` it returns a list of what `step` returns, and it refuses what it cannot step
+    instead: of a list of `Shared` it returns a list of what `step` returns, and refuses what it cannot step
     before it writes anything.
 
     Example:
@@ -457,12 +458,15 @@ def get_backend(name: str) -> Backend:
     if not all(part.isidentifier() for part in name.split(".")):
         raise unknown("backend", name, announced)
     try:
-        module = importlib.import_module(name) if _installed(name) else None
+        module: Any = importlib.import_module(name) if _installed(name) else None
         if hasattr(module, "asarray"):
             return backend_for(module.asarray(0.0))
     except Exception as error:  # whatever a stranger's code raises
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RecAdamError(f"backend {name!r}: what is installed makes no array of use here: {told}") from error
+        kind = "" if isinstance(error, RecAdamError) else f"{type(error).__name__}: "
+        told = " ".join(f"{kind}{error}".split())
+        raise RecAdamError(
+            f"backend {name!r}: what is installed makes no array of use here: {told}"
+        ) from error
     raise unknown("backend", name, announced)
 
 

@@ -33,8 +33,8 @@ def importance_from(squares: Mapping[str, Any]) -> dict[str, Any]:
         Arrays in [0, 1] of the same names, shapes and dtypes.
 
     Raises:
-        RecAdamError: when one is no real floating array, negative, not finite or spread over processes, or all
-            vanish.
+        RecAdamError: when one is no real floating array, negative, not finite or spread over processes, or
+            all vanish.
 
     Example:
         >>> importance_from({"w": np.array([1.0, 4.0, 0.0])})["w"].round(2)

@@ -159,7 +159,12 @@ class RecAdam:
         return backend
 
     def _weights(
-        self, params: Mapping[str, Any], anchors: Mapping[str, Any], importance: Any, xp: Any, backend: Backend
+        self,
+        params: Mapping[str, Any],
+        anchors: Mapping[str, Any],
+        importance: Any,
+        xp: Any,
+        backend: Backend,
     ) -> dict[str, Any]:
         """The importances of what is anchored, checked."""
         check_named("importance", importance)
@@ -214,10 +219,10 @@ class RecAdam:
                 raise RecAdamError(
                     f"step {t}: the anchor was freed, but the annealing pulls again; keep it at 0"
                 )
-            arrays = ([x[name] for name in names] for x in (params, grads, state.moments))
+            thetas, slopes, moments = ([x[name] for name in names] for x in (params, grads, state.moments))
             stars = [state.anchors[name] for name in names] if pulls else None
             weights = [state.importance[name] for name in names] if pulls and state.importance else None
-            groups.append(Shared(names, *arrays, stars, c, weights))
+            groups.append(Shared(names, thetas, slopes, moments, stars, c, weights))
         if groups:
             backend: Any = self._serving(params)
             # One that writes in place looks at all groups before it writes into the first.

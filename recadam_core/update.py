@@ -161,8 +161,8 @@ def apply(theta: Any, delta: Any) -> Any:
     xp = check_arrays([("apply: theta", theta), ("apply: delta", delta)])
     if theta.shape != delta.shape or accumulator_dtype(xp, theta.dtype, delta.dtype) != delta.dtype:
         raise RecAdamError(
-            f"apply: delta is {delta.dtype} of shape {delta.shape}, theta {theta.dtype} of {theta.shape}; give "
-            "what update returned"
+            f"apply: delta is {delta.dtype} of shape {delta.shape}, theta {theta.dtype} of {theta.shape}; "
+            "give what update returned"
         )
     return _astype(xp, _astype(xp, theta, delta.dtype) + delta, theta.dtype)
 

@@ -322,7 +322,12 @@ def test_the_state_lets_go_of_it_with_the_anchors():
         ({}, None, [np.ones(2)], "importance: list; give a dict of arrays by parameter name"),
         ({}, None, {"w": np.ones(2, int)}, "importance of 'w' has dtype int64; give a floating array"),
         ({}, None, {"w": np.full(2, -0.5)}, "importance of 'w' leaves [0, 1]; scale it"),
-        ({}, None, {"w": torch.ones(2)}, "importance of 'w' is of torch beside arrays of numpy; give all of one library"),
+        (
+            {},
+            None,
+            {"w": torch.ones(2)},
+            "importance of 'w' is of torch beside arrays of numpy; give all of one library",
+        ),
         ({"form": "released"}, None, {"w": np.ones(2)}, "importance needs form='decoupled', not 'released'"),
     ],
 )

@@ -76,14 +76,14 @@ class NumpyBackend(Specification):
         return self.step_groups([Shared(names, params, grads, moments, anchors, c, importances)])[0]
 
     def step_groups(self, groups: Sequence[Shared]) -> list[tuple[list[Array], list[Moments]]]:
-        """One step of several groups: all are checked, and copied where they must be, before any is written."""
+        """One step of several groups: all are checked, and copied where they must be, before one is written."""
         numbers = [scalars("NumpyBackend", group.c) for group in groups]
         laid = [self._laid(group, c.recall != 0) for group, c in zip(groups, numbers, strict=True)]
         runs = [(c, columns) for c, (_, lists) in zip(numbers, laid, strict=True) for columns in lists]
         if self._one_pass is None:
             for c, (_, *columns) in runs:
-                for *arrays, importance in zip(*columns, strict=True):
-                    unchecked(*arrays, c, importance)
+                for theta, g, m, v, star, weight in zip(*columns, strict=True):
+                    unchecked(theta, g, m, v, star, c, weight)
         elif runs:
             names = [name for _, columns in runs for name in columns[0]]
             tables, held = zip(
@@ -111,7 +111,9 @@ class NumpyBackend(Specification):
     ) -> tuple[list[tuple[Array, Array, Array]], list[list[list[Any]]]]:
         """A group's arrays, checked and in the dtype of their step: those to write, and all by that dtype."""
         if pulls and group.anchors is None:
-            raise RecAdamError(f"NumpyBackend: recall is {group.c.recall!r} but there are no anchors; give them")
+            raise RecAdamError(
+                f"NumpyBackend: recall is {group.c.recall!r} but there are no anchors; give them"
+            )
         if self._one_pass is not None and group.importances is not None:
             raise RecAdamError("NumpyBackend: fused=True takes no importance; leave one of them out")
         count = len(group.params)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from recadam_core import Coefficients, RecAdamError
-from recadam_core.arrays import not_plain
+from recadam_core.arrays import check_arrays
 from recadam_core.update import scalars
 
 __all__ = ["kernel", "unchecked"]
@@ -47,15 +47,21 @@ def kernel(
 
     Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12.
     """
-    given = {"theta": theta, "m": m, "v": v, "grad": grad, "anchor": anchor, "importance": importance}
+    given: dict[str, Any] = {
+        "theta": theta,
+        "m": m,
+        "v": v,
+        "grad": grad,
+        "anchor": anchor,
+        "importance": importance,
+    }
     arrays = {what: x for what, x in given.items() if x is not None or what not in ("anchor", "importance")}
     for what, x in arrays.items():
-        if wrong := not_plain(x):
-            raise RecAdamError(f"kernel: {what} {wrong}")
-        if x.shape != theta.shape or x.dtype != theta.dtype or x.dtype.kind != "f":
+        check_arrays([(f"kernel: {what}", x)], np)
+        if x.shape != theta.shape or x.dtype != theta.dtype:
             raise RecAdamError(
                 f"kernel: {what} is {x.dtype} of shape {x.shape}, theta {theta.dtype} of {theta.shape}; give "
-                "equal floating ones"
+                "equal ones"
             )
     for what in ("theta", "m", "v"):
         x = arrays.pop(what)

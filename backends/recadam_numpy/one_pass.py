@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from recadam_core import Coefficients, RecAdamError
-from recadam_core.arrays import not_plain
+from recadam_core.arrays import check_arrays
 
 try:
     import llvmlite.binding
@@ -196,13 +196,13 @@ def table_of(
     if len(lengths) > 1:
         raise RecAdamError(f"one_pass: lists of {sorted(lengths)} arrays; give as many of each")
     # What follows goes by addresses alone.
-    dtype = thetas[0].dtype
+    dtype: Any = getattr(thetas[0], "dtype", None)
     for i, theta in enumerate(thetas):
         star = theta if anchors is None else anchors[i]
         given = (("theta", theta), ("grad", grads[i]), ("m", ms[i]), ("v", vs[i]), ("anchor", star))
         for what, x in given:
-            if type(x) is not np.ndarray and (wrong := not_plain(x)):
-                raise RecAdamError(f"one_pass: {what} {i} {wrong}")
+            if type(x) is not np.ndarray:
+                check_arrays([(f"one_pass: {what} {i}", x)], np)
             if x.shape != theta.shape or x.dtype != dtype:
                 raise RecAdamError(
                     f"one_pass: {what} {i} is {x.dtype} of shape {x.shape}, theta {dtype} of "
@@ -212,7 +212,8 @@ def table_of(
                 flags = x.flags
                 if not (flags.writeable and flags.c_contiguous and dtype.isnative):
                     raise RecAdamError(
-                        f"one_pass: {what} {i} is read-only, not in C order or of other byte order; give a copy"
+                        f"one_pass: {what} {i} is read-only, not in C order or of other byte order; give a "
+                        "copy"
                     )
     # In another layout these may be copied: they are only read.
     grads = [np.ascontiguousarray(x) for x in grads]
