@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -21,7 +23,19 @@ from recadam_core.errors import check_number
 from recadam_core.optimizer import check_anchors
 
 from .anchors import Anchors, bare
-from .checkpoints import anchor_of, check_saved, from_file, saved_anchors, take_hashes, weigh
+from .checkpoints import (
+    Entry,
+    anchor_of,
+    blank,
+    check_values,
+    checked,
+    from_file,
+    resumed,
+    states_of,
+    take_hashes,
+    unhashed,
+    weigh,
+)
 from .fused import chosen_fused, fused_kernel
 from .kernel import kernel_
 from .prepared import Prepared
@@ -143,6 +157,10 @@ class RecAdam(Optimizer):
         # Policy and learning rate of the last step of each list of parameters, by the first of them.
         self._last: dict[Tensor, tuple[list[Tensor], Hyperparameters, Any]] = {}
         self._parts: dict[Tensor, list[Tensor]] = {}
+        # The parameters' states as they were left, which `state` is held against: others write there, too.
+        self._held: dict[Tensor, dict[str, Any]] = {}
+        self._lent = False  # whether someone may hold states from before the first step
+        self._files: set[str] = set()  # that the user took anchors from
         self._prepared: dict[int, Prepared] = {}
         self._kernels: dict[Any, Callable[..., None]] = {}
         super().__init__(params, defaults)
@@ -162,13 +180,20 @@ class RecAdam(Optimizer):
         super().__setstate__(state)
         self._anchors = self._importance = None
         self._last, self._prepared, self._kernels = {}, {}, {}
-        self._parts = self.__dict__.get("_parts", {})  # which loading a state changes nothing of
-        self._names = {}
+        # Loading a state, which calls this too, changes nothing of these.
+        self._parts = self.__dict__.get("_parts", {})
+        self._files = self.__dict__.get("_files", {g.get("anchor_source", "") for g in self.param_groups})
+        self._names, self._lent = {}, False
+        self._held = {p: self.state[p] for g in self.param_groups for p in g["params"] if p in self.state}
+        for held in self._held.values():
+            if "anchor" in held:
+                held.setdefault("anchor_hash", unhashed())
         for group in self.param_groups:
             for name, value in {"fused": None, **FLAGS}.items():
                 group.setdefault(name, value)
             self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
 
+    @torch.inference_mode(False)  # what is made here outlives it
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, anchored where they are now unless the group says `"anchored": False`.
@@ -203,7 +228,9 @@ class RecAdam(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+        self._held.update(zip(group["params"], states, strict=True))
         self.state.update(zip(group["params"], states, strict=True))
+        self._files.add(group["anchor_source"])
         self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
 
     def _initial_states(self, group: dict[str, Any], anchors: Mapping[str, Tensor] | None) -> list[Any]:
@@ -214,18 +241,13 @@ class RecAdam(Optimizer):
         states = []
         for name, p in named(group):
             check_parameter(name, p, group)
-            dtype = torch.promote_types(p.dtype, torch.float32)
-            state: dict[str, Any] = {
-                "step": torch.zeros((), device=p.device if group["capturable"] else "cpu"),
-                "exp_avg": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
-            }
+            state = blank(p, group)
             _residual(p, state, group)
             if group["anchored"]:
                 anchor = p.detach().clone() if anchors is None else anchor_of(anchors, name, p)
                 if anchor is not None:
                     state["anchor"] = anchor
-                    state["anchor_hash"] = torch.zeros((), dtype=torch.int64)
+                    state["anchor_hash"] = unhashed()
             states.append(state)
         # Where the hash takes all processes it is taken now, when all of them are here.
         take_hashes([state for state in states if is_sharded(state.get("anchor"))])
@@ -378,26 +400,38 @@ class RecAdam(Optimizer):
             found.append(work)
         return found
 
-    # Parameters that a wrapper has put in the place of others.
+    # What others put into the parameters and their states.
 
     def _settle(self) -> None:
-        """Adopt what is to be adopted."""
-        if any(p not in self.state for group in self.param_groups for p in group["params"]):
+        """Let every parameter have its state, whole, and the optimizer alone hold what was not stepped."""
+        held, params = self._held, [p for group in self.param_groups for p in group["params"]]
+        if not (
+            len(held) == len(params) == len(self.state)
+            and all(map(is_, held, params))
+            and all(map(is_, held.values(), self.state.values()))
+            and all(map(_whole, held.values()))
+        ):
             self._adopt()
+            self._complete()
+        if self._lent:  # as AdamW's states, which are not there before the first step
+            self._lent = False
+            with torch.inference_mode(False), torch.no_grad():
+                for state in filter(_unstepped, self._held.values()):
+                    state.update({k: x.clone() for k, x in state.items() if k in _MOVING and x is not None})
 
     def _adopt(self) -> None:
         """Give the states of parameters that are gone to those of the same names, sharded as those are."""
         current = {p for group in self.param_groups for p in group["params"]}
-        orphans = {self._names.get(p): p for p in self.state if p not in current}
+        orphans = {self._names.get(p): p for p in self._held if p not in current}
         for group in self.param_groups:
             lost = {name: orphans[name] for name in group.get("param_names", ()) if name in orphans}
             if is_flat_part(group["params"], list(lost.values())):
                 flat = group["params"][0]
                 name = next(iter(lost)) + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
-                self.state[flat] = joined(flat, {n: (p, self.state[p]) for n, p in lost.items()})
+                self._put(flat, joined(flat, {n: (p, self._held[p]) for n, p in lost.items()}))
                 self._parts[flat] = list(lost.values())
                 for p in lost.values():
-                    del self.state[p], self._names[p]
+                    self._drop(p)
                 group["param_names"], self._names[flat] = [name], name
                 continue
             if "param_names" in group and len(group["param_names"]) != len(group["params"]):
@@ -406,90 +440,191 @@ class RecAdam(Optimizer):
                     f"{len(group['params'])}: a wrapper flattened them; use one that does not (FSDP2, ZeRO)"
                 )
             for name, p in named(group):
-                if p in self.state:
+                if p in self._held or self.state.get(p):
                     continue
                 if name not in orphans:
                     raise RecAdamError(
                         f"parameter {name!r} has no state: the optimizer's parameters were replaced after it "
                         "was made; pass model.named_parameters(), or make it after the model is wrapped"
                     )
-                old = self.state.pop(orphans[name])
-                del self._names[orphans[name]]
-                self.state[p] = {key: _sharded_as(p, key, value) for key, value in old.items()}
+                old = self._drop(orphans[name])
+                self._put(p, {key: _sharded_as(p, key, value) for key, value in old.items()})
                 self._names[p] = name
+
+    def _put(self, p: Tensor, state: dict[str, Any]) -> None:
+        self.state[p] = self._held[p] = state
+
+    def _drop(self, p: Tensor) -> dict[str, Any]:
+        self.state.pop(p, None)
+        self._names.pop(p, None)
+        return self._held.pop(p)
+
+    def _complete(self) -> None:
+        """Give the states that others have put in what those left out; raise where there is none."""
+        found: dict[Tensor, dict[str, Any]] = {}
+        for group in self.param_groups:
+            entries = []
+            for place, (name, p) in enumerate(named(group)):
+                state, held = self.state.get(p), self._held.get(p, {})
+                if not state:
+                    raise RecAdamError(
+                        f"parameter {name!r} has no state: it was cleared, and its anchor went with it; to "
+                        "start a new task call reset_moments(), with reanchor=True to be pulled to where it starts"
+                    )
+                if state is not held or not _whole(state):
+                    saved = checked("optimizer.state", name, p, state)
+                    entries.append(Entry(name, p, place, saved, held))
+            found.update(states_of("optimizer.state", group, entries, self._files)[0])
+        for p, state in found.items():
+            self._put(p, state)
+        self._held = {p: self.state[p] for group in self.param_groups for p in group["params"]}
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def reset_moments(self, *, reanchor: bool = False) -> None:
+        """Start anew from the weights as they are: moments, step counts and with them the annealing.
+
+        What is done between tasks that follow one another; an optimizer whose state was cleared has no
+        anchors, and its step is refused.
+
+        Args:
+            reanchor: whether anchored parameters are pulled to where they are now, as is right after a task
+                that is to be kept. Otherwise their anchors stay, and freed ones are read again from the file
+                that they came from. New heads stay without.
+
+        Raises:
+            RecAdamError: when an anchor was freed and cannot be read again, or a weight that is to be one is
+                not finite; nothing is changed then.
+
+        Example:
+            >>> w = torch.nn.Parameter(torch.zeros(1))
+            >>> optimizer = RecAdam([w], lr=0.5, gamma=0.0)
+            >>> w.grad = torch.ones(1)
+            >>> optimizer.step()
+            >>> optimizer.reset_moments(reanchor=True)
+            >>> optimizer.state[w]["step"], optimizer.state[w]["anchor"]
+            (tensor(0.), tensor([-0.5000]))
+        """
+        self._adopt()
+        found: dict[Tensor, dict[str, Any]] = {}
+        for group in self.param_groups:
+            states = [self._held.get(p) or self.state.get(p, {}) for p in group["params"]]
+            freed = {}
+            for place, ((name, p), state) in enumerate(zip(named(group), states, strict=True)):
+                if not state:
+                    raise RecAdamError(
+                        f"reset_moments: the state of {name!r} was emptied, and its anchor is lost; "
+                        "make a new optimizer"
+                    )
+                found[p] = {**state, **blank(p, group)}
+                if "anchor" in state and reanchor:
+                    check_values(name, local(p))
+                    found[p].update(anchor=p.detach().clone(), anchor_hash=unhashed())
+                elif state.get("anchor", p) is None:
+                    freed[p] = name, place
+            again = from_file(group, [(p, place) for p, (_, place) in freed.items()], self._files)
+            for p, (name, _) in freed.items():
+                if p not in again or again[p]["anchor_hash"] != found[p]["anchor_hash"]:
+                    raise RecAdamError(
+                        f"reset_moments: the anchor of {name!r} was freed, and is not to be had again; "
+                        "call it with reanchor=True, or make a new optimizer"
+                    )
+                found[p].update(again[p])
+        take_hashes([state for state in found.values() if is_sharded(state.get("anchor"))])
+        for p, state in found.items():
+            self._put(p, state)
+        for group in self.param_groups if reanchor else ():
+            group.update({key: FLAGS[key] for key in FROM})
+        self._last, self._prepared, self._lent = {}, {}, False
 
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as plain tensors and scalars; for each anchor a hash, unless `save_anchors` is set."""
+        """The state as plain tensors and scalars; for each anchor a hash, unless `save_anchors` is set.
+
+        As AdamW's, it is no copy: what has been stepped moves on in it, and what has not been stays.
+        """
+        # As the last hook before and the first one after, so that users' hooks see what is saved.
+        before = self.register_state_dict_pre_hook(lambda _: self._ready())
+        after = self.register_state_dict_post_hook(lambda _, saved: self._lend(saved), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            before.remove()
+            after.remove()
+
+    def _ready(self) -> None:
         self._settle()
-        take_hashes(self.state.values())
-        saved: dict[str, Any] = super().state_dict()
+        take_hashes(self._held.values())
+
+    def _lend(self, saved: dict[str, Any]) -> None:
+        """Leave the anchors out of what is saved, and remember that someone has it."""
         groups = {index: group for group in saved["param_groups"] for index in group["params"]}
-
-        def kept(index: int, state: dict[str, Any]) -> dict[str, Any]:
-            keep = groups[index]["save_anchors"] and state.get("anchor") is not None
-            state = {key: value for key, value in state.items() if key != "anchor" or keep}
-            # A copy, since distributed checkpoints are loaded into what this returns.
-            return {key: value.clone() if key == "anchor_hash" else value for key, value in state.items()}
-
-        saved["state"] = {index: kept(index, state) for index, state in saved["state"].items()}
-        return saved
+        for index, state in saved["state"].items():
+            if index in groups:
+                keep = groups[index]["save_anchors"] and state.get("anchor") is not None
+                state = {key: value for key, value in state.items() if key != "anchor" or keep}
+                if (
+                    "anchor_hash" in state
+                ):  # a copy: distributed checkpoints are loaded into what this returns
+                    state["anchor_hash"] = unhashed().fill_(state["anchor_hash"])
+                saved["state"][index] = state
+        if any(map(_unstepped, self._held.values())):
+            self._lent = True
+            self._prepared.clear()  # whose steps do not settle first
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume where `state_dict()` was taken, bit for bit.
 
         Moments keep the dtype they were saved in; the base class would round the float32 ones of a 16-bit
         parameter. Anchors are this optimizer's own, if they are those of the checkpoint; else they are read
-        again from the file that the checkpoint names, or taken from the checkpoint if it has them.
+        again from the file that this optimizer's came from, or taken from the checkpoint if it has them. A
+        file that the checkpoint alone names is not opened.
 
         Args:
-            state_dict: what `state_dict()` returned.
+            state_dict: what `state_dict()` returned. Frozen parameters may be missing.
 
         Raises:
-            RecAdamError: when it is another optimizer's, of other parameters or of other anchors; nothing is
-                loaded then.
+            RecAdamError: when it is damaged, another optimizer's, of other parameters or of other anchors;
+                nothing is loaded then.
+
+        Warns:
+            UserWarning: naming parameters that are trained, of which nothing was saved and others were.
         """
-        found: list[tuple[dict[str, Any], dict[Tensor, dict[str, Any]]]] = []
-        self._settle()
+        if not isinstance(state_dict, Mapping):
+            raise RecAdamError(
+                f"load_state_dict: {type(state_dict).__name__}; give what RecAdam's state_dict() returned"
+            )
+        self._adopt()
+        found: list[dict[Tensor, dict[str, Any]]] = []
+        missing: list[str] = []
 
         def check(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            check_saved(self.param_groups, saved)
-            # What older states do not say stays as it was chosen here.
-            pairs = zip(self.param_groups, saved["param_groups"], strict=False)
-            chosen = [{**{k: group[k] for k in ("fused", *FLAGS)}, **theirs} for group, theirs in pairs]
-            for group, ours in zip(chosen, self.param_groups, strict=False):
-                check_settings(group)
-                for name, p in named(ours):
-                    check_parameter(name, p, group)
-            anchors = saved_anchors(self, saved, chosen)
-            found.append(({**saved, "param_groups": chosen + saved["param_groups"][len(chosen) :]}, anchors))
-            return found[0][0]
+            groups, states, names = resumed(self, saved, self._held, self._files)
+            found.append(states)
+            missing.extend(names)
+            # All is checked, and made: the base class puts in the groups.
+            return {"state": {}, "param_groups": groups}
+
+        def fill(_: Optimizer) -> None:
+            for p, state in found[-1].items():
+                self._put(p, state)
 
         # As the last hook before and the first one after, so that users' hooks see and change what counts.
         before = self.register_load_state_dict_pre_hook(check)
-        after = self.register_load_state_dict_post_hook(lambda _: self._restore(*found[0]), prepend=True)
+        after = self.register_load_state_dict_post_hook(fill, prepend=True)
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(dict(state_dict))
         finally:
             before.remove()
             after.remove()
-
-    def _restore(self, state_dict: dict[str, Any], anchors: dict[Tensor, dict[str, Any]]) -> None:
-        """Put back the tensors that the base class has cast, in the dtypes they were saved in."""
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        owners = [(group, p) for group in self.param_groups for p in group["params"]]
-        for index, (group, p) in zip(saved, owners, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and key != "anchor":
-                    # Step counts are where the flag wants them; the base class would share them, too.
-                    on_host = key == "anchor_hash" or (key == "step" and not group["capturable"])
-                    self.state[p][key] = value.to("cpu" if on_host else p.device, copy=True)
-                elif isinstance(value, dict) and not value:  # what a flattened checkpoint has for no value
-                    self.state[p].pop(key, None)
-            self.state[p].pop("anchor", None)
-            self.state[p].update(anchors.get(p, {}))
-        take_hashes([s for s in self.state.values() if is_sharded(s.get("anchor"))])
+        if missing:
+            more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+            warnings.warn(
+                f"load_state_dict: nothing was saved of {', '.join(map(repr, missing[:4]))}{more}; "
+                "moments and step counts start anew there",
+                stacklevel=2,
+            )
 
     # Telemetry.
 
@@ -597,7 +732,7 @@ class RecAdam(Optimizer):
             if anchors is not None:
                 again = {p: anchor_of(anchors, pairs[i][0], p) for p, i in freed.items()}
             elif freed:
-                read = from_file(group, list(freed.items())).items()
+                read = from_file(group, list(freed.items()), self._files).items()
                 again = {p: x["anchor"] for p, x in read if x["anchor_hash"] == self.state[p]["anchor_hash"]}
             for name, p in pairs:
                 anchor = again.get(p) if p in freed else self.state[p].get("anchor")
@@ -660,10 +795,23 @@ def _provenance(anchors: Anchors, group: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+_MOVING = ("step", "exp_avg", "exp_avg_sq", "residual")
+"""What a step writes to in a state."""
+
+
+def _whole(state: Mapping[str, Any]) -> bool:
+    return "exp_avg" in state and ("anchor" in state) == ("anchor_hash" in state)
+
+
+def _unstepped(state: Mapping[str, Any]) -> bool:
+    step = state["step"]
+    return bool(step.is_meta) or not int(step)
+
+
 def _sharded_as(p: Tensor, key: str, value: Any) -> Any:
     """An entry of the state of a parameter whose place another, sharded one has taken."""
     if value is None or key in ("step", "anchor_hash"):
-        return value
+        return value if value is None else value.clone()  # what others hold stays as the rest of it does
     device = value.device if key == "anchor" and value.device.type == "cpu" else p.device
     return like(p, lambda where: local(value)[where].to(device, copy=True))
 

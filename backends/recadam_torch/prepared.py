@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, is_, itemgetter, methodcaller
 from typing import Any
 
 import torch
@@ -39,12 +39,13 @@ class Prepared:
 
     def __init__(self, group: Mapping[str, Any], work: Work, states: list[dict[str, Any]]) -> None:
         with torch.inference_mode(False):  # these outlive it
-            self._steps = torch.full((len(states),), float(work.t or 0) - 1)
+            first = float(work.t or 0) - 1
+            self._steps = torch.full((len(states),), first, dtype=torch.float32, device="cpu")
         for state, step in zip(states, self._steps.unbind(), strict=True):
-            state["step"] = step
+            state["step"].data = step  # the tensor stays the same one, for those who hold it
         keys = ["step", "exp_avg", "exp_avg_sq", *(["anchor"] if work.anchored else [])]
         self._held: list[tuple[Any, list[Any]]] = [
-            (itemgetter(key), [state[key] for state in states]) for key in keys
+            (methodcaller("get", key), [state[key] for state in states]) for key in keys
         ]
         self._held.append((_residual, list(map(_residual, states))))
         self._kind = {(p.dtype, p.device) for p in work.params}
