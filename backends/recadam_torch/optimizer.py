@@ -469,7 +469,7 @@ class RecAdam(Optimizer):
                 if not state:
                     raise RecAdamError(
                         f"parameter {name!r} has no state: it was cleared, and its anchor went with it; to "
-                        "start a new task call reset_moments(), with reanchor=True to be pulled to where it starts"
+                        "start a new task call reset_moments(), with reanchor=True to anchor it here"
                     )
                 if state is not held or not _whole(state):
                     saved = checked("optimizer.state", name, p, state)
