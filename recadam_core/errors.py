@@ -52,7 +52,7 @@ def unknown(kind: str, name: object, choices: Iterable[str]) -> RecAdamError:
         unknown form 'proxmal': did you mean 'proximal'? (decoupled, proximal)
     """
     options = sorted(choices)
-    near = difflib.get_close_matches(str(name), options, n=1)
+    near = difflib.get_close_matches(name if isinstance(name, str) else shown(name), options, n=1)
     hint = f"did you mean {near[0]!r}?" if near else "choose one of"
     return RecAdamError(f"unknown {kind} {shown(name)}: {hint} ({', '.join(options)})")
 

@@ -351,7 +351,10 @@ P = torch.nn.Parameter
             lambda: RecAdam([("w", P(torch.ones(2, dtype=torch.complex64)))]),
             "parameter 'w' has dtype torch.complex64; give a real floating tensor",
         ),
-        (lambda: RecAdam([P(torch.ones(2))], lr="a"), "RecAdam: lr is 'a'; give a number or a 0-d tensor"),
+        (
+            lambda: RecAdam([P(torch.ones(2))], lr="a"),
+            "Hyperparameters: lr is 'a'; give a finite number >= 0",
+        ),
         (
             lambda: RecAdam([P(torch.ones(2))], bias_correction="no"),
             "RecAdam: bias_correction is 'no'; give True or False",
@@ -366,7 +369,7 @@ P = torch.nn.Parameter
         ),
         (
             lambda: RecAdam([P(torch.ones(2))], lr=-1),
-            "Hyperparameters: lr is -1.0; give a finite number >= 0",
+            "Hyperparameters: lr is -1; give a finite number >= 0",
         ),
         (
             lambda: RecAdam([P(torch.ones(2))], form="proximl"),

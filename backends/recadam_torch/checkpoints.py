@@ -20,7 +20,7 @@ from recadam_core.importance import check_importance, check_weighable
 from recadam_core.optimizer import check_anchors
 
 from .anchors import PLACES, Anchors, bare, placed
-from .settings import FLAGS, FROM, check_parameter, check_settings, group_policy, named, rate_of
+from .settings import FLAGS, FROM, check_parameter, named, policy_of, settled
 from .shards import fingerprints, is_sharded, like, local
 from .sources import Tensors, open_source
 
@@ -234,8 +234,6 @@ def _groups(optimizer: Optimizer, saved: Any) -> list[dict[str, Any]]:
     found = []
     for group, ours in zip(theirs, optimizer.param_groups, strict=True):
         chosen = {**{key: ours[key] for key in ("fused", *FLAGS)}, **group}
-        if lacking := [name for name in optimizer.defaults if name not in chosen]:
-            raise RecAdamError(f"{_LOAD}: a group has no {lacking[0]!r}; give a state that RecAdam saved")
         names, here = ([bare(name) for name in g.get("param_names") or ()] for g in (group, ours))
         if names and here and names != here:
             pairs = zip(here, names, strict=False)
@@ -251,8 +249,7 @@ def _groups(optimizer: Optimizer, saved: Any) -> list[dict[str, Any]]:
             )
         if here:  # as wrappers call them now
             chosen["param_names"] = ours["param_names"]
-        check_settings(chosen)
-        rate_of(chosen["lr"], group_policy(chosen)[0])
+        chosen = settled(chosen)
         for name, p in named(ours):
             check_parameter(name, p, chosen)
         source, dtype, place = (chosen[key] for key in ("anchor_source", "anchor_dtype", "anchor_place"))
@@ -384,7 +381,7 @@ def states_of(
         RecAdamError: when an anchor is not the one that the state was saved with, and is not to be had again.
     """
     take_hashes(entry.mine for entry in entries)
-    _, release = group_policy(group)
+    release = policy_of(group).release()
     found: dict[Tensor, dict[str, Any]] = {}
     given: list[tuple[Entry, Tensor, int]] = []
     wanted: list[tuple[Entry, int]] = []

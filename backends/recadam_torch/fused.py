@@ -1,6 +1,7 @@
 """The kernel in one pass over memory: numba or inductor on the CPU, Triton on CUDA.
 
-Each takes the arguments of `kernel_` and gives the specification's bits.
+Each takes the arguments of `kernel_` and gives the specification's bits. That shapes agree was checked
+before: what is walked here is walked by address.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
 from operator import attrgetter
@@ -25,7 +26,7 @@ from recadam_core import Coefficients, RecAdamError
 
 from .kernel import kernel_
 
-__all__ = ["FUSED", "NumbaKernel", "alike", "chosen_fused", "fused_kernel", "regular"]
+__all__ = ["FUSED", "NumbaKernel", "chosen_fused", "fused_kernel", "regular"]
 
 
 def chosen_fused(group: Mapping[str, Any], device: torch.device) -> str:
@@ -37,8 +38,8 @@ def chosen_fused(group: Mapping[str, Any], device: torch.device) -> str:
 
     Returns:
         A name in `FUSED`, or nothing. For True that is Triton on CUDA, elsewhere numba where it is installed,
-        else inductor; for None the same, but no inductor, and nothing where another flag asks for another
-        way to step.
+        else inductor; for None numba on the CPU, where it is installed and no other flag asks for another way
+        to step. Triton is for those who name it until it has been run on a device.
 
     Raises:
         RecAdamError: when the name is unknown, or there is none for this device.
@@ -51,12 +52,12 @@ def chosen_fused(group: Mapping[str, Any], device: torch.device) -> str:
     if name is False:
         return ""
     if name is None:
-        others = group["foreach"] is not None or group["exact"] or group["differentiable"]
-        name = "" if others else _installed().get(device.type, "")
-        return "" if group["capturable"] and name != "triton" else name
+        others = group["foreach"] is not None or any(
+            group[name] for name in ("exact", "differentiable", "capturable")
+        )
+        return "numba" if device.type == "cpu" and _has_numba() and not others else ""
     if name is True:
-        usual = "triton" if device.type == "cuda" else "compiled"
-        name = _installed().get(device.type, usual)
+        name = "triton" if device.type == "cuda" else "numba" if _has_numba() else "compiled"
     if not isinstance(name, str) or name not in FUSED:
         raise RecAdamError(f"RecAdam: fused is {name!r}; give True, False, or one of {', '.join(FUSED)}")
     serves = {"numba": ("cpu",), "compiled": ("cpu", "cuda"), "triton": ("cuda",)}[name]
@@ -93,9 +94,8 @@ def fused_kernel(name: str) -> Callable[..., None]:
 
 
 @cache
-def _installed() -> dict[str, str]:
-    found = {"cuda": "triton", "cpu": "numba"}
-    return {device: name for device, name in found.items() if find_spec(name)}
+def _has_numba() -> bool:
+    return find_spec("numba") is not None
 
 
 class NumbaKernel:
@@ -134,7 +134,7 @@ class NumbaKernel:
         thetas, grads, ms, vs = (regular(xs, wide, walkable, host) for xs in (thetas, grads, ms, vs))
         stars = None if anchors is None else regular(anchors, wide, walkable, host)
         columns = [thetas, grads, ms, vs, grads if stars is None else stars]
-        sizes = alike(columns)
+        sizes = list(map(Tensor.numel, thetas))
         names = [str(xs[0].dtype).removeprefix("torch.") for xs in columns]
         shape = names, torch.get_num_threads(), sizes
         if shape != self._shape:
@@ -155,29 +155,7 @@ class NumbaKernel:
         torch.autograd.graph.increment_version(written[0])
 
 
-_shape = attrgetter("shape")
 _dtype_and_device = attrgetter("dtype", "device")
-
-
-def alike(columns: Sequence[list[Tensor]]) -> list[int]:
-    """Elements of each parameter, which its gradient, moments and anchor must have, too.
-
-    Raises:
-        RecAdamError: when they have not, as after a parameter's data was replaced by some of another size.
-
-    Example:
-        >>> alike([[torch.ones(2)], [torch.ones(2)]])
-        [2]
-    """
-    shapes = list(map(_shape, columns[0]))
-    for xs in columns[1:]:
-        if (others := list(map(_shape, xs))) != shapes:
-            ours, theirs = next((a, b) for a, b in zip(shapes, others, strict=True) if a != b)
-            raise RecAdamError(
-                f"a parameter has shape {tuple(ours)}, its gradient, moments or anchor {tuple(theirs)}: its "
-                "shape was changed; make a new optimizer"
-            )
-    return list(map(Tensor.numel, columns[0]))
 
 
 def regular(

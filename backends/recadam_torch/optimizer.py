@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections import Counter
@@ -39,13 +40,15 @@ from .checkpoints import (
 from .fused import chosen_fused, fused_kernel
 from .kernel import kernel_
 from .prepared import Prepared
-from .settings import FLAGS, FROM, check_parameter, check_settings, group_policy, named, plain, rate_of
-from .shards import is_sharded, like, local, summed
-from .stepping import Work, execute
+from .settings import FLAGS, FROM, Policies, Policy, check_parameter, named, rate_of, settled
+from .shards import is_sharded, is_wrapper, like, local, summed
+from .stepping import Work, check_alike, check_memory, check_place, execute
 from .telemetry import Drift, drift_of, squares
 from .zero import forget, is_flat_part, joined
 
 __all__ = ["RecAdam"]
+
+F32, F64 = torch.float32, torch.float64
 
 
 class RecAdam(Optimizer):
@@ -76,8 +79,8 @@ class RecAdam(Optimizer):
         foreach: whether to step over lists of tensors; None does so on CUDA. Costs memory for two
             more copies of the parameters, changes no bit.
         fused: whether to step in one pass over memory: by Triton on CUDA, by numba or else torch.compile on
-            the CPU; or one of "triton", "numba", "compiled". None does so by Triton or numba where they
-            are installed and no other flag asks for another way. Changes no bit of what `exact` gives.
+            the CPU; or one of "triton", "numba", "compiled". None does so by numba, where it is installed and
+            no other flag asks for another way. Changes no bit of what `exact` gives.
         exact: whether to give the bits of `recadam_core.update`: on the CPU, where torch's square root is
             not correctly rounded, NumPy takes it. Slower there; on other devices and with `fused` free.
         maximize: whether to climb instead of descend; the pull stays a pull.
@@ -150,19 +153,16 @@ class RecAdam(Optimizer):
             "save_anchors": save_anchors,
             **{name: FLAGS[name] for name in FROM},
         }
-        defaults = {name: plain(value) for name, value in defaults.items()}
+        defaults = settled(defaults)
         # Read by add_param_group, which the base class calls for each group.
         self._anchors, self._importance = anchors, importance
         self._names: dict[Tensor, str] = {}
-        # Policy and learning rate of the last step of each list of parameters, by the first of them.
-        self._last: dict[Tensor, tuple[list[Tensor], Hyperparameters, Any]] = {}
         self._parts: dict[Tensor, list[Tensor]] = {}
         # The parameters' states as they were left, which `state` is held against: others write there, too.
         self._held: dict[Tensor, dict[str, Any]] = {}
         self._lent = False  # whether someone may hold states from before the first step
         self._files: set[str] = set()  # that the user took anchors from
-        self._prepared: dict[int, Prepared] = {}
-        self._kernels: dict[Any, Callable[..., None]] = {}
+        self._forget()
         super().__init__(params, defaults)
         self._anchors = self._importance = None
         if anchors is not None:
@@ -179,7 +179,7 @@ class RecAdam(Optimizer):
         """Restore from a pickle."""
         super().__setstate__(state)
         self._anchors = self._importance = None
-        self._last, self._prepared, self._kernels = {}, {}, {}
+        self._forget()
         # Loading a state, which calls this too, changes nothing of these.
         self._parts = self.__dict__.get("_parts", {})
         self._files = self.__dict__.get("_files", {g.get("anchor_source", "") for g in self.param_groups})
@@ -193,6 +193,16 @@ class RecAdam(Optimizer):
                 group.setdefault(name, value)
             self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
 
+    def _forget(self) -> None:
+        """Start without anything that steps leave behind for those after them."""
+        # What was stepped last: of each list of parameters, by the first of them.
+        self._last: dict[Tensor, tuple[list[Tensor], Hyperparameters, Any, bool]] = {}
+        self._policies = Policies()
+        self._prepared: dict[int, Prepared] = {}
+        self._states: list[Any] = []
+        self._kernels: dict[Any, Callable[..., None]] = {}
+        self._interpolates = False
+
     @torch.inference_mode(False)  # what is made here outlives it
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -205,12 +215,10 @@ class RecAdam(Optimizer):
         Raises:
             RecAdamError: as the constructor; then nothing is added.
         """
-        group = {key: plain(value) for key, value in param_group.items()}
+        group = dict(param_group)
         own, importance = group.pop("anchors", None), group.pop("importance", self._importance)
-        settings = {**self.defaults, **group}
-        check_settings(settings)
-        hp, _ = group_policy(settings)
-        rate_of(settings["lr"], hp)
+        settings = settled({**self.defaults, **group})
+        group.update({name: settings[name] for name in group})
         for what, given in (("anchors", own), ("an importance", param_group.get("importance"))):
             if given is not None and not settings["anchored"]:
                 raise RecAdamError(f"RecAdam: a group has {what} and says 'anchored': False; leave one out")
@@ -295,22 +303,48 @@ class RecAdam(Optimizer):
 
     @_disable_dynamo
     def _plan(self, compiling: bool) -> list[Work]:
-        """The parameters that have a gradient, in lists that share their coefficients."""
-        return [work for group in self.param_groups for work in self._plan_group(group, compiling)]
+        """The parameters that have a gradient, in lists that share their coefficients; all of it checked."""
+        if self._interpolates:
+            raise RecAdamError("RecAdam: the weights are interpolated; step after the context has ended")
+        same = len(self.state) == len(self._states) and all(map(is_, self.state.values(), self._states))
+        alike: dict[Any, tuple[Policy, float | None, list[dict[str, Any]]]] = {}
+        for group, policy in zip(self.param_groups, self._policies.of(self.param_groups), strict=True):
+            rate = None if policy.ways["capturable"] else rate_of(group["lr"])
+            learned = isinstance(group["lr"], Tensor) and group["lr"].requires_grad
+            # Groups of one policy and rate are stepped as one; a rate that is on the device is a group's own.
+            key = (id(policy), id(group) if rate is None or learned else rate)
+            alike.setdefault(key, (policy, rate, []))[2].append(group)
+        before, self._prepared = self._prepared, {}
+        found: list[Work] = []
+        whole = False
+        for policy, rate, groups in alike.values():
+            prepared = None if compiling else before.get(id(groups[0]))
+            work = prepared.again(groups, policy, rate, None if same else self.state) if prepared else None
+            if prepared is not None and work is not None:
+                self._prepared[id(groups[0])] = prepared
+                found.append(work)
+            else:
+                if not whole:  # once for all of the groups
+                    self._settle()
+                whole = True
+                found += self._planned(groups, policy, rate, compiling)
+        self._states = list(self.state.values())
+        if len(found) > 1:  # of one alone the kernel finds it out before it writes
+            for work in found:
+                check_memory(work)
+        return found
 
     @_disable_dynamo
     def _finish(self, work: list[Work]) -> None:
         """Free the anchors that the annealing has released."""
         for some in work:
-            release = group_policy(some.group)[1]
-            if some.anchors is None or release is None or some.group["capturable"]:
-                continue
-            if some.t is not None and some.t < release:
+            release = None if some.anchors is None or some.ways["capturable"] else some.release
+            if release is None or (some.t is not None and some.t < release):
                 continue
             released = [p for p in some.params if int(self.state[p]["step"]) >= release]
             take_hashes(self.state[p] for p in released)
             if released:
-                self._prepared.pop(id(some.group), None)  # which holds them
+                self._prepared.clear()  # which hold them
             for p in released:
                 self.state[p]["anchor"] = None
                 forget(self._parts.get(p, ()), "anchor")
@@ -318,7 +352,7 @@ class RecAdam(Optimizer):
             # No tensors of the step: they would outlive it. The others' stay: DeepSpeed steps group by group.
             lr = some.lr.detach() if isinstance(some.lr, Tensor) else some.lr
             self._last.pop(some.params[0], None)
-            self._last[some.params[0]] = some.params, some.hp, lr
+            self._last[some.params[0]] = some.params, some.hp, lr, some.anchored
 
     def _kernel(self, fused: str, key: Any) -> Callable[..., None]:
         """One-pass kernels remember the lists that they have stepped: each list has its own."""
@@ -326,36 +360,39 @@ class RecAdam(Optimizer):
             self._kernels[fused, key] = fused_kernel(fused)
         return self._kernels[fused, key]
 
-    def _plan_group(self, group: dict[str, Any], compiling: bool) -> list[Work]:
-        hp, _ = group_policy(group)
-        rate = None if group["capturable"] else rate_of(group["lr"], hp)
-        learned = isinstance(group["lr"], Tensor) and group["lr"].requires_grad
-        traced = compiling or group["capturable"] or (group["differentiable"] and learned)
-        prepared = None if traced else self._prepared.pop(id(group), None)
-        if prepared is not None and (work := prepared.again(group, self.state, hp, rate)) is not None:
-            self._prepared[id(group)] = prepared
-            return [work]
-        self._settle()
+    def _planned(
+        self, groups: list[dict[str, Any]], policy: Policy, rate: float | None, compiling: bool
+    ) -> list[Work]:
+        """The work of groups that share policy and rate, looked up anew."""
+        hp, ways = policy.hp, policy.ways
+        given = groups[0]["lr"]
+        learned = isinstance(given, Tensor) and given.requires_grad
+        traced = compiling or ways["capturable"] or (ways["differentiable"] and learned)
         lists: dict[Any, tuple[list[str], list[Tensor]]] = {}
-        for name, p in named(group):
+        for name, p in chain.from_iterable(map(named, groups)):
             if p.grad is None:
                 continue
-            if p.grad.is_sparse:
-                raise RecAdamError(f"gradient of {name!r} is sparse; RecAdam needs dense gradients")
+            if p.grad.layout != torch.strided:
+                what = "sparse" if p.grad.is_sparse else f"of layout {p.grad.layout}"
+                raise RecAdamError(f"gradient of {name!r} is {what}; RecAdam needs dense gradients")
             state = self.state[p]
-            if p.dtype == torch.float64 != state["exp_avg"].dtype:
+            if p.dtype == torch.float64 != state["exp_avg"].dtype or not p.is_floating_point():
                 raise RecAdamError(
                     f"parameter {name!r} is {p.dtype} and was {state['exp_avg'].dtype}; make a new optimizer"
                 )
-            t = None if group["capturable"] else int(state["step"]) + 1
-            freed = "anchor" in state and state["anchor"] is None
-            key = (t, "anchor" in state, freed, p.dtype, p.device, "importance" in state)
+            t = None if ways["capturable"] else int(state["step"]) + 1
+            anchored = "anchor" in state and ways["anchored"]
+            freed = anchored and state["anchor"] is None
+            weighed = anchored and "importance" in state
+            key = (t, anchored, freed, p.dtype, p.device, weighed, is_wrapper(p))
             names, params = lists.setdefault(key, ([], []))
             names.append(bare(name))
             params.append(p)
-        lr = torch.as_tensor(group["lr"], dtype=torch.float64) if traced else rate
+        lr: Any = rate
+        if traced:
+            lr = given.double() if isinstance(given, Tensor) else torch.tensor(given, dtype=F64, device="cpu")
         found = []
-        for (t, anchored, freed, _, device, weighed), (names, params) in lists.items():
+        for (t, anchored, freed, _, device, weighed, wrapper), (names, params) in lists.items():
             # On the host where that knows the step, also if the device computes its own: this raises.
             c = None if t is None else coefficients(t, hp, rate, anchored)
             if freed and c is not None and c.recall:
@@ -365,13 +402,20 @@ class RecAdam(Optimizer):
                 )
             if traced:  # numbers that change would be compiled anew
                 t = c = None
-            fused = "" if compiling or weighed else chosen_fused(group, device)
+            fused = "" if compiling or weighed else chosen_fused(ways, device)
+            if wrapper and fused:
+                if ways["fused"]:
+                    raise RecAdamError(
+                        f"parameter {names[0]!r} is a {type(params[0]).__name__}, whose memory one pass "
+                        "cannot walk; give fused=False"
+                    )
+                fused = ""
             if traced and fused != "triton":  # which alone takes coefficients from the device
                 fused = ""
-            kernel: Callable[..., None] = partial(kernel_, exact=group["exact"] and not traced)
+            kernel: Callable[..., None] = partial(kernel_, exact=ways["exact"] and not traced)
             if fused:
-                kernel = self._kernel(fused, (id(group), device, params[0].dtype, anchored, freed))
-            lists_of_all = group["foreach"] or (group["foreach"] is None and device.type == "cuda")
+                kernel = self._kernel(fused, (id(groups[0]), device, params[0].dtype, anchored, freed))
+            lists_of_all = ways["foreach"] or (ways["foreach"] is None and device.type == "cuda")
             states = [self.state[p] for p in params]
             work = Work(
                 params=params,
@@ -382,21 +426,25 @@ class RecAdam(Optimizer):
                 vs=[local(state["exp_avg_sq"]) for state in states],
                 anchors=[local(state["anchor"]) for state in states] if anchored and not freed else None,
                 importances=[local(state["importance"]) for state in states] if weighed else None,
-                residuals=[_residual(p, state, group) for p, state in zip(params, states, strict=True)],
+                residuals=[_residual(p, state, ways) for p, state in zip(params, states, strict=True)],
                 steps=[state["step"] for state in states],
                 t=t,
                 hp=hp,
                 lr=lr,
                 c=c,
                 anchored=anchored,
-                group=group,
+                ways=ways,
+                release=policy.release(),
                 kernel=kernel,
                 fused=fused,
                 together=bool(fused or traced or lists_of_all),
             )
-            if len(lists) == 1 and Prepared.may_be(group, work):
-                self._prepared[id(group)] = Prepared(group, work, states)
-                work = work._replace(steps=[state["step"] for state in states])
+            check_alike(work)
+            check_place(work)
+            if not fused:
+                check_memory(work)
+            if len(lists) == 1 and Prepared.may_be(groups, work):
+                self._prepared[id(groups[0])] = Prepared(groups, policy, work, states)
             found.append(work)
         return found
 
@@ -505,6 +553,10 @@ class RecAdam(Optimizer):
             >>> optimizer.state[w]["step"], optimizer.state[w]["anchor"]
             (tensor(0.), tensor([-0.5000]))
         """
+        if self._interpolates:
+            raise RecAdamError(
+                "reset_moments: the weights are interpolated; call it after the context has ended"
+            )
         self._adopt()
         found: dict[Tensor, dict[str, Any]] = {}
         for group in self.param_groups:
@@ -652,23 +704,25 @@ class RecAdam(Optimizer):
         parts: list[Tensor] = []
         owners: list[Tensor] = []
         figures: list[tuple[str, tuple[float, float, float]]] = []
-        last = {p: (hp, float(lr)) for params, hp, lr in self._last.values() for p in params}
+        last = {p: (hp, float(lr), on) for params, hp, lr, on in self._last.values() for p in params}
         for name, p in self._everything():
             state = self.state[p]
             if state.get("anchor") is None:
                 continue
             c, figure = None, nothing
             if p in last:
-                t, (hp, lr) = int(state["step"]), last[p]
-                figure = (*annealed_weights(hp.annealing, t), lr * hp.gamma)
-                if lr * hp.gamma * figure[1] < 2.0 or hp.form == "proximal":
-                    c = coefficients(t, hp, lr)
+                t, (hp, lr, anchored) = int(state["step"]), last[p]
+                weights = annealed_weights(hp.annealing, t) if anchored else (1.0, 0.0)
+                figure = (*weights, lr * hp.gamma)
+                with contextlib.suppress(RecAdamError):  # one that diverges, as the device does not refuse
+                    c = coefficients(t, hp, lr, anchored)
             parts += squares(p, state, c)
             owners += [p] * 4
             figures.append((name, figure))
         if not figures:
             return Drift("", math.nan, math.nan, math.nan, *nothing)
-        sums = torch.tensor([float(x) for x in summed(parts, owners)], dtype=torch.float64).reshape(-1, 4)
+        told = [float(x) for x in summed(parts, owners)]
+        sums = torch.tensor(told, dtype=F64, device="cpu").reshape(-1, 4)
         found = {
             name: drift_of(name, row, *figure) for (name, figure), row in zip(figures, sums, strict=True)
         }
@@ -769,11 +823,13 @@ class RecAdam(Optimizer):
         """
         between = self._between(alpha, anchors)
         held = {p: local(p).detach().clone() for p in between}
+        outer, self._interpolates = self._interpolates, True
         try:
             _put(between)
             yield
         finally:
             _put(held)
+            self._interpolates = outer
 
 
 @torch.no_grad()

@@ -1,100 +1,100 @@
-"""A group that is stepped again: what was looked up before is only held against what is there now."""
+"""Groups that are stepped again: what was looked up before is only held against what is there now."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from operator import attrgetter, is_, itemgetter, methodcaller
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from operator import attrgetter, is_, methodcaller
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recadam_core import Hyperparameters, coefficients
+from recadam_core import coefficients
 
-from .stepping import Work
+from .settings import Policy
+from .stepping import Work, check_alike
 
 __all__ = ["Prepared"]
 
-_FLAGS = ("maximize", "rounding", "fused", "foreach", "exact", "capturable", "differentiable", "anchored")
-
-
 _dtype_and_device = attrgetter("dtype", "device")
-
-
-def _residual(state: Mapping[str, Any]) -> Any:
-    return state.get("residual")
+_layout = attrgetter("layout")
+_grad = attrgetter("grad")
+_residual = lambda state: state.get("residual")  # noqa: E731
 
 
 class Prepared:
-    """The work of a group's last step, for as long as its parameters and their states are the same objects.
+    """The work of the last step of groups, for as long as their parameters and states are the same objects.
 
-    A thousand small parameters cost more to look up than to step. Step counts become views of one tensor, so
-    that all are counted up, and read, at once.
+    A thousand small parameters cost more to look up than to step.
 
     Args:
-        group: the group.
-        work: the last step's, of all of its parameters.
-        states: their states.
+        groups: groups that share policy and learning rate.
+        policy: their policy.
+        work: the last step's, of all of their parameters.
+        states: the states of those.
     """
 
-    def __init__(self, group: Mapping[str, Any], work: Work, states: list[dict[str, Any]]) -> None:
-        with torch.inference_mode(False):  # these outlive it
-            first = float(work.t or 0) - 1
-            self._steps = torch.full((len(states),), first, dtype=torch.float32, device="cpu")
-        for state, step in zip(states, self._steps.unbind(), strict=True):
-            state["step"].data = step  # the tensor stays the same one, for those who hold it
+    def __init__(
+        self, groups: Sequence[Mapping[str, Any]], policy: Policy, work: Work, states: list[dict[str, Any]]
+    ) -> None:
         keys = ["step", "exp_avg", "exp_avg_sq", *(["anchor"] if work.anchored else [])]
         self._held: list[tuple[Any, list[Any]]] = [
             (methodcaller("get", key), [state[key] for state in states]) for key in keys
         ]
         self._held.append((_residual, list(map(_residual, states))))
         self._kind = {(p.dtype, p.device) for p in work.params}
-        self._places = list(map(Tensor.data_ptr, self._held[0][1]))
-        self._states, self._flags = states, itemgetter(*_FLAGS)(group)
-        self._all: list[Any] = []
-        self._work = work._replace(grads=[], steps=[self._steps])
+        self._groups, self._policy, self._states = list(groups), policy, states
+        self._work = work._replace(grads=[])
 
     @staticmethod
-    def may_be(group: Mapping[str, Any], work: Work) -> bool:
-        """Whether this is work that can be kept: one pass over all parameters of the group, none sharded."""
-        whole = len(work.params) == len(group["params"]) and all(map(is_, work.params, work.thetas))
-        return whole and bool(work.fused) and work.t is not None
+    def may_be(groups: Sequence[Mapping[str, Any]], work: Work) -> bool:
+        """Whether this is work that can be kept: one pass over all parameters of the groups, none sharded."""
+        whole = len(work.params) == sum(len(group["params"]) for group in groups)
+        return whole and all(map(is_, work.params, work.thetas)) and bool(work.fused) and work.t is not None
 
     def again(
-        self, group: Mapping[str, Any], state: Mapping[Tensor, Any], hp: Hyperparameters, rate: Any
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        policy: Policy,
+        rate: float | None,
+        state: Mapping[Tensor, Any] | None,
     ) -> Work | None:
         """The work of the next step; None when anything is not as it was.
 
         Args:
-            group: the group.
-            state: the optimizer's.
-            hp: the group's policy.
-            rate: its learning rate.
+            groups: the groups.
+            policy: their policy.
+            rate: their learning rate.
+            state: the optimizer's, to look the parameters' up in; None when no entry is another one.
+
+        Raises:
+            RecAdamError: when a shape is another, or the annealing or a coefficient is no good.
         """
-        work, params = self._work, group["params"]
-        if len(state) != len(self._all) or not all(map(is_, state.values(), self._all)):
-            # Looking up a thousand tensors takes its time: so only where an entry is another one.
-            if not all(map(is_, map(state.get, params), self._states)):
-                return None
-            self._all = list(state.values())
+        work = self._work
+        params = list(chain.from_iterable(group["params"] for group in groups))
         same = (
-            len(params) == len(work.params)
+            policy is self._policy
+            and len(groups) == len(self._groups)
+            and all(map(is_, groups, self._groups))
+            and len(params) == len(work.params)
             and all(map(is_, params, work.params))
             and set(map(_dtype_and_device, params)) == self._kind
-            and itemgetter(*_FLAGS)(group) == self._flags
+            and (state is None or all(map(is_, map(state.get, params), self._states)))
             and all(all(map(is_, map(get, self._states), held)) for get, held in self._held)
-            and list(map(Tensor.data_ptr, self._held[0][1])) == self._places
         )
         if not same:
             return None
-        grads = [p.grad for p in params]
-        steps = self._steps.numpy()
-        if any(g is None for g in grads) or {g.layout for g in grads} != {torch.strided}:
+        grads = list(map(_grad, params))
+        if any(g is None for g in grads) or set(map(_layout, grads)) != {torch.strided}:
             return None
-        t = int(steps[0]) + 1
-        if steps.min() != steps.max():
+        steps = set(map(Tensor.item, work.steps))
+        if len(steps) > 1:
             return None
-        c = coefficients(t, hp, rate, work.anchored)
+        t = int(steps.pop()) + 1
+        c = coefficients(t, policy.hp, rate, work.anchored)
         if c.recall and work.anchors is None:
             return None
-        return work._replace(grads=grads, t=t, hp=hp, lr=rate, c=c)
+        work = work._replace(grads=grads, t=t, lr=rate, c=c, release=policy.release())
+        check_alike(work)
+        return work

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
-from typing import Any
+from collections.abc import Iterable, Mapping
+from operator import is_, itemgetter
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from recadam_core import Hyperparameters, RecAdamError, annealing_from_dict, annealing_to_dict, release_step
 from recadam_core.annealing import ANNEALINGS
-from recadam_core.errors import unknown
+from recadam_core.errors import check_flag, check_number, shown, unknown
 
 from .fused import chosen_fused, fused_kernel
 from .rounding import ROUNDINGS
 
-__all__ = ["FLAGS", "FROM", "check_parameter", "check_settings", "group_policy", "named", "plain", "rate_of"]
+__all__ = [
+    "FLAGS",
+    "FROM",
+    "Policies",
+    "Policy",
+    "check_parameter",
+    "named",
+    "policy_of",
+    "rate_of",
+    "settled",
+]
 
 FLAGS = {
     "exact": False,
@@ -35,50 +44,93 @@ FLAGS = {
 FROM = ("anchor_source", "anchor_names", "anchor_dtype", "anchor_place")
 """Where the anchors of a group came from: file, names there, and how they are kept."""
 
-
-_POLICY = ("betas", "eps", "weight_decay", "gamma", "bias_correction", "form")
-
-
-def _policy(annealing: Any, values: tuple[Any, ...]) -> tuple[Hyperparameters, int | None]:
-    if isinstance(annealing, tuple):
-        annealing = annealing_from_dict(dict(annealing))
-    hp = Hyperparameters(annealing=annealing, **dict(zip(_POLICY, values, strict=True)))
-    return hp, release_step(annealing)
-
-
-_cached_policy = lru_cache(maxsize=256)(_policy)
-
-
-def group_policy(group: Mapping[str, Any]) -> tuple[Hyperparameters, int | None]:
-    """The settings of a parameter group, and the step that releases its anchors."""
-    annealing = group["annealing"]
-    values = tuple(tuple(v) if isinstance(v, list) else v for v in map(group.get, _POLICY))
-    if isinstance(annealing, dict):
-        return _cached_policy(tuple(annealing.items()), values)
-    return _policy(annealing, values)  # a stranger's object, which may change
+_POLICY = ("betas", "eps", "weight_decay", "gamma", "annealing", "bias_correction", "form")
+_TRUTHS = (
+    "bias_correction",
+    "anchored",
+    "exact",
+    "maximize",
+    "capturable",
+    "differentiable",
+    "save_anchors",
+)
+_WAYS = ("anchored", "foreach", "fused", "exact", "maximize", "capturable", "differentiable", "rounding")
+_STEPPED = (*_POLICY, *_WAYS, "save_anchors")
 
 
-def named(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    """The group's parameters with their names, or their places for want of those."""
-    names = group.get("param_names") or [f"params[{i}]" for i in range(len(group["params"]))]
-    return list(zip(names, group["params"], strict=True))
+class Policy(NamedTuple):
+    """What a group's settings come to, but for its learning rate.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.ones(1))
+        >>> policy_of(torch.optim.AdamW([w]).param_groups[0])
+        Traceback (most recent call last):
+        ...
+        recadam_core.errors.RecAdamError: RecAdam: a group has no 'gamma'; give one that RecAdam made
+    """
+
+    hp: Hyperparameters  # its lr is the default, not the group's
+    ways: Mapping[str, Any]  # how to step: the flags
+    known: int | None  # the step that releases the anchors, of an annealing that says so for good
+
+    def release(self) -> int | None:
+        """The step from which the anchors are read no more."""
+        ours = type(self.hp.annealing) in ANNEALINGS.values()
+        return self.known if ours else release_step(self.hp.annealing)
 
 
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Raise for a flag that is none, and for two that exclude one another."""
-    for name in ("bias_correction", "anchored", "maximize", "exact", "capturable", "differentiable",
-                 "save_anchors"):  # fmt: skip
-        if not isinstance(settings[name], bool):
-            raise RecAdamError(f"RecAdam: {name} is {settings[name]!r}; give True or False")
+def settled(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's settings as plain scalars, which weights-only loading accepts, all of them checked.
+
+    What a constructor takes, a group may hold in mid-training and a checkpoint may bring is decided here.
+
+    Args:
+        settings: of a group; what is none of RecAdam's is left as it is.
+
+    Returns:
+        All of them. The lr is a Python number or the given 0-d tensor; an annealing of our own is a dict, a
+        stranger's the object itself.
+
+    Raises:
+        RecAdamError: for a setting that is missing or outside of its range, and for two that exclude each
+            other.
+    """
+    return _checked(settings)[0]
+
+
+def policy_of(settings: Mapping[str, Any]) -> Policy:
+    """The policy that a group's settings stand for; raises as `settled`."""
+    return _checked(settings)[1]
+
+
+def _checked(settings: Mapping[str, Any], reads: bool = True) -> tuple[dict[str, Any], Policy]:
+    """Settings and policy; an lr on the device is only read where that is asked for."""
+    found = dict(settings)
+    for name in ("lr", *_STEPPED):
+        if name not in found:
+            raise RecAdamError(f"RecAdam: a group has no {name!r}; give one that RecAdam made")
+    for name in _TRUTHS:
+        found[name] = check_flag("RecAdam", name, found[name])
+    for name in ("foreach", "fused"):
+        if found[name] is not None and not (name == "fused" and isinstance(found[name], str)):
+            found[name] = check_flag("RecAdam", name, found[name])
+    if not isinstance(found["rounding"], str) or found["rounding"] not in ROUNDINGS:
+        raise unknown("rounding", found["rounding"], ROUNDINGS)
     for name in ("betas", "eps", "weight_decay", "gamma"):
-        if any(isinstance(x, Tensor) for x in (settings[name], *_items(settings[name]))):
+        if any(isinstance(x, Tensor) for x in (found[name], *_items(found[name]))):
             raise RecAdamError(
-                f"RecAdam: {name} is {settings[name]!r}; give plain numbers, only lr may be a tensor"
+                f"RecAdam: {name} is {shown(found[name])}; give plain numbers, only lr may be a tensor"
             )
-    if settings["foreach"] not in (True, False, None):
-        raise RecAdamError(f"RecAdam: foreach is {settings['foreach']!r}; give True, False or None")
-    if settings["rounding"] not in ROUNDINGS:
-        raise unknown("rounding", settings["rounding"], ROUNDINGS)
+    if isinstance(found["annealing"], Mapping):
+        found["annealing"] = annealing_from_dict(found["annealing"])
+    if not isinstance(found["lr"], Tensor):
+        found["lr"] = rate_of(found["lr"])
+    elif reads:
+        rate_of(found["lr"])
+    hp = Hyperparameters(**{name: found[name] for name in _POLICY})
+    found.update({name: getattr(hp, name) for name in _POLICY})
+    if type(hp.annealing) in ANNEALINGS.values():
+        found["annealing"] = annealing_to_dict(hp.annealing)
     together = {
         ("foreach", "fused"): "give one of them",
         ("capturable", "exact"): "coefficients of the device differ in their last bits; give one of them",
@@ -87,10 +139,77 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         ("differentiable", "exact"): "give one of them",
     }
     for (one, other), remedy in together.items():
-        if settings[one] and settings[other]:
+        if found[one] and found[other]:
             raise RecAdamError(f"RecAdam: {one} and {other} are both set; {remedy}")
-    if settings["differentiable"] and settings["rounding"] != "nearest":
+    if found["differentiable"] and found["rounding"] != "nearest":
         raise RecAdamError("RecAdam: differentiable needs rounding='nearest'; give one of them")
+    return found, Policy(hp, {name: found[name] for name in _WAYS}, release_step(hp.annealing))
+
+
+class Policies:
+    """The policies of an optimizer's groups: a setting is checked again when it is another object."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[Any, tuple[Any, ...], Policy]] = {}
+        self._known: dict[Any, Policy] = {}
+
+    def of(self, groups: Iterable[dict[str, Any]]) -> list[Policy]:
+        """The policies, one object for equal settings; new settings are made plain in their groups.
+
+        Raises:
+            RecAdamError: for the settings of any group; then no group has changed.
+        """
+        found, changed = [], []
+        for group in groups:
+            values = _values(group)
+            seen = self._seen.get(id(group))
+            if seen is None or len(seen[1]) != len(values) or not all(map(is_, seen[1], values)):
+                plain, policy = _checked(group, reads=not group.get("capturable"))
+                changed.append((group, plain))
+                seen = self._seen[id(group)] = group, _values(plain), self._one(plain, policy)
+            found.append(seen[2])
+        for group, plain in changed:
+            group.update({name: plain[name] for name in ("lr", *_STEPPED)})
+        return found
+
+    def _one(self, plain: dict[str, Any], policy: Policy) -> Policy:
+        """One object for settings that are equal."""
+        if len(self._known) > 2 * len(self._seen) + 16:  # settings of long ago
+            self._known.clear()
+        try:
+            return self._known.setdefault(_typed([plain[name] for name in (*_POLICY, *_WAYS)]), policy)
+        except TypeError:  # a stranger's annealing that has no hash
+            return policy
+
+
+_stepped = itemgetter(*_STEPPED)
+
+
+def _values(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The objects that a group's settings are, those within an annealing and betas too."""
+    try:
+        values: tuple[Any, ...] = _stepped(group)
+    except KeyError:
+        return ()  # something is missing
+    annealing, betas = group["annealing"], group["betas"]
+    if type(annealing) is dict:
+        values += tuple(annealing.values())
+    return values + tuple(betas) if type(betas) is list else values
+
+
+def _typed(x: Any) -> Any:
+    """A setting as a key that tells 1 from True, and one annealing object from another."""
+    if isinstance(x, dict):
+        return tuple((name, _typed(value)) for name, value in x.items())
+    if isinstance(x, (tuple, list)):
+        return tuple(map(_typed, x))
+    return type(x), x
+
+
+def named(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """The group's parameters with their names, or their places for want of those."""
+    names = group.get("param_names") or [f"params[{i}]" for i in range(len(group["params"]))]
+    return list(zip(names, group["params"], strict=True))
 
 
 def check_parameter(name: str, p: Tensor, settings: Mapping[str, Any]) -> None:
@@ -98,12 +217,12 @@ def check_parameter(name: str, p: Tensor, settings: Mapping[str, Any]) -> None:
     if not p.is_floating_point():
         raise RecAdamError(f"parameter {name!r} has dtype {p.dtype}; give a real floating tensor")
     if settings["fused"]:
-        name = chosen_fused(settings, p.device)
-        fused_kernel(name)
-        if settings["capturable"] and name != "triton":
+        kernel = chosen_fused(settings, p.device)
+        fused_kernel(kernel)
+        if settings["capturable"] and kernel != "triton":
             raise RecAdamError(
-                f"RecAdam: capturable and fused are both set, and fused={name!r} takes coefficients from the "
-                "host; give one of them"
+                f"RecAdam: capturable and fused are both set, and fused={kernel!r} takes coefficients from "
+                "the host; give one of them"
             )
     if settings["rounding"] == "stochastic" and p.dtype == torch.float16:
         raise RecAdamError(
@@ -115,20 +234,8 @@ def _items(x: Any) -> tuple[Any, ...]:
     return tuple(x) if isinstance(x, (tuple, list)) else ()
 
 
-def rate_of(lr: Any, hp: Hyperparameters) -> float:
-    """The learning rate as a checked number."""
-    try:
-        rate = float(lr.detach() if isinstance(lr, Tensor) else lr)
-    except (TypeError, ValueError, RuntimeError):
-        raise RecAdamError(f"RecAdam: lr is {lr!r}; give a number or a 0-d tensor") from None
-    hp.replace(lr=rate)
+def rate_of(lr: Any) -> float:
+    """A learning rate as a checked number; a tensor's is read from its device."""
+    value = lr.detach() if isinstance(lr, Tensor) else lr
+    rate: float = check_number("Hyperparameters", "lr", value, low=0.0)
     return rate
-
-
-def plain(value: Any) -> Any:
-    """A setting as plain scalars, which weights-only loading accepts; a stranger's annealing as it is."""
-    if type(value) in ANNEALINGS.values():
-        return {key: plain(x) for key, x in annealing_to_dict(value).items()}
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):
-        return tuple(plain(x) for x in value)
-    return value.item() if isinstance(value, np.generic) else value

@@ -15,6 +15,7 @@ __all__ = [
     "SHARED",
     "fingerprints",
     "is_sharded",
+    "is_wrapper",
     "like",
     "local",
     "mix",
@@ -40,6 +41,16 @@ def is_sharded(x: Any) -> bool:
     """
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and isinstance(x, tensors.DTensor)
+
+
+def is_wrapper(x: Tensor) -> bool:
+    """Whether this process's part of a tensor is of a class that sees to operations itself, without memory.
+
+    Example:
+        >>> is_wrapper(torch.nn.Parameter(torch.ones(2)))
+        False
+    """
+    return type(local(x)).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def local(x: Tensor, like: Tensor | None = None) -> Tensor:

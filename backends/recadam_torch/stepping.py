@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from recadam_core import Coefficients, Hyperparameters, Moments, apply, coefficients, update
+from recadam_core import Coefficients, Hyperparameters, Moments, RecAdamError, apply, coefficients, update
 
 from .rounding import key_of, noise, round_, widened
-from .shards import is_sharded
+from .shards import is_sharded, is_wrapper
 
-__all__ = ["Work", "execute"]
+__all__ = ["Work", "check_alike", "check_memory", "check_place", "execute"]
 
 
 class Work(NamedTuple):
@@ -35,10 +36,70 @@ class Work(NamedTuple):
     lr: Any
     c: Coefficients | None  # None where it is to be computed on the device
     anchored: bool
-    group: dict[str, Any]
+    ways: Mapping[str, Any]  # how to step: the flags of the parameters' groups
+    release: int | None  # the step from which the anchors are read no more
     kernel: Callable[..., None]
     fused: str  # name of the one-pass kernel; Triton's takes what only the device knows, and rounds by chance
     together: bool  # whether the kernel gets all of them at once, or one by one
+
+
+_shape = attrgetter("shape")
+
+
+def check_alike(work: Work) -> None:
+    """Raise unless everything that belongs to a parameter has its shape.
+
+    Raises:
+        RecAdamError: naming the parameter; as after its data was replaced by some of another size.
+    """
+    shapes = list(map(_shape, work.thetas))
+    for what, xs in _columns(work):
+        if list(map(_shape, xs)) != shapes:
+            i = next(i for i, x in enumerate(xs) if x.shape != shapes[i])
+            raise RecAdamError(
+                f"parameter {work.names[i]!r} has shape {tuple(shapes[i])}, its {what} {tuple(xs[i].shape)}: "
+                "its shape was changed; make a new optimizer"
+            )
+
+
+def check_place(work: Work) -> None:
+    """Raise unless each parameter's moments are where it is.
+
+    Raises:
+        RecAdamError: naming the parameter; as after the model was moved.
+    """
+    for name, theta, *moments in zip(work.names, work.thetas, work.ms, work.vs, strict=True):
+        for m in moments:
+            if m.device != theta.device:
+                raise RecAdamError(
+                    f"parameter {name!r} is on {theta.device}, its moments on {m.device}: it was moved; make "
+                    "a new optimizer and load the state into it"
+                )
+
+
+def check_memory(work: Work) -> None:
+    """Raise unless every tensor has values to read.
+
+    Raises:
+        RecAdamError: naming the parameter; as after its storage was freed, or on the meta device.
+    """
+    for what, xs in (("data", work.thetas), *_columns(work)):
+        if 0 in map(Tensor.data_ptr, xs):
+            for name, x in zip(work.names, xs, strict=True):
+                if x.numel() and not x.data_ptr() and not is_wrapper(x):
+                    raise RecAdamError(
+                        f"parameter {name!r}: its {what} is not in memory (a freed storage, or the meta "
+                        "device); make a new optimizer"
+                    )
+
+
+def _columns(work: Work) -> list[tuple[str, list[Tensor]]]:
+    """What belongs to each parameter."""
+    found = [("gradient", work.grads), ("first moment", work.ms), ("second moment", work.vs)]
+    found += [("anchor", work.anchors)] if work.anchors else []
+    found += [("importance", work.importances)] if work.importances else []
+    residuals = [x for x in work.residuals if x is not None]
+    return found + ([("residual", residuals)] if len(residuals) == len(work.thetas) else [])
 
 
 def execute(work: Work, scale: Tensor | None = None, found: Tensor | None = None) -> None:
@@ -49,12 +110,12 @@ def execute(work: Work, scale: Tensor | None = None, found: Tensor | None = None
         scale: by which gradients were multiplied; None for 1. For Triton.
         found: not 0 where a gradient is infinite, and nothing must change; None for 0. For Triton.
     """
-    group, anchors = work.group, work.anchors
+    ways, anchors = work.ways, work.anchors
     count = len(work.params)
     c = work.c or _traced(work)
     if c.recall == 0 if isinstance(c.recall, float) else anchors is None:
         anchors, c = None, c._replace(recall=0.0)
-    rounding = group["rounding"] if work.thetas[0].dtype in (torch.bfloat16, torch.float16) else "nearest"
+    rounding = ways["rounding"] if work.thetas[0].dtype in (torch.bfloat16, torch.float16) else "nearest"
     if work.fused == "triton" and (
         rounding == "nearest" or (rounding == "stochastic" and not any(map(is_sharded, work.params)))
     ):
@@ -62,25 +123,30 @@ def execute(work: Work, scale: Tensor | None = None, found: Tensor | None = None
         if rounding == "stochastic":
             t = [step + 1 for step in work.steps] if work.t is None else [work.t] * count
             keys = torch.stack([key_of(*x) for x in zip(work.params, work.names, t, strict=True)])
-        more = {"negates": group["maximize"], "scale": scale, "found": found}
+        options = {"negates": ways["maximize"], "scale": scale, "found": found}
         for part, stars in _streamed(anchors, count, work.thetas[0].device):
             lists = [xs[part] for xs in (work.thetas, work.grads, work.ms, work.vs)]
             own = Coefficients(*(x[part] if isinstance(x, Tensor) and x.ndim else x for x in c))
-            work.kernel(*lists, stars, own, keys=None if keys is None else keys[part], **more)
+            work.kernel(*lists, stars, own, keys=None if keys is None else keys[part], **options)
     else:
         _step(work, rounding, anchors, c)
-    torch._foreach_add_(work.steps, 1 if found is None else 1 - found)
+    if found is not None:
+        torch._foreach_add_(work.steps, 1 - found)
+    elif work.t is None:
+        torch._foreach_add_(work.steps, 1)
+    else:  # on the host a number would be made into a tensor for each of them
+        torch._foreach_add_(work.steps, torch.ones((), dtype=torch.float32, device="cpu"), alpha=1.0)
 
 
 def _step(work: Work, rounding: str, anchors: list[Tensor] | None, c: Coefficients) -> None:
     """As `execute`, by kernels that know of nothing but the formula."""
-    group = work.group
-    grads = list(torch._foreach_neg(work.grads)) if group["maximize"] else work.grads
+    ways = work.ways
+    grads = list(torch._foreach_neg(work.grads)) if ways["maximize"] else work.grads
     # One-pass kernels do not know of importances, and are not chosen where there are any.
     more: dict[str, Any] = {} if work.importances is None else {"importances": work.importances}
     if work.c is None and not work.fused:  # the formula takes a coefficient of the device for each parameter
         c = Coefficients(*(list(x.unbind()) if isinstance(x, Tensor) else x for x in c))
-    if group["differentiable"]:
+    if ways["differentiable"]:
         for i, theta in enumerate(work.thetas):
             moments = Moments(work.ms[i], work.vs[i])
             importance = work.importances and work.importances[i]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recadam_core import Coefficients
 
-from .fused import alike, regular
+from .fused import regular
 from .shards import FIRST, SECOND
 
 __all__ = ["CHUNK", "TritonKernel"]
@@ -283,7 +283,7 @@ class TritonKernel:
         thetas, grads, ms, vs = (regular(xs, wide, WALKABLE, device) for xs in written)
         stars = grads if anchors is None else regular(anchors, wide, WALKABLE, device)
         if self._joins and len(thetas) > 1 and keys is None and not any(isinstance(x, Tensor) for x in c):
-            sizes = alike([thetas, grads, ms, vs, stars])
+            sizes = list(map(Tensor.numel, thetas))
             theta, grad, m, v, star = (
                 [torch.cat([x.detach().reshape(-1) for x in xs])] for xs in (thetas, grads, ms, vs, stars)
             )
@@ -327,7 +327,7 @@ class TritonKernel:
 
     def _locate(self, columns: Sequence[list[Tensor]], device: torch.device) -> None:
         """Bring the table of addresses, and the chunks, to the device where they have changed."""
-        sizes = alike(columns)
+        sizes = list(map(Tensor.numel, columns[0]))
         places = np.array([*(list(map(Tensor.data_ptr, xs)) for xs in columns), sizes], dtype=np.int64)
         if (sizes, device) != self._shape:
             # The interpreter takes its time by the operation, and for the elements of a whole block.
