@@ -15,37 +15,54 @@ from recadam_core.errors import check_number
 from recadam_core.importance import check_importance, check_weighable
 from recadam_core.optimizer import check_anchors
 
-from .anchors import Anchors, bare, placed
+from .anchors import Anchors, bare, more_rows, placed
 from .settings import FROM, group_policy, named
-from .shards import fingerprints, is_sharded, like, local
-from .sources import Tensors, open_source
+from .shards import fingerprints, is_sharded, like, local, summed
+from .sources import is_wide, open_source
 
-__all__ = ["anchor_of", "check_saved", "from_file", "saved_anchors", "take_hashes", "weigh"]
+__all__ = ["anchor_of", "check_saved", "from_file", "no_hash", "saved_anchors", "take_hashes", "weigh"]
 
 
-def anchor_of(anchors: Mapping[str, Tensor], name: str, p: Tensor) -> Tensor | None:
-    """The anchor of a parameter, copied; None when there is none."""
-    if isinstance(anchors, Anchors):
+def anchor_of(anchors: Mapping[str, Tensor] | None, name: str, p: Tensor) -> Tensor | None:
+    """The anchor of a parameter, copied: where it is now without `anchors`; None when there is none."""
+    if anchors is None:
+        anchor: Tensor | None = p.detach().clone()
+    elif isinstance(anchors, Anchors):
         anchor = anchors.part(name, p) if anchors.match(name).has_anchor else None
     elif name in anchors:
         given = anchors[name]
         check_anchors({name: p.shape}, {name: given})
-        check_values(name, given)
+        _check_kind(name, given)
         if is_sharded(given):
-            return given.detach().clone()
-        anchor = like(p, lambda where: Tensors({name: given}).read(name, where).to(p.device, copy=True))
+            anchor = given.detach().clone()
+        else:
+            if given.is_meta and not p.is_meta:
+                raise RecAdamError(f"anchors: {name!r} is on the meta device; give the pretrained values")
+            anchor = like(p, partial(_copied, given, p.device))
     else:
         anchor = None
-    if anchor is not None:
-        check_values(name, local(anchor))
+    if anchor is None or anchor.is_meta:
+        return anchor
+    _check_kind(name, anchor)
+    infinite = (~torch.isfinite(local(anchor))).sum()
+    if not p.requires_grad:  # a mask, say, which nobody steps; in all processes alike
+        return None if int(summed([infinite], [anchor])[0]) else anchor
+    if int(infinite):
+        remedy = "give the pretrained values"
+        if anchors is None:
+            remedy = "freeze it, or put it into a group that says 'anchored': False"
+        raise RecAdamError(f"anchors: {name!r} holds NaN or infinity; {remedy}")
     return anchor
 
 
-def check_values(name: str, anchor: Any) -> None:
+def _check_kind(name: str, anchor: Any) -> None:
+    """Raise unless it is a dense tensor of floating numbers."""
     if not isinstance(anchor, Tensor) or not anchor.is_floating_point():
         raise RecAdamError(f"anchors: {name!r} is {getattr(anchor, 'dtype', anchor)}; give a floating tensor")
-    if not anchor.is_meta and not bool(torch.isfinite(anchor).all()):
-        raise RecAdamError(f"anchors: {name!r} holds NaN or infinity; give the pretrained values")
+    if not is_wide(anchor):
+        raise RecAdamError(f"anchors: {name!r} is {anchor.dtype}; give one of 16 bits or more")
+    if anchor.layout != torch.strided:
+        raise RecAdamError(f"anchors: {name!r} is sparse; give it as a dense tensor")
 
 
 def _copied(given: Tensor, device: torch.device, where: tuple[slice, ...]) -> Tensor:
@@ -53,7 +70,7 @@ def _copied(given: Tensor, device: torch.device, where: tuple[slice, ...]) -> Te
 
 
 def weigh(group: Mapping[str, Any], states: list[dict[str, Any]], importance: Any) -> None:
-    """Put each parameter's importance into its state.
+    """Put each parameter's importance into its state: 0 for rows of a grown vocabulary that have no anchor.
 
     Args:
         group: a group with its parameters' names.
@@ -63,6 +80,16 @@ def weigh(group: Mapping[str, Any], states: list[dict[str, Any]], importance: An
     Raises:
         RecAdamError: when an anchored parameter has none, or one is no tensor in [0, 1] of its shape.
     """
+    grown = [name for (name, _), state in zip(named(group), states, strict=True) if "anchor_rows" in state]
+    if grown and (group["fused"] or group["form"] != "decoupled"):
+        other = "fused" if group["fused"] else f"form={group['form']!r}"
+        raise RecAdamError(
+            f"RecAdam: {grown[0]!r} has rows without an anchor, with which {other} does not go; leave that "
+            "out, or call the parameter new"
+        )
+    for (_, p), state in zip(named(group), states, strict=True):
+        if "anchor_rows" in state:
+            state["importance"] = like(p, partial(_first_rows, p, int(state["anchor_rows"])))
     if importance is None or not group["anchored"]:
         return
     if group["fused"]:
@@ -85,9 +112,15 @@ def weigh(group: Mapping[str, Any], states: list[dict[str, Any]], importance: An
             what = "without data" if isinstance(given, Tensor) else f"a {type(given).__name__}"
             raise RecAdamError(f"importance of {name!r} is {what}; give a tensor")
         sharded = is_sharded(given)
-        state["importance"] = (
-            given.detach().clone() if sharded else like(p, partial(_copied, given, p.device))
-        )
+        weights = given.detach().clone() if sharded else like(p, partial(_copied, given, p.device))
+        state["importance"] = weights * state["importance"] if "importance" in state else weights
+
+
+def _first_rows(p: Tensor, rows: int, where: tuple[slice, ...]) -> Tensor:
+    """1 in the first rows, then 0: in the memory of a column."""
+    at = torch.arange(where[0].start, where[0].stop, dtype=torch.int64, device=p.device)
+    mine = tuple(s.stop - s.start for s in where)
+    return (at < rows).to(p.dtype).reshape(-1, *(1,) * (p.ndim - 1)).expand(mine)
 
 
 def from_file(group: Mapping[str, Any], wanted: list[tuple[Tensor, int]]) -> dict[Tensor, dict[str, Any]]:
@@ -111,17 +144,27 @@ def from_file(group: Mapping[str, Any], wanted: list[tuple[Tensor, int]]) -> dic
     found = {}
     for p, index in wanted:
         stored = group["anchor_names"][index] if index < len(group["anchor_names"]) else ""
-        if shapes.get(stored) == tuple(p.shape):
+        shape = shapes.get(stored, ())
+        if stored in shapes and (shape == tuple(p.shape) or more_rows(shape, tuple(p.shape))):
             anchor = placed(source, stored, p, dtype, group["anchor_place"])
-            found[p] = {"anchor": anchor, "anchor_hash": torch.zeros((), dtype=torch.int64)}
+            found[p] = {"anchor": anchor, **no_hash(shape[0] if shape != tuple(p.shape) else None)}
     take_hashes(found.values())
+    return found
+
+
+def no_hash(rows: int | None = None) -> dict[str, Tensor]:
+    """What a state has of a hash that is still to be taken, of so many rows or all."""
+    found = {"anchor_hash": torch.zeros((), dtype=torch.int64, device="cpu")}
+    if rows is not None:
+        found["anchor_rows"] = torch.tensor(rows, dtype=torch.int64, device="cpu")
     return found
 
 
 def take_hashes(states: Iterable[dict[str, Any]]) -> None:
     """Put in the anchors' hashes where they are still to be taken."""
     states = [s for s in states if s.get("anchor") is not None and not int(s["anchor_hash"])]
-    for state, number in zip(states, fingerprints(state["anchor"] for state in states), strict=True):
+    rows = [int(s["anchor_rows"]) if "anchor_rows" in s else None for s in states]
+    for state, number in zip(states, fingerprints([s["anchor"] for s in states], rows), strict=True):
         state["anchor_hash"].fill_(number)
 
 
@@ -183,7 +226,7 @@ def saved_anchors(
                         f"parameter is {tuple(p.shape)}; give the state of this model"
                     )
                 found[p] = {"anchor": None if kept is None else kept.to(p.device, copy=True)}
-                number = saved.get("anchor_hash", torch.zeros((), dtype=torch.int64))
+                number = saved.get("anchor_hash", no_hash()["anchor_hash"])
                 found[p]["anchor_hash"] = number.clone()
                 continue
             if "anchor_hash" not in saved:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,13 +21,14 @@ from recadam_core.annealing import annealed_weights
 from recadam_core.errors import check_number
 from recadam_core.optimizer import check_anchors
 
-from .anchors import Anchors, bare
-from .checkpoints import anchor_of, check_saved, from_file, saved_anchors, take_hashes, weigh
+from .anchors import Anchors, bare, check_made
+from .checkpoints import anchor_of, check_saved, from_file, no_hash, saved_anchors, take_hashes, weigh
 from .fused import chosen_fused, fused_kernel
 from .kernel import kernel_
 from .prepared import Prepared
 from .settings import FLAGS, FROM, check_parameter, check_settings, group_policy, named, plain, rate_of
 from .shards import is_sharded, like, local, summed
+from .sources import Mapped, mapped_files
 from .stepping import Work, execute
 from .telemetry import Drift, drift_of, squares
 from .zero import forget, is_flat_part, joined
@@ -52,7 +54,8 @@ class RecAdam(Optimizer):
         annealing: `Sigmoid`, `Linear`, `Constant`, or any object with their method `weights`.
         anchors: pretrained values by parameter name: `Anchors`, or a state dict, which is copied. A
             parameter without one is a new head and gets plain Adam(W). None anchors every parameter
-            where it is now, except in groups that say `"anchored": False`.
+            where training starts, except in groups that say `"anchored": False`: where it is now; or at
+            the first step, with a warning, if it was overwritten before, as by DDP's broadcast.
         importance: how much each weight matters to the old task, by parameter name: tensors in [0, 1] of
             the parameters' shapes, by which the pull is multiplied (as EWC has the Fisher information). Every
             anchored parameter has one, or none does. Such parameters are not stepped in one pass.
@@ -145,6 +148,9 @@ class RecAdam(Optimizer):
         self._parts: dict[Tensor, list[Tensor]] = {}
         self._prepared: dict[int, Prepared] = {}
         self._kernels: dict[Any, Callable[..., None]] = {}
+        # Anchors that are copies of their parameters, until these are stepped.
+        self._own: dict[Tensor, Tensor] = {}
+        self._mapped: set[Mapped] | None = None  # files whose pages are anchors; None to look for them
         super().__init__(params, defaults)
         self._anchors = self._importance = None
         if anchors is not None:
@@ -161,7 +167,8 @@ class RecAdam(Optimizer):
         """Restore from a pickle."""
         super().__setstate__(state)
         self._anchors = self._importance = None
-        self._last, self._prepared, self._kernels = {}, {}, {}
+        self._last, self._prepared, self._kernels, self._mapped = {}, {}, {}, None
+        self._own = self.__dict__.get("_own", {})
         self._parts = self.__dict__.get("_parts", {})  # which loading a state changes nothing of
         self._names = {}
         for group in self.param_groups:
@@ -205,31 +212,43 @@ class RecAdam(Optimizer):
             raise
         self.state.update(zip(group["params"], states, strict=True))
         self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+        self._mapped = None
+        if anchors is None:
+            held = zip(group["params"], states, strict=True)
+            self._own.update((p, state["anchor"]) for p, state in held if "anchor" in state)
 
     def _initial_states(self, group: dict[str, Any], anchors: Mapping[str, Tensor] | None) -> list[Any]:
         if anchors is not None and "param_names" not in group:
             raise RecAdamError(
                 "anchors are matched by name; pass model.named_parameters() instead of model.parameters()"
             )
-        states = []
-        for name, p in named(group):
-            check_parameter(name, p, group)
-            dtype = torch.promote_types(p.dtype, torch.float32)
-            state: dict[str, Any] = {
-                "step": torch.zeros((), device=p.device if group["capturable"] else "cpu"),
-                "exp_avg": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
-            }
-            _residual(p, state, group)
-            if group["anchored"]:
-                anchor = p.detach().clone() if anchors is None else anchor_of(anchors, name, p)
-                if anchor is not None:
-                    state["anchor"] = anchor
-                    state["anchor_hash"] = torch.zeros((), dtype=torch.int64)
-            states.append(state)
+        states = [self._initial_state(name, p, group, anchors) for name, p in named(group)]
         # Where the hash takes all processes it is taken now, when all of them are here.
         take_hashes([state for state in states if is_sharded(state.get("anchor"))])
         return states
+
+    def _initial_state(
+        self, name: str, p: Tensor, group: dict[str, Any], anchors: Mapping[str, Tensor] | None
+    ) -> dict[str, Any]:
+        check_made(name, p)
+        if not p.requires_grad and not p.is_floating_point():  # quantized weights
+            raise RecAdamError(
+                f"parameter {name!r} is frozen and has dtype {p.dtype}; leave it out, as param_groups does"
+            )
+        check_parameter(name, p, group)
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        on_device = p.device if group["capturable"] else "cpu"
+        state: dict[str, Any] = {
+            "step": torch.zeros((), dtype=torch.float32, device=on_device),
+            "exp_avg": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
+        }
+        _residual(p, state, group)
+        anchor = anchor_of(anchors, name, p) if group["anchored"] else None
+        if anchor is not None:
+            rows = anchors.match(name).rows if isinstance(anchors, Anchors) else None
+            state.update({"anchor": anchor, **no_hash(rows)})
+        return state
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -274,6 +293,9 @@ class RecAdam(Optimizer):
     @_disable_dynamo
     def _plan(self, compiling: bool) -> list[Work]:
         """The parameters that have a gradient, in lists that share their coefficients."""
+        if self._own:
+            self._anchor_anew()
+        self._check_files()
         return [work for group in self.param_groups for work in self._plan_group(group, compiling)]
 
     @_disable_dynamo
@@ -378,10 +400,48 @@ class RecAdam(Optimizer):
             found.append(work)
         return found
 
-    # Parameters that a wrapper has put in the place of others.
+    # What others do to parameters and files between the making of the optimizer and its steps.
+
+    @torch.no_grad()
+    def _anchor_anew(self) -> None:
+        """At the first step, anchor where they are now the parameters that were overwritten until then."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return
+        self._settle()
+        pairs = [pair for group in self.param_groups for pair in named(group)]
+        held = [(name, p) for name, p in pairs if _comparable(self._own.get(p), self.state[p], p)]
+        counts = [(local(self.state[p]["anchor"]).to(p.dtype) != local(p)).sum() for _, p in held]
+        # Of a parameter that is spread over processes all have to say the same.
+        totals = summed(counts, [p for _, p in held])
+        moved = [pair for pair, total in zip(held, totals, strict=True) if int(total)]
+        anchors = {p: anchor_of(None, name, p) for name, p in moved}
+        for p, anchor in anchors.items():
+            del self.state[p]["anchor"], self.state[p]["anchor_hash"]
+            if anchor is not None:
+                self.state[p].update({"anchor": anchor, **no_hash()})
+        take_hashes([self.state[p] for p in anchors if is_sharded(p)])
+        for _, p in pairs:
+            self._own.pop(p, None)
+        if moved:
+            which = f"{moved[0][0]!r} and {len(moved) - 1} more were" if moved[1:] else f"{moved[0][0]!r} was"
+            warnings.warn(
+                f"RecAdam: {which} overwritten after the optimizer was made (by a wrapper's broadcast, or by "
+                "loading), and anchored anew at the first step; to pull elsewhere give anchors=...",
+                stacklevel=2,
+            )
+
+    def _check_files(self) -> None:
+        """Raise if a file whose pages are anchors was written to."""
+        if self._mapped is None or not all(file.intact() for file in self._mapped):
+            groups = (group for group in self.param_groups if group["anchor_place"] == "file")
+            states = (self.state.get(p, {}) for group in groups for p in group["params"])
+            self._mapped = mapped_files(s["anchor"] for s in states if s.get("anchor") is not None)
+            for file in self._mapped:
+                file.check()
 
     def _settle(self) -> None:
         """Adopt what is to be adopted."""
+        self._check_files()
         if any(p not in self.state for group in self.param_groups for p in group["params"]):
             self._adopt()
 
@@ -396,6 +456,7 @@ class RecAdam(Optimizer):
                 name = next(iter(lost)) + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
                 self.state[flat] = joined(flat, {n: (p, self.state[p]) for n, p in lost.items()})
                 self._parts[flat] = list(lost.values())
+                self._keep_own(flat, *lost.values())
                 for p in lost.values():
                     del self.state[p], self._names[p]
                 group["param_names"], self._names[flat] = [name], name
@@ -417,6 +478,12 @@ class RecAdam(Optimizer):
                 del self._names[orphans[name]]
                 self.state[p] = {key: _sharded_as(p, key, value) for key, value in old.items()}
                 self._names[p] = name
+                self._keep_own(p, orphans[name])
+
+    def _keep_own(self, new: Tensor, *old: Tensor) -> None:
+        """What takes the place of parameters that are their own anchors is its own, too."""
+        if [p for p in old if self._own.pop(p, None) is not None]:
+            self._own[new] = self.state[new]["anchor"]
 
     # Checkpoints.
 
@@ -641,6 +708,13 @@ class RecAdam(Optimizer):
             _put(held)
 
 
+def _comparable(own: Any, state: Mapping[str, Any], p: Tensor) -> bool:
+    """Whether a parameter has its own anchor still, was not stepped, and can be held against it."""
+    if own is None or own is not state.get("anchor") or own.shape != p.shape or p.is_meta:
+        return False
+    return local(own).device == local(p).device and not int(state["step"])
+
+
 @torch.no_grad()
 def _put(weights: Mapping[Tensor, Tensor]) -> None:
     for p, x in weights.items():
@@ -662,7 +736,7 @@ def _provenance(anchors: Anchors, group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sharded_as(p: Tensor, key: str, value: Any) -> Any:
     """An entry of the state of a parameter whose place another, sharded one has taken."""
-    if value is None or key in ("step", "anchor_hash"):
+    if value is None or key in ("step", "anchor_hash", "anchor_rows"):
         return value
     device = value.device if key == "anchor" and value.device.type == "cpu" else p.device
     return like(p, lambda where: local(value)[where].to(device, copy=True))
