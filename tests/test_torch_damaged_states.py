@@ -221,7 +221,7 @@ def flip_a_bit(x):
     ("change", "message"),
     [
         (flip_a_bit, "the saved anchor of '0.weight' is not the one that its hash is of"),
-        (lambda x: x.fill_(math.nan), "'0.weight' holds NaN or infinity"),
+        (lambda x: x.fill_(math.nan), "the saved anchor of '0.weight' is not the one"),
         (lambda x: x + 1, "the saved anchor of '0.weight' is not the one"),
         (lambda x: x.bfloat16(), "the saved anchor of '0.weight' is not the one"),
         (lambda x: x.long(), "its anchor is torch.int64"),

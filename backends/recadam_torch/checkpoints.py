@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +19,10 @@ from recadam_core.errors import check_number, shown
 from recadam_core.importance import check_importance, check_weighable
 from recadam_core.optimizer import check_anchors
 
-from .anchors import PLACES, Anchors, bare, placed
+from .anchors import PLACES, Anchors, bare, more_rows, placed
 from .settings import FLAGS, FROM, check_parameter, named, policy_of, settled
-from .shards import fingerprints, is_sharded, like, local
-from .sources import Tensors, open_source
+from .shards import fingerprints, is_sharded, like, local, summed
+from .sources import is_wide, open_source
 
 __all__ = [
     "Entry",
@@ -30,37 +30,54 @@ __all__ = [
     "blank",
     "checked",
     "from_file",
+    "no_hash",
     "resumed",
     "states_of",
     "take_hashes",
-    "unhashed",
     "weigh",
 ]
 
 
-def anchor_of(anchors: Mapping[str, Tensor], name: str, p: Tensor) -> Tensor | None:
-    """The anchor of a parameter, copied; None when there is none."""
-    if isinstance(anchors, Anchors):
+def anchor_of(anchors: Mapping[str, Tensor] | None, name: str, p: Tensor) -> Tensor | None:
+    """The anchor of a parameter, copied: where it is now without `anchors`; None when there is none."""
+    if anchors is None:
+        anchor: Tensor | None = p.detach().clone()
+    elif isinstance(anchors, Anchors):
         anchor = anchors.part(name, p) if anchors.match(name).has_anchor else None
     elif name in anchors:
         given = anchors[name]
         check_anchors({name: p.shape}, {name: given})
-        check_values(name, given)
+        _check_kind(name, given)
         if is_sharded(given):
-            return given.detach().clone()
-        anchor = like(p, lambda where: Tensors({name: given}).read(name, where).to(p.device, copy=True))
+            anchor = given.detach().clone()
+        else:
+            if given.is_meta and not p.is_meta:
+                raise RecAdamError(f"anchors: {name!r} is on the meta device; give the pretrained values")
+            anchor = like(p, partial(_copied, given, p.device))
     else:
         anchor = None
-    if anchor is not None:
-        check_values(name, local(anchor))
+    if anchor is None or anchor.is_meta:
+        return anchor
+    _check_kind(name, anchor)
+    infinite = (~torch.isfinite(local(anchor))).sum()
+    if not p.requires_grad:  # a mask, say, which nobody steps; in all processes alike
+        return None if int(summed([infinite], [anchor])[0]) else anchor
+    if int(infinite):
+        remedy = "give the pretrained values"
+        if anchors is None:
+            remedy = "freeze it, or put it into a group that says 'anchored': False"
+        raise RecAdamError(f"anchors: {name!r} holds NaN or infinity; {remedy}")
     return anchor
 
 
-def check_values(name: str, anchor: Any) -> None:
+def _check_kind(name: str, anchor: Any) -> None:
+    """Raise unless it is a dense tensor of floating numbers."""
     if not isinstance(anchor, Tensor) or not anchor.is_floating_point():
         raise RecAdamError(f"anchors: {name!r} is {getattr(anchor, 'dtype', anchor)}; give a floating tensor")
-    if not anchor.is_meta and not bool(torch.isfinite(anchor).all()):
-        raise RecAdamError(f"anchors: {name!r} holds NaN or infinity; give the pretrained values")
+    if not is_wide(anchor):
+        raise RecAdamError(f"anchors: {name!r} is {anchor.dtype}; give one of 16 bits or more")
+    if anchor.layout != torch.strided:
+        raise RecAdamError(f"anchors: {name!r} is sparse; give it as a dense tensor")
 
 
 def _copied(given: Tensor, device: torch.device, where: tuple[slice, ...]) -> Tensor:
@@ -68,7 +85,7 @@ def _copied(given: Tensor, device: torch.device, where: tuple[slice, ...]) -> Te
 
 
 def weigh(group: Mapping[str, Any], states: list[dict[str, Any]], importance: Any) -> None:
-    """Put each parameter's importance into its state.
+    """Put each parameter's importance into its state: 0 for rows of a grown vocabulary that have no anchor.
 
     Args:
         group: a group with its parameters' names.
@@ -78,6 +95,16 @@ def weigh(group: Mapping[str, Any], states: list[dict[str, Any]], importance: An
     Raises:
         RecAdamError: when an anchored parameter has none, or one is no tensor in [0, 1] of its shape.
     """
+    grown = [name for (name, _), state in zip(named(group), states, strict=True) if "anchor_rows" in state]
+    if grown and (group["fused"] or group["form"] != "decoupled"):
+        other = "fused" if group["fused"] else f"form={group['form']!r}"
+        raise RecAdamError(
+            f"RecAdam: {grown[0]!r} has rows without an anchor, with which {other} does not go; leave that "
+            "out, or call the parameter new"
+        )
+    for (_, p), state in zip(named(group), states, strict=True):
+        if "anchor_rows" in state:
+            state["importance"] = like(p, partial(_first_rows, p, int(state["anchor_rows"])))
     if importance is None or not group["anchored"]:
         return
     if group["fused"]:
@@ -100,9 +127,15 @@ def weigh(group: Mapping[str, Any], states: list[dict[str, Any]], importance: An
             what = "without data" if isinstance(given, Tensor) else f"a {type(given).__name__}"
             raise RecAdamError(f"importance of {name!r} is {what}; give a tensor")
         sharded = is_sharded(given)
-        state["importance"] = (
-            given.detach().clone() if sharded else like(p, partial(_copied, given, p.device))
-        )
+        weights = given.detach().clone() if sharded else like(p, partial(_copied, given, p.device))
+        state["importance"] = weights * state["importance"] if "importance" in state else weights
+
+
+def _first_rows(p: Tensor, rows: int, where: tuple[slice, ...]) -> Tensor:
+    """1 in the first rows, then 0: in the memory of a column."""
+    at = torch.arange(where[0].start, where[0].stop, dtype=torch.int64, device=p.device)
+    mine = tuple(s.stop - s.start for s in where)
+    return (at < rows).to(p.dtype).reshape(-1, *(1,) * (p.ndim - 1)).expand(mine)
 
 
 def blank(p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,17 +148,29 @@ def blank(p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def unhashed() -> Tensor:
-    """The hash of an anchor, to be filled in when it is asked for."""
-    return torch.zeros((), dtype=torch.int64, device="cpu")
+def no_hash(rows: int | None = None) -> dict[str, Tensor]:
+    """What a state has of a hash that is still to be taken, of so many rows or all."""
+    found = {"anchor_hash": torch.zeros((), dtype=torch.int64, device="cpu")}
+    if rows is not None:
+        found["anchor_rows"] = torch.tensor(rows, dtype=torch.int64, device="cpu")
+    return found
 
 
 def take_hashes(states: Iterable[Mapping[str, Any]]) -> None:
     """Put in the anchors' hashes where they are still to be taken."""
     states = [s for s in states if s.get("anchor") is not None and not s["anchor"].is_meta]
     states = [s for s in states if not int(s["anchor_hash"])]
-    for state, number in zip(states, fingerprints(state["anchor"] for state in states), strict=True):
+    for state, number in zip(states, _hashes(states), strict=True):
         state["anchor_hash"].fill_(number)
+
+
+def _hashes(states: Sequence[Mapping[str, Any]]) -> list[int]:
+    return fingerprints((s["anchor"] for s in states), map(_rows, states))
+
+
+def _rows(state: Mapping[str, Any]) -> int | None:
+    """How many rows of a grown vocabulary are anchored; None for all."""
+    return int(state["anchor_rows"]) if "anchor_rows" in state else None
 
 
 def from_file(
@@ -149,13 +194,14 @@ def from_file(
     except RecAdamError:
         return {}
     dtype = getattr(torch, group["anchor_dtype"]) if group["anchor_dtype"] else None
-    shapes = {name: source.shape(name) for name in set(source) & set(names) if source.floating(name)}
+    shapes = {name: source.shape(name) for name in set(source) & set(names) if not source.unfit(name)}
     found = {}
     for p, index in wanted:
         stored = names[index] if index < len(names) else ""
-        if shapes.get(stored) == tuple(p.shape):
+        shape = shapes.get(stored, ())
+        if stored in shapes and (shape == tuple(p.shape) or more_rows(shape, tuple(p.shape))):
             anchor = placed(source, stored, p, dtype, group["anchor_place"])
-            found[p] = {"anchor": anchor, "anchor_hash": unhashed()}
+            found[p] = {"anchor": anchor, **no_hash(shape[0] if shape != tuple(p.shape) else None)}
     take_hashes(found.values())
     return found
 
@@ -171,6 +217,7 @@ class Entry(NamedTuple):
 
 
 _LOAD = "load_state_dict"
+_ANCHORED = ("anchor", "anchor_hash", "anchor_rows")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COUNTED = 2**24
 """How far float32 counts steps one by one."""
@@ -178,7 +225,7 @@ _COUNTED = 2**24
 
 def resumed(
     optimizer: Optimizer, saved: Any, held: Mapping[Tensor, dict[str, Any]], files: Collection[str]
-) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]], list[str]]:
+) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]], dict[Tensor, str]]:
     """What a checkpoint makes of an optimizer, which is not changed here.
 
     Args:
@@ -188,8 +235,8 @@ def resumed(
         files: those that the user took anchors from.
 
     Returns:
-        The groups; the states by parameter, in memory of their own; the names of parameters that are
-        trained and of which nothing was saved.
+        The groups; the states by parameter, in memory of their own; the parameters that are trained and of
+        which nothing was saved, and their names.
 
     Raises:
         RecAdamError: when the checkpoint is another optimizer's, of other parameters or of other anchors.
@@ -268,8 +315,8 @@ def _entries(
     groups: list[dict[str, Any]],
     saved: Mapping[str, Any],
     held: Mapping[Tensor, dict[str, Any]],
-) -> tuple[list[list[Entry]], list[str]]:
-    """What was saved of each parameter, group by group; names of those that are trained and were not."""
+) -> tuple[list[list[Entry]], dict[Tensor, str]]:
+    """What was saved of each parameter, group by group; and the trained ones of which nothing was."""
     counts = Counter(index for group in groups for index in group["params"])
     for index, count in counts.items():
         if count > 1:
@@ -279,7 +326,9 @@ def _entries(
             raise RecAdamError(
                 f"{_LOAD}: a state of {shown(index)}, which no group has; make the groups as then"
             )
-    found, missing = [], []
+    found: list[list[Entry]] = []
+    missing: dict[Tensor, str] = {}
+    first: Any = None
     for group, theirs, ours in zip(groups, saved["param_groups"], optimizer.param_groups, strict=True):
         entries = []
         for place, (index, (name, p)) in enumerate(zip(group["params"], named(ours), strict=True)):
@@ -290,12 +339,13 @@ def _entries(
                 if "save_anchors" in theirs and "anchor" in state and not int(state.get("anchor_hash", 0)):
                     raise _none(_LOAD, index, p, "its anchor has no hash")
             elif p.requires_grad:  # torch's distributed checkpoints leave out what is not
-                missing.append((index, name, p))
+                first = index if not missing else first
+                missing[p] = name
             entries.append(Entry(name, p, place, state, held.get(p, {})))
         found.append(entries)
     if missing and all(e.saved is None or not e.p.requires_grad for some in found for e in some):
-        raise _none(_LOAD, missing[0][0], missing[0][2], "nothing was saved")
-    return found, [name for _, name, _ in missing]
+        raise _none(_LOAD, first, next(iter(missing)), "nothing was saved")
+    return found, missing
 
 
 def _none(where: str, index: Any, p: Tensor, why: str) -> RecAdamError:
@@ -329,9 +379,12 @@ def checked(where: str, index: Any, p: Tensor, saved: Any) -> dict[str, Any]:
             raise _none(where, index, p, f"its {key} {why}")
     if p.dtype == torch.float64 != state["exp_avg"].dtype:
         raise _none(where, index, p, f"its moments are {state['exp_avg'].dtype}, the parameter is {p.dtype}")
-    number = state.get("anchor_hash", torch.zeros((), dtype=torch.int64, device="cpu"))
-    if not isinstance(number, Tensor) or number.dtype != torch.int64 or number.ndim or number.is_meta:
-        raise _none(where, index, p, f"its anchor_hash is {shown(number)}")
+    for key in ("anchor_hash", "anchor_rows"):
+        number = state.get(key, no_hash()["anchor_hash"])
+        if not isinstance(number, Tensor) or number.dtype != torch.int64 or number.ndim or number.is_meta:
+            raise _none(where, index, p, f"its {key} is {shown(number)}")
+    if "anchor_rows" in state and not 0 < int(state["anchor_rows"]) < p.shape[0]:
+        raise _none(where, index, p, f"its anchor_rows is {shown(state['anchor_rows'])}")
     return state
 
 
@@ -397,9 +450,9 @@ def states_of(
                 )
             continue
         anchor, here, sought = state.get("anchor"), mine.get("anchor"), int(state.get("anchor_hash", 0))
-        found[p].update(anchor=None, anchor_hash=unhashed().fill_(sought))
+        found[p].update(no_hash(_rows(state)), anchor=None)
+        found[p]["anchor_hash"].fill_(sought)
         if anchor is not None and anchor is not here:
-            check_values(name, local(anchor))
             given.append((entry, anchor, sought))
         elif release is not None and saved is not None and not p.is_meta and int(saved["step"]) >= release:
             pass  # freed
@@ -407,14 +460,19 @@ def states_of(
             found[p]["anchor"] = here
         else:
             wanted.append((entry, sought))
-    numbers = fingerprints(anchor for _, anchor, sought in given if sought)
-    for (entry, _, sought), number in zip([x for x in given if x[2]], numbers, strict=True):
+    hashed = [x for x in given if x[2]]
+    numbers = _hashes([{**found[entry.p], "anchor": anchor} for entry, anchor, _ in hashed])
+    for (entry, _, sought), number in zip(hashed, numbers, strict=True):
         if number != sought:
             raise RecAdamError(
                 f"{where}: the saved anchor of {entry.name!r} is not the one that its hash is of; "
                 "the state is damaged, give another"
             )
-    for entry, anchor, _ in given:
+    for entry, anchor, sought in given:
+        if not sought and not bool(torch.isfinite(local(anchor)).all()):
+            raise RecAdamError(
+                f"{where}: the anchor of {entry.name!r} holds NaN or infinity; give another state"
+            )
         found[entry.p]["anchor"] = anchor.detach().to(entry.p.device, copy=True)
     again = from_file(group, [(entry.p, entry.place) for entry, _ in wanted], files)
     for entry, sought in wanted:
@@ -440,7 +498,7 @@ def _moments(where: str, group: Mapping[str, Any], entry: Entry) -> dict[str, An
         raise RecAdamError(f"{where}: {name!r} was saved with {said} and has {here}; make it as then")
     state: dict[str, Any] = {}
     for key, x in saved.items():
-        if key in ("anchor", "anchor_hash"):
+        if key in _ANCHORED:
             continue
         if key == "importance":
             check_importance(name, x, p.shape)

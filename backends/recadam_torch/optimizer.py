@@ -23,18 +23,17 @@ from recadam_core.annealing import annealed_weights
 from recadam_core.errors import check_number
 from recadam_core.optimizer import check_anchors
 
-from .anchors import Anchors, bare
+from .anchors import Anchors, bare, check_made
 from .checkpoints import (
     Entry,
     anchor_of,
     blank,
-    check_values,
     checked,
     from_file,
+    no_hash,
     resumed,
     states_of,
     take_hashes,
-    unhashed,
     weigh,
 )
 from .fused import chosen_fused, fused_kernel
@@ -42,6 +41,7 @@ from .kernel import kernel_
 from .prepared import Prepared
 from .settings import FLAGS, FROM, Policies, Policy, check_parameter, named, rate_of, settled
 from .shards import is_sharded, is_wrapper, like, local, summed
+from .sources import Mapped, mapped_files
 from .stepping import Work, check_alike, check_memory, check_place, execute
 from .telemetry import Drift, drift_of, squares
 from .zero import forget, is_flat_part, joined
@@ -69,7 +69,8 @@ class RecAdam(Optimizer):
         annealing: `Sigmoid`, `Linear`, `Constant`, or any object with their method `weights`.
         anchors: pretrained values by parameter name: `Anchors`, or a state dict, which is copied. A
             parameter without one is a new head and gets plain Adam(W). None anchors every parameter
-            where it is now, except in groups that say `"anchored": False`.
+            where training starts, except in groups that say `"anchored": False`: where it is now; or at
+            the first step, with a warning, if it was overwritten before, as by DDP's broadcast.
         importance: how much each weight matters to the old task, by parameter name: tensors in [0, 1] of
             the parameters' shapes, by which the pull is multiplied (as EWC has the Fisher information). Every
             anchored parameter has one, or none does. Such parameters are not stepped in one pass.
@@ -162,6 +163,9 @@ class RecAdam(Optimizer):
         self._held: dict[Tensor, dict[str, Any]] = {}
         self._lent = False  # whether someone may hold states from before the first step
         self._files: set[str] = set()  # that the user took anchors from
+        # Anchors that are copies of their parameters, until these are stepped.
+        self._own: dict[Tensor, Tensor] = {}
+        self._mapped: set[Mapped] | None = None  # files whose pages are anchors; None to look for them
         self._forget()
         super().__init__(params, defaults)
         self._anchors = self._importance = None
@@ -182,12 +186,13 @@ class RecAdam(Optimizer):
         self._forget()
         # Loading a state, which calls this too, changes nothing of these.
         self._parts = self.__dict__.get("_parts", {})
+        self._own = self.__dict__.get("_own", {})
         self._files = self.__dict__.get("_files", {g.get("anchor_source", "") for g in self.param_groups})
-        self._names, self._lent = {}, False
+        self._names, self._lent, self._mapped = {}, False, None
         self._held = {p: self.state[p] for g in self.param_groups for p in g["params"] if p in self.state}
         for held in self._held.values():
             if "anchor" in held:
-                held.setdefault("anchor_hash", unhashed())
+                held.setdefault("anchor_hash", no_hash()["anchor_hash"])
         for group in self.param_groups:
             for name, value in {"fused": None, **FLAGS}.items():
                 group.setdefault(name, value)
@@ -240,26 +245,37 @@ class RecAdam(Optimizer):
         self.state.update(zip(group["params"], states, strict=True))
         self._files.add(group["anchor_source"])
         self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+        self._mapped = None
+        if anchors is None:
+            held = zip(group["params"], states, strict=True)
+            self._own.update((p, state["anchor"]) for p, state in held if "anchor" in state)
 
     def _initial_states(self, group: dict[str, Any], anchors: Mapping[str, Tensor] | None) -> list[Any]:
         if anchors is not None and "param_names" not in group:
             raise RecAdamError(
                 "anchors are matched by name; pass model.named_parameters() instead of model.parameters()"
             )
-        states = []
-        for name, p in named(group):
-            check_parameter(name, p, group)
-            state = blank(p, group)
-            _residual(p, state, group)
-            if group["anchored"]:
-                anchor = p.detach().clone() if anchors is None else anchor_of(anchors, name, p)
-                if anchor is not None:
-                    state["anchor"] = anchor
-                    state["anchor_hash"] = unhashed()
-            states.append(state)
+        states = [self._initial_state(name, p, group, anchors) for name, p in named(group)]
         # Where the hash takes all processes it is taken now, when all of them are here.
         take_hashes([state for state in states if is_sharded(state.get("anchor"))])
         return states
+
+    def _initial_state(
+        self, name: str, p: Tensor, group: dict[str, Any], anchors: Mapping[str, Tensor] | None
+    ) -> dict[str, Any]:
+        check_made(name, p)
+        if not p.requires_grad and not p.is_floating_point():  # quantized weights
+            raise RecAdamError(
+                f"parameter {name!r} is frozen and has dtype {p.dtype}; leave it out, as param_groups does"
+            )
+        check_parameter(name, p, group)
+        state = blank(p, group)
+        _residual(p, state, group)
+        anchor = anchor_of(anchors, name, p) if group["anchored"] else None
+        if anchor is not None:
+            rows = anchors.match(name).rows if isinstance(anchors, Anchors) else None
+            state.update({"anchor": anchor, **no_hash(rows)})
+        return state
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -306,6 +322,9 @@ class RecAdam(Optimizer):
         """The parameters that have a gradient, in lists that share their coefficients; all of it checked."""
         if self._interpolates:
             raise RecAdamError("RecAdam: the weights are interpolated; step after the context has ended")
+        if self._own:
+            self._anchor_anew()
+        self._check_files()
         same = len(self.state) == len(self._states) and all(map(is_, self.state.values(), self._states))
         alike: dict[Any, tuple[Policy, float | None, list[dict[str, Any]]]] = {}
         for group, policy in zip(self.param_groups, self._policies.of(self.param_groups), strict=True):
@@ -448,10 +467,48 @@ class RecAdam(Optimizer):
             found.append(work)
         return found
 
-    # What others put into the parameters and their states.
+    # What others do to parameters and files between the making of the optimizer and its steps.
+
+    @torch.no_grad()
+    def _anchor_anew(self) -> None:
+        """At the first step, anchor where they are now the parameters that were overwritten until then."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return
+        self._settle()
+        pairs = [pair for group in self.param_groups for pair in named(group)]
+        held = [(name, p) for name, p in pairs if _comparable(self._own.get(p), self.state[p], p)]
+        counts = [(local(self.state[p]["anchor"]).to(p.dtype) != local(p)).sum() for _, p in held]
+        # Of a parameter that is spread over processes all have to say the same.
+        totals = summed(counts, [p for _, p in held])
+        moved = [pair for pair, total in zip(held, totals, strict=True) if int(total)]
+        anchors = {p: anchor_of(None, name, p) for name, p in moved}
+        for p, anchor in anchors.items():
+            del self.state[p]["anchor"], self.state[p]["anchor_hash"]
+            if anchor is not None:
+                self.state[p].update({"anchor": anchor, **no_hash()})
+        take_hashes([self.state[p] for p in anchors if is_sharded(p)])
+        for _, p in pairs:
+            self._own.pop(p, None)
+        if moved:
+            which = f"{moved[0][0]!r} and {len(moved) - 1} more were" if moved[1:] else f"{moved[0][0]!r} was"
+            warnings.warn(
+                f"RecAdam: {which} overwritten after the optimizer was made (by a wrapper's broadcast, or by "
+                "loading), and anchored anew at the first step; to pull elsewhere give anchors=...",
+                stacklevel=2,
+            )
+
+    def _check_files(self) -> None:
+        """Raise if a file whose pages are anchors was written to."""
+        if self._mapped is None or not all(file.intact() for file in self._mapped):
+            groups = (group for group in self.param_groups if group["anchor_place"] == "file")
+            states = (self.state.get(p, {}) for group in groups for p in group["params"])
+            self._mapped = mapped_files(s["anchor"] for s in states if s.get("anchor") is not None)
+            for file in self._mapped:
+                file.check()
 
     def _settle(self) -> None:
         """Let every parameter have its state, whole, and the optimizer alone hold what was not stepped."""
+        self._check_files()
         held, params = self._held, [p for group in self.param_groups for p in group["params"]]
         if not (
             len(held) == len(params) == len(self.state)
@@ -478,6 +535,7 @@ class RecAdam(Optimizer):
                 name = next(iter(lost)) + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
                 self._put(flat, joined(flat, {n: (p, self._held[p]) for n, p in lost.items()}))
                 self._parts[flat] = list(lost.values())
+                self._keep_own(flat, *lost.values())
                 for p in lost.values():
                     self._drop(p)
                 group["param_names"], self._names[flat] = [name], name
@@ -498,6 +556,12 @@ class RecAdam(Optimizer):
                 old = self._drop(orphans[name])
                 self._put(p, {key: _sharded_as(p, key, value) for key, value in old.items()})
                 self._names[p] = name
+                self._keep_own(p, orphans[name])
+
+    def _keep_own(self, new: Tensor, *old: Tensor) -> None:
+        """What takes the place of parameters that are their own anchors is its own, too."""
+        if [p for p in old if self._own.pop(p, None) is not None]:
+            self._own[new] = self.state[new]["anchor"]
 
     def _put(self, p: Tensor, state: dict[str, Any]) -> None:
         self.state[p] = self._held[p] = state
@@ -525,6 +589,7 @@ class RecAdam(Optimizer):
             found.update(states_of("optimizer.state", group, entries, self._files)[0])
         for p, state in found.items():
             self._put(p, state)
+            self._mapped = None
         self._held = {p: self.state[p] for group in self.param_groups for p in group["params"]}
 
     @torch.inference_mode(False)
@@ -570,8 +635,7 @@ class RecAdam(Optimizer):
                     )
                 found[p] = {**state, **blank(p, group)}
                 if "anchor" in state and reanchor:
-                    check_values(name, local(p))
-                    found[p].update(anchor=p.detach().clone(), anchor_hash=unhashed())
+                    found[p].update(no_hash(), anchor=anchor_of(None, name, p))
                 elif state.get("anchor", p) is None:
                     freed[p] = name, place
             again = from_file(group, [(p, place) for p, (_, place) in freed.items()], self._files)
@@ -587,7 +651,7 @@ class RecAdam(Optimizer):
             self._put(p, state)
         for group in self.param_groups if reanchor else ():
             group.update({key: FLAGS[key] for key in FROM})
-        self._last, self._prepared, self._lent = {}, {}, False
+        self._last, self._prepared, self._lent, self._mapped = {}, {}, False, None
 
     # Checkpoints.
 
@@ -616,10 +680,10 @@ class RecAdam(Optimizer):
             if index in groups:
                 keep = groups[index]["save_anchors"] and state.get("anchor") is not None
                 state = {key: value for key, value in state.items() if key != "anchor" or keep}
-                if (
-                    "anchor_hash" in state
-                ):  # a copy: distributed checkpoints are loaded into what this returns
-                    state["anchor_hash"] = unhashed().fill_(state["anchor_hash"])
+                # Copies: distributed checkpoints are loaded into what this returns.
+                state.update(
+                    {key: state[key].clone() for key in ("anchor_hash", "anchor_rows") if key in state}
+                )
                 saved["state"][index] = state
         if any(map(_unstepped, self._held.values())):
             self._lent = True
@@ -649,18 +713,20 @@ class RecAdam(Optimizer):
             )
         self._adopt()
         found: list[dict[Tensor, dict[str, Any]]] = []
-        missing: list[str] = []
+        missing: dict[Tensor, str] = {}
 
         def check(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            groups, states, names = resumed(self, saved, self._held, self._files)
+            groups, states, without = resumed(self, saved, self._held, self._files)
             found.append(states)
-            missing.extend(names)
+            missing.update(without)
             # All is checked, and made: the base class puts in the groups.
             return {"state": {}, "param_groups": groups}
 
         def fill(_: Optimizer) -> None:
             for p, state in found[-1].items():
                 self._put(p, state)
+            for p in missing:  # which may be tuned already
+                self._own.pop(p, None)
 
         # As the last hook before and the first one after, so that users' hooks see and change what counts.
         before = self.register_load_state_dict_pre_hook(check)
@@ -671,9 +737,10 @@ class RecAdam(Optimizer):
             before.remove()
             after.remove()
         if missing:
-            more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+            names = list(map(repr, missing.values()))
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             warnings.warn(
-                f"load_state_dict: nothing was saved of {', '.join(map(repr, missing[:4]))}{more}; "
+                f"load_state_dict: nothing was saved of {', '.join(names[:4])}{more}; "
                 "moments and step counts start anew there",
                 stacklevel=2,
             )
@@ -832,6 +899,13 @@ class RecAdam(Optimizer):
             self._interpolates = outer
 
 
+def _comparable(own: Tensor | None, state: Mapping[str, Any], p: Tensor) -> bool:
+    """Whether a parameter has its own anchor still, was not stepped, and can be held against it."""
+    if own is None or own is not state.get("anchor") or own.shape != p.shape or p.is_meta:
+        return False
+    return local(own).device == local(p).device and not int(state["step"])
+
+
 @torch.no_grad()
 def _put(weights: Mapping[Tensor, Tensor]) -> None:
     for p, x in weights.items():
@@ -866,7 +940,7 @@ def _unstepped(state: Mapping[str, Any]) -> bool:
 
 def _sharded_as(p: Tensor, key: str, value: Any) -> Any:
     """An entry of the state of a parameter whose place another, sharded one has taken."""
-    if value is None or key in ("step", "anchor_hash"):
+    if value is None or key in ("step", "anchor_hash", "anchor_rows"):
         return value if value is None else value.clone()  # what others hold stays as the rest of it does
     device = value.device if key == "anchor" and value.device.type == "cpu" else p.device
     return like(p, lambda where: local(value)[where].to(device, copy=True))
