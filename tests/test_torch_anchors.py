@@ -823,7 +823,7 @@ x = torch.linspace(0, 1, 8, device="cpu", dtype=torch.float32).view(2, 4)
 {default}
 found = feature_importance(model.named_parameters(), [model(x)])
 found = [found, importance_of(model.named_parameters(), [model(x).square().sum()])]
-optimizer = RecAdam(param_groups(model, Anchors.of(model)), lr=0.01, importance=found[0])
+optimizer = RecAdam(param_groups(model, Anchors.of(model)), lr=0.01, gamma=10.0, importance=found[0])
 for p in model.parameters():
     p.grad = torch.zeros_like(p)
 optimizer.step()

@@ -901,7 +901,8 @@ class RecAdam(Optimizer):
 
 def _comparable(own: Tensor | None, state: Mapping[str, Any], p: Tensor) -> bool:
     """Whether a parameter has its own anchor still, was not stepped, and can be held against it."""
-    if own is None or own is not state.get("anchor") or own.shape != p.shape or p.is_meta:
+    kept = own is not None and own is state.get("anchor")
+    if own is None or not kept or own.shape != p.shape or p.is_meta:
         return False
     return local(own).device == local(p).device and not int(state["step"])
 
