@@ -142,6 +142,51 @@ def zero(rank, folder, option):
     return engine, engine
 
 
+def redundancy(rank, folder):
+    """Torch's ZeroRedundancyOptimizer: each process steps some parameters, one saves the states of all."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def start():
+        model = nn.parallel.DistributedDataParallel(pretrained())
+        return model, ZeroRedundancyOptimizer(model.parameters(), RecAdam, **SETTINGS)
+
+    model, optimizer = start()
+    train(model, optimizer, range(5))
+    optimizer.consolidate_state_dict()
+    if rank == 0:
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "saved.pt")
+    dist.barrier()
+    train(model, optimizer, range(5, 12))
+    saved = torch.load(folder / "saved.pt", weights_only=True)
+    other, resumed = start()
+    other.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    train(other, resumed, range(5, 12))
+    return {"straight": full(model), "resumed": full(other), "stepped": len(resumed.optim.state)}
+
+
+def broadcast(rank, folder):
+    """A checkpoint that one process has, and all load; one parameter is frozen."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+    def start():
+        model, optimizer = fsdp2(rank, folder, {})
+        model[0].bias.requires_grad_(False)
+        return model, optimizer
+
+    model, optimizer = start()
+    train(model, optimizer, range(5))
+    whole = StateDictOptions(full_state_dict=True)
+    weights = get_model_state_dict(model, options=whole)
+    state = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=whole))
+    train(model, optimizer, range(5, 12))
+    other, resumed = start()
+    set_model_state_dict(other, weights if rank == 0 else {}, options=options)
+    set_optimizer_state_dict(other, resumed, state if rank == 0 else {}, options=options)
+    train(other, resumed, range(5, 12))
+    return {"straight": full(model), "resumed": full(other)}
+
+
 def full(model):
     return {
         name.removeprefix("module."): p.full_tensor() if hasattr(p, "full_tensor") else p.detach().clone()
@@ -157,6 +202,11 @@ def main(case, rank, world, folder, **option):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=option.get("port", "29500"))
     if case != "single":
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    if case in ("redundancy", "broadcast"):
+        torch.save(globals()[case](rank, folder), folder / f"out{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+        return
     model, optimizer = globals()[case](rank, folder, option)
     inner = getattr(optimizer, "recadam", optimizer)
     start, stop = (int(option.get(key, value)) for key, value in (("start", 0), ("stop", 12)))

@@ -144,7 +144,7 @@ DAMAGES = {
     "params that are lists": (of_group("params", [[0], [1]]), "the state is damaged"),
     "fewer params": (of_group("params", [0]), "was saved with 1 parameters and has 2"),
     "params twice": (twice, "0 are 2 parameters"),
-    "more names": (of_group("param_names", ["0.weight", "0.bias", "x"]), r"saved as \['0.weight', '0.bias', "),
+    "more names": (of_group("param_names", ["0.weight", "0.bias", "x"]), r"saved as \['0.weight', "),
     "other names": (of_group("param_names", ["0.weight", "x"]), "'0.bias' was saved as 'x'"),
     "names of another type": (of_group("param_names", [1, 2]), "the state is damaged"),
     "no betas": (without("param_groups", 0, "betas"), "a group has no 'betas'"),
@@ -172,7 +172,7 @@ DAMAGES = {
     "a moment of integers": (of_state("exp_avg", torch.zeros(4, 3).long()), "its exp_avg is torch.int64"),
     "a complex moment": (of_state("exp_avg_sq", torch.zeros(4, 3) * 1j), "its exp_avg_sq is torch.complex64"),
     "a sparse moment": (of_state("exp_avg", sparse), "its exp_avg is sparse"),
-    "a moment without data": (of_state("exp_avg", torch.zeros(4, 3).to("meta")), "its exp_avg is without data"),
+    "a moment without data": (of_state("exp_avg", torch.zeros(4, 3).to("meta")), "exp_avg is without data"),
     "a moment of NumPy": (of_state("exp_avg", np.zeros((4, 3))), "its exp_avg is array"),
     "a moment that is a list": (of_state("exp_avg", [[0.0] * 3] * 4), "its exp_avg is "),
     "a step of NaN": (of_state("step", torch.tensor(math.nan)), r"its step is tensor\(nan\)"),
@@ -192,7 +192,7 @@ DAMAGES = {
         "the anchor of '2.weight' is missing here",
     ),
     "a wrong residual": (of_state("residual", torch.zeros(1)), r"its residual has shape \(1,\)"),
-    "an importance": (of_state("importance", torch.ones(4, 3)), r"one of shape \(4, 3\) and has no importance"),
+    "an importance": (of_state("importance", torch.ones(4, 3)), r"\(4, 3\) and has no importance"),
 }  # fmt: skip
 
 

@@ -173,3 +173,14 @@ def test_a_distributed_checkpoint_holds_no_anchors(launch, tmp_path):
         sizes[name] = {key for key in metadata.state_dict_metadata if key.endswith(".anchor")}
     assert len(sizes["hashes"]) == 0
     assert len(sizes["anchors"]) == 4
+
+
+@pytest.mark.parametrize("case", ["redundancy", pytest.param("broadcast", marks=pytest.mark.heavy)])
+def test_a_state_that_one_process_has_is_resumed_by_all_on_the_uninterrupted_path(launch, case):
+    found = launch(case)
+    for process in found:
+        for name, weights in process["straight"].items():
+            assert torch.equal(process["resumed"][name], weights), name
+            assert torch.equal(found[0]["straight"][name], weights), name
+    if case == "redundancy":
+        assert sum(process["stepped"] for process in found) == 4
