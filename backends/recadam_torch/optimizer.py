@@ -40,7 +40,7 @@ from .fused import chosen_fused, fused_kernel
 from .kernel import kernel_
 from .prepared import Prepared
 from .settings import FLAGS, FROM, Policies, Policy, check_parameter, named, rate_of, settled
-from .shards import is_sharded, is_wrapper, like, local, summed
+from .shards import in_memory, is_sharded, is_wrapper, like, local, summed
 from .sources import Mapped, mapped_files
 from .stepping import Work, check_alike, check_memory, check_place, execute
 from .telemetry import Drift, drift_of, squares
@@ -902,7 +902,7 @@ class RecAdam(Optimizer):
 def _comparable(own: Tensor | None, state: Mapping[str, Any], p: Tensor) -> bool:
     """Whether a parameter has its own anchor still, was not stepped, and can be held against it."""
     kept = own is not None and own is state.get("anchor")
-    if own is None or not kept or own.shape != p.shape or p.is_meta:
+    if own is None or not kept or own.shape != p.shape or not (in_memory(p) and in_memory(own)):
         return False
     return local(own).device == local(p).device and not int(state["step"])
 

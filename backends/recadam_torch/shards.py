@@ -14,6 +14,7 @@ __all__ = [
     "SECOND",
     "SHARED",
     "fingerprints",
+    "in_memory",
     "is_sharded",
     "is_wrapper",
     "like",
@@ -51,6 +52,16 @@ def is_wrapper(x: Tensor) -> bool:
         False
     """
     return type(local(x)).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def in_memory(x: Tensor) -> bool:
+    """Whether there are values to read: not of a freed storage, nor on the meta device.
+
+    Example:
+        >>> in_memory(torch.ones(2)), in_memory(torch.ones(2, device="meta"))
+        (True, False)
+    """
+    return not x.numel() or is_wrapper(x) or bool(local(x).data_ptr())
 
 
 def local(x: Tensor, like: Tensor | None = None) -> Tensor:
