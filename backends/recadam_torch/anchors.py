@@ -165,7 +165,8 @@ class Anchors(Mapping[str, Tensor]):
         coverage: what was matched.
         dtype: the dtype to keep them in; None for the source's own.
         place: "device" (each parameter's), "host" (pinned where there is CUDA; copied over step by step) or
-            "file" (pages of the file, read by the operating system when a step needs them).
+            "file" (pages of the file, read by the operating system when a step needs them; in memory
+            where a vocabulary has grown).
     """
 
     def __init__(

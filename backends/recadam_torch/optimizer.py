@@ -28,7 +28,7 @@ from .kernel import kernel_
 from .prepared import Prepared
 from .settings import FLAGS, FROM, check_parameter, check_settings, group_policy, named, plain, rate_of
 from .shards import is_sharded, like, local, summed
-from .sources import Mapped, mapped_files
+from .sources import Mapped, is_wide, mapped_files
 from .stepping import Work, execute
 from .telemetry import Drift, drift_of, squares
 from .zero import forget, is_flat_part, joined
@@ -231,11 +231,13 @@ class RecAdam(Optimizer):
         self, name: str, p: Tensor, group: dict[str, Any], anchors: Mapping[str, Tensor] | None
     ) -> dict[str, Any]:
         check_made(name, p)
-        if not p.requires_grad and not p.is_floating_point():  # quantized weights
+        if not p.requires_grad and not is_wide(p):  # quantized weights
             raise RecAdamError(
                 f"parameter {name!r} is frozen and has dtype {p.dtype}; leave it out, as param_groups does"
             )
         check_parameter(name, p, group)
+        if not is_wide(p):
+            raise RecAdamError(f"parameter {name!r} has dtype {p.dtype}; give one of 16 bits or more")
         dtype = torch.promote_types(p.dtype, torch.float32)
         on_device = p.device if group["capturable"] else "cpu"
         state: dict[str, Any] = {
