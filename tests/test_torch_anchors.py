@@ -601,7 +601,7 @@ def test_a_lazy_module_is_told_to_be_run_first(use):
     assert len(Anchors.of(model)) == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.bool, torch.float8_e4m3fn])
 def test_quantized_weights_are_left_alone(dtype):
     model = nn.Linear(2, 2)
     model.q = nn.Parameter(torch.ones(2, 2).to(dtype), requires_grad=False)
@@ -612,6 +612,9 @@ def test_quantized_weights_are_left_alone(dtype):
         RecAdamError, match=r"'q' is frozen and has dtype torch.\w+; leave it out, as param_gr"
     ):
         RecAdam(model.named_parameters())
+    if dtype.is_floating_point:
+        with pytest.raises(RecAdamError, match=r"'q' has dtype torch.float8_e4m3fn; give one of 16 bits or"):
+            RecAdam([("q", model.q.requires_grad_(True))])
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.complex64])

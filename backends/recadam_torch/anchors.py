@@ -165,7 +165,8 @@ class Anchors(Mapping[str, Tensor]):
         coverage: what was matched.
         dtype: the dtype to keep them in; None for the source's own.
         place: "device" (each parameter's), "host" (pinned where there is CUDA; copied over step by step) or
-            "file" (pages of the file, read by the operating system when a step needs them).
+            "file" (pages of the file, read by the operating system when a step needs them; in memory
+            where a vocabulary has grown).
     """
 
     def __init__(
@@ -423,8 +424,8 @@ def bare(name: str) -> str:
         >>> bare("module._orig_mod.encoder.weight")
         'encoder.weight'
     """
-    name = name.removeprefix("base_model.model.")
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return name.removeprefix("base_model.model.")  # peft's
 
 
 def _renaming(model: nn.Module) -> Callable[[str], str]:

@@ -264,7 +264,7 @@ class RecAdam(Optimizer):
         self, name: str, p: Tensor, group: dict[str, Any], anchors: Mapping[str, Tensor] | None
     ) -> dict[str, Any]:
         check_made(name, p)
-        if not p.requires_grad and not p.is_floating_point():  # quantized weights
+        if not p.requires_grad and not is_wide(p):  # quantized weights
             raise RecAdamError(
                 f"parameter {name!r} is frozen and has dtype {p.dtype}; leave it out, as param_groups does"
             )
