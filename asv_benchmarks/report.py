@@ -22,17 +22,25 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from benchmarks.common import GIVING_BACK, PROFILE, SHAPES, in_a_process, interquartile, ratio, turns
+from benchmarks.common import (
+    GIVING_BACK,
+    MODEL,
+    PROFILE,
+    SHAPES,
+    SIZE,
+    in_a_process,
+    interquartile,
+    ratio,
+    turns,
+)
 from benchmarks.contenders import JAX, NUMPY, TORCH, made
-from benchmarks.step import BesideOptax, Memory, Start
+from benchmarks.step import PEER, BesideOptax, Memory, Start
 
 from recadam_core import Hyperparameters, get_backend
 from recadam_core.finetuning.engine import make_engine
 from recadam_core.finetuning.models import Bert
 from recadam_core.finetuning.models.bert import BertConfig
 
-PEER = "torch AdamW fused"
-SIZE = sum(int(np.prod(shape)) for shape in SHAPES)
 BASE = 109_482_240
 TARGETS = (
     ("RecAdam over torch AdamW fused", "RecAdam", PEER, 1.25),
@@ -260,7 +268,7 @@ def main() -> None:
     }
     targets = [(what, ratio(both, ours, peer), bound) for what, ours, peer, bound in TARGETS]
     targets += [
-        ("JAX RecAdam: compiling over optax AdamW's", BesideOptax().track_compile(), 1.2),
+        ("JAX RecAdam: compiling over optax AdamW's", BesideOptax().track_compile(*MODEL), 1.2),
         ("a thousand tensors of a thousand over one of a million", spread["RecAdam"], 2.0),
         ("import recadam_torch beyond torch, seconds", Start().track_import(), 0.15),
     ]
@@ -271,7 +279,7 @@ def main() -> None:
     print("\n| step | bytes a parameter beyond what it keeps, at the peak |\n|---|---|", flush=True)
     for name in (*TORCH, *NUMPY, *JAX):
         if name != "copy":
-            print(f"| {name} | {Memory().track_peak(name):.1f} |", flush=True)
+            print(f"| {name} | {Memory().track_peak(name, *MODEL):.1f} |", flush=True)
     print("\n".join(["", *held(), "", *scaling()]), flush=True)
     if options.growth:
         print()

@@ -1,4 +1,4 @@
-"""One optimizer step: beside its peers, in every variant, as it grows, in memory, at its start."""
+"""One optimizer step: beside its peers, as it grows, in memory, at its start."""
 
 from __future__ import annotations
 
@@ -6,93 +6,105 @@ import time
 
 import numpy as np
 
-from recadam_core import Hyperparameters
+from .common import GIVING_BACK, MODEL, PROFILE, ROUNDS, SHAPES, in_a_process, ratio, turns
+from .contenders import JAX, NUMPY, TORCH, compilations, made, wanted
 
-from .common import GIVING_BACK, SHAPES, OverBackends, in_a_process, ratio, turns
-from .contenders import JAX, NUMPY, TORCH, compilations, made
-
-HP = Hyperparameters(lr=1e-5, gamma=5000.0)
+PEER = "torch AdamW fused"
 
 
 class BesideTorch:
     """Steps on the CPU over torch's fused AdamW."""
 
-    params = (tuple(name for name in (*TORCH, *NUMPY) if name != "torch AdamW fused"),)
-    param_names = ("contender",)
-    unit = "ratio"
+    params = ([name for name in (*TORCH, *NUMPY) if name != PEER], MODEL)
+    param_names = ("contender", "parameters")
+    pretty_name = "A step on the CPU: time over torch's fused AdamW"
+    unit = "times"
     timeout = 300
 
-    def track_step(self, contender):
-        steps = made(["torch AdamW fused", contender], SHAPES)
-        return ratio(turns(steps), contender, "torch AdamW fused")
+    def setup(self, contender, _):
+        wanted(PEER, contender)
+
+    def track_step(self, contender, _):
+        return ratio(turns(made([PEER, contender], SHAPES)), contender, PEER)
 
 
 class BesideOptax:
     """JAX's step over optax's AdamW."""
 
-    unit = "ratio"
+    params = (MODEL,)
+    param_names = ("parameters",)
+    unit = "times"
     timeout = 300
 
-    def track_step(self):
+    def setup(self, _):
+        wanted(*JAX)
+
+    def track_step(self, _):
         return ratio(turns(made(list(JAX), SHAPES)), "JAX RecAdam", "optax AdamW")
 
-    def track_compile(self):
+    track_step.pretty_name = "JAX, a step: time over optax's AdamW"
+
+    def track_compile(self, _):
         """Seconds to compile the step, over optax's, in turns."""
         seconds = {name: [] for name in JAX}
-        for _ in range(9):
+        for _round in range(ROUNDS):
             for name, program in compilations(SHAPES).items():
                 began = time.perf_counter()
                 program()
                 seconds[name].append(time.perf_counter() - began)
         return ratio(seconds, "JAX RecAdam", "optax AdamW")
 
-
-class Variants(OverBackends):
-    """Every variant over its backend's functional form."""
-
-    unit = "ratio"
-    timeout = 600
-
-    def track_step(self, which, device):
-        reference = f"{which.split()[0]} functional"
-        if which == reference:
-            return 1.0
-        steps = {name: self.step(name, device, HP) for name in (which, reference)}
-        return ratio(turns(steps, warm=1), which, reference)
+    track_compile.pretty_name = "JAX, compiling a step: time over optax's AdamW"
 
 
 class Growth:
     """RecAdam over torch's fused AdamW, by bytes of parameters and number of tensors."""
 
-    params = ([10**4, 10**6, 10**8], [1, 100, 10_000])
-    param_names = ("bytes", "tensors")
-    unit = "ratio"
+    params = (
+        {"quick": [10**4], "fast": [10**4, 10**6, 10**7], "regular": [10**4, 10**6, 10**8]}[PROFILE],
+        [1, 100, 10_000],
+    )
+    param_names = ("bytes of parameters", "tensors")
+    pretty_name = "A step by size: time over torch's fused AdamW"
+    unit = "times"
     timeout = 600
 
-    def track_step(self, size, count):
+    def setup(self, size, count):
+        wanted(PEER, "RecAdam")
         if size < 4 * count:
-            raise NotImplementedError
+            raise NotImplementedError(f"{size} bytes are less than {count} float32 tensors")
+
+    def track_step(self, size, count):
         shapes = [(size // 4 // count,)] * count
-        return ratio(turns(made(["torch AdamW fused", "RecAdam"], shapes)), "RecAdam", "torch AdamW fused")
+        return ratio(turns(made([PEER, "RecAdam"], shapes)), "RecAdam", PEER)
 
 
 class Memory:
     """Bytes a parameter that a step needs beyond what it keeps."""
 
-    params = (tuple(name for name in (*TORCH, *NUMPY, *JAX) if name != "copy"),)
-    param_names = ("contender",)
-    unit = "bytes"
+    params = (
+        ["RecAdam", "NumPy", "JAX RecAdam"]
+        if PROFILE == "quick"
+        else [name for name in (*TORCH, *NUMPY, *JAX) if name != "copy"],
+        MODEL,
+    )
+    param_names = ("contender", "parameters")
+    pretty_name = "Memory: what a step needs at its peak beyond what it keeps"
+    unit = "bytes a parameter"
     timeout = 300
 
-    def track_peak(self, contender):
+    def setup(self, contender, _):
+        wanted(contender)
+
+    def track_peak(self, contender, _):
         """In a process of its own, whose allocator gives back what is freed."""
         code = (
-            "import numpy as np\nfrom benchmarks.common import SHAPES, extra_memory\n"
+            "from benchmarks.common import SHAPES, SIZE, extra_memory\n"
             f"from benchmarks.contenders import made\nname = {contender!r}\n"
             "step = made([name], SHAPES)[name]\n"
-            "step()\nstep()\nprint(extra_memory(step) / sum(int(np.prod(shape)) for shape in SHAPES))"
+            "step()\nstep()\nprint(extra_memory(step) / SIZE)"
         )
-        return float(in_a_process(code, **GIVING_BACK).split()[-1])
+        return round(float(in_a_process(code, **GIVING_BACK).split()[-1]), 1)  # 0.02 is no worse than 0
 
 
 class Start:
@@ -101,13 +113,18 @@ class Start:
     unit = "seconds"
     timeout = 300
 
+    def setup(self):
+        wanted("RecAdam")
+
     def track_import(self):
-        """Of `import recadam_torch` beyond torch's own; the median of seven processes."""
+        """Of `import recadam_torch` beyond torch's own; the median of some processes."""
         code = (
             "import time, torch\nbegan = time.perf_counter()\nimport recadam_torch\n"
             "print(time.perf_counter() - began)"
         )
-        return float(np.median([float(in_a_process(code)) for _ in range(7)]))
+        return float(np.median([float(in_a_process(code)) for _ in range(ROUNDS)]))
+
+    track_import.pretty_name = "import recadam_torch: time beyond torch's own import"
 
     def track_first_step(self):
         """Of the one-pass kernel with what it has compiled before on disk."""
@@ -116,4 +133,6 @@ class Start:
             "p.grad = torch.ones(10)\noptimizer = RecAdam([p], fused='numba')\nbegan = time.perf_counter()\n"
             "optimizer.step()\nprint(time.perf_counter() - began)"
         )
-        return float(np.median([float(in_a_process(code)) for _ in range(4)][1:]))
+        return float(np.median([float(in_a_process(code)) for _ in range(min(ROUNDS, 4))][1:]))
+
+    track_first_step.pretty_name = "The first step by numba, compiled before: time"
