@@ -61,7 +61,7 @@ class Growth:
     """RecAdam over torch's fused AdamW, by bytes of parameters and number of tensors."""
 
     params = (
-        {"quick": [10**4], "fast": [10**4, 10**6, 10**7], "regular": [10**4, 10**6, 10**8]}[PROFILE],
+        {"quick": [10**4], "fast": [10**4, 10**7], "regular": [10**4, 10**6, 10**8]}[PROFILE],
         [1, 100, 10_000],
     )
     param_names = ("bytes of parameters", "tensors")
@@ -83,9 +83,11 @@ class Memory:
     """Bytes a parameter that a step needs beyond what it keeps."""
 
     params = (
-        ["RecAdam", "NumPy", "JAX RecAdam"]
-        if PROFILE == "quick"
-        else [name for name in (*TORCH, *NUMPY, *JAX) if name != "copy"],
+        {
+            "quick": ["RecAdam", "NumPy", "JAX RecAdam"],
+            "fast": ["RecAdam", "RecAdam compiled", "RecAdam foreach", *NUMPY, "JAX RecAdam"],
+            "regular": [name for name in (*TORCH, *NUMPY, *JAX) if name != "copy"],
+        }[PROFILE],
         MODEL,
     )
     param_names = ("contender", "parameters")
@@ -133,6 +135,6 @@ class Start:
             "p.grad = torch.ones(10)\noptimizer = RecAdam([p], fused='numba')\nbegan = time.perf_counter()\n"
             "optimizer.step()\nprint(time.perf_counter() - began)"
         )
-        return float(np.median([float(in_a_process(code)) for _ in range(min(ROUNDS, 4))][1:]))
+        return float(np.median([float(in_a_process(code)) for _ in range(min(ROUNDS, 3))][1:]))
 
     track_first_step.pretty_name = "The first step by numba, compiled before: time"
