@@ -6,6 +6,7 @@ A maker takes shapes and returns the step. The tensors that optimizers of one li
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -143,6 +144,17 @@ def compilations(shapes):
         return _train(tx).lower(params, state, params).compile
 
     return {"optax AdamW": program(_optax_adamw), "JAX RecAdam": program(_jax_recadam)}
+
+
+def compiling(shapes, rounds):
+    """Seconds to compile each of JAX's steps, in turns."""
+    seconds = {name: [] for name in JAX}
+    for _ in range(rounds):
+        for name, program in compilations(shapes).items():
+            began = time.perf_counter()
+            program()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
 
 
 def _jax_recadam():

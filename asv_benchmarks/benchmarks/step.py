@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import time
-
-import numpy as np
-
-from .common import GIVING_BACK, MODEL, PROFILE, ROUNDS, SHAPES, in_a_process, ratio, turns
-from .contenders import JAX, NUMPY, TORCH, compilations, made, wanted
+from .common import GIVING_BACK, MODEL, PROFILE, ROUNDS, SHAPES, best, in_a_process, turns
+from .contenders import JAX, NUMPY, TORCH, compiling, made, wanted
 
 PEER = "torch AdamW fused"
 
@@ -17,15 +13,16 @@ class BesideTorch:
 
     params = ([name for name in (*TORCH, *NUMPY) if name != PEER], MODEL)
     param_names = ("contender", "parameters")
-    pretty_name = "A step on the CPU: time over torch's fused AdamW"
-    unit = "times"
+    unit = "times torch's fused AdamW"
     timeout = 300
 
     def setup(self, contender, _):
         wanted(PEER, contender)
 
     def track_step(self, contender, _):
-        return ratio(turns(made([PEER, contender], SHAPES)), contender, PEER)
+        return best(turns(made([PEER, contender], SHAPES)), contender, PEER)
+
+    track_step.pretty_name = "A step on the CPU"
 
 
 class BesideOptax:
@@ -33,28 +30,21 @@ class BesideOptax:
 
     params = (MODEL,)
     param_names = ("parameters",)
-    unit = "times"
+    unit = "times optax's AdamW"
     timeout = 300
 
     def setup(self, _):
         wanted(*JAX)
 
     def track_step(self, _):
-        return ratio(turns(made(list(JAX), SHAPES)), "JAX RecAdam", "optax AdamW")
+        return best(turns(made(list(JAX), SHAPES)), "JAX RecAdam", "optax AdamW")
 
-    track_step.pretty_name = "JAX, a step: time over optax's AdamW"
+    track_step.pretty_name = "A step in JAX"
 
     def track_compile(self, _):
-        """Seconds to compile the step, over optax's, in turns."""
-        seconds = {name: [] for name in JAX}
-        for _round in range(ROUNDS):
-            for name, program in compilations(SHAPES).items():
-                began = time.perf_counter()
-                program()
-                seconds[name].append(time.perf_counter() - began)
-        return ratio(seconds, "JAX RecAdam", "optax AdamW")
+        return best(compiling(SHAPES, ROUNDS), "JAX RecAdam", "optax AdamW")
 
-    track_compile.pretty_name = "JAX, compiling a step: time over optax's AdamW"
+    track_compile.pretty_name = "Compiling a step in JAX"
 
 
 class Growth:
@@ -65,8 +55,7 @@ class Growth:
         [1, 100, 10_000],
     )
     param_names = ("bytes of parameters", "tensors")
-    pretty_name = "A step by size: time over torch's fused AdamW"
-    unit = "times"
+    unit = "times torch's fused AdamW"
     timeout = 600
 
     def setup(self, size, count):
@@ -76,7 +65,9 @@ class Growth:
 
     def track_step(self, size, count):
         shapes = [(size // 4 // count,)] * count
-        return ratio(turns(made([PEER, "RecAdam"], shapes)), "RecAdam", PEER)
+        return best(turns(made([PEER, "RecAdam"], shapes)), "RecAdam", PEER)
+
+    track_step.pretty_name = "A step by bytes of parameters and number of tensors"
 
 
 class Memory:
@@ -91,7 +82,6 @@ class Memory:
         MODEL,
     )
     param_names = ("contender", "parameters")
-    pretty_name = "Memory: what a step needs at its peak beyond what it keeps"
     unit = "bytes a parameter"
     timeout = 300
 
@@ -108,9 +98,11 @@ class Memory:
         )
         return round(float(in_a_process(code, **GIVING_BACK).split()[-1]), 1)  # 0.02 is no worse than 0
 
+    track_peak.pretty_name = "Memory of a step at its peak, beyond what is kept"
+
 
 class Start:
-    """What comes before the first step."""
+    """What comes before the first step: the best of some processes."""
 
     unit = "seconds"
     timeout = 300
@@ -119,14 +111,9 @@ class Start:
         wanted("RecAdam")
 
     def track_import(self):
-        """Of `import recadam_torch` beyond torch's own; the median of some processes."""
-        code = (
-            "import time, torch\nbegan = time.perf_counter()\nimport recadam_torch\n"
-            "print(time.perf_counter() - began)"
-        )
-        return float(np.median([float(in_a_process(code)) for _ in range(ROUNDS)]))
+        return min(importing(ROUNDS))
 
-    track_import.pretty_name = "import recadam_torch: time beyond torch's own import"
+    track_import.pretty_name = "import recadam_torch, after torch"
 
     def track_first_step(self):
         """Of the one-pass kernel with what it has compiled before on disk."""
@@ -135,6 +122,15 @@ class Start:
             "p.grad = torch.ones(10)\noptimizer = RecAdam([p], fused='numba')\nbegan = time.perf_counter()\n"
             "optimizer.step()\nprint(time.perf_counter() - began)"
         )
-        return float(np.median([float(in_a_process(code)) for _ in range(min(ROUNDS, 3))][1:]))
+        return min(float(in_a_process(code)) for _ in range(min(ROUNDS, 3)))
 
-    track_first_step.pretty_name = "The first step by numba, compiled before: time"
+    track_first_step.pretty_name = "The first step by numba, compiled before"
+
+
+def importing(times):
+    """Seconds of `import recadam_torch` beyond torch's own, each in a process of its own."""
+    code = (
+        "import time, torch\nbegan = time.perf_counter()\nimport recadam_torch\n"
+        "print(time.perf_counter() - began)"
+    )
+    return [float(in_a_process(code)) for _ in range(times)]
