@@ -423,8 +423,8 @@ def bare(name: str) -> str:
         >>> bare("module._orig_mod.encoder.weight")
         'encoder.weight'
     """
-    name = name.removeprefix("base_model.model.")
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return name.removeprefix("base_model.model.")  # peft's
 
 
 def _renaming(model: nn.Module) -> Callable[[str], str]:
