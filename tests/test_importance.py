@@ -162,7 +162,7 @@ def test_drift_takes_it_into_account():
         ({}, {}, "importance of 'w' is None; give a floating array of shape (2,)"),
         ({"w": torch.ones(3)}, {}, "importance of 'w' has shape (3,); give a floating array of shape (2,)"),
         ({"w": np.ones(2)}, {}, "importance of 'w' is a ndarray; give a tensor"),
-        ({"w": [0.5] * 1000}, {}, "importance of 'w' is a list; give a floating array of shape (2,)"),
+        ({"w": [0.5] * 1000}, {}, "importance of 'w' is list; give a floating array of shape (2,)"),
         ({"w": torch.ones(2, device="meta")}, {}, "importance of 'w' is without data; give a tensor"),
         ([torch.ones(2)], {}, "importance: list; give a dict of tensors by parameter name"),
         ({"w": torch.ones(2)}, {"form": "proximal"}, "importance needs form='decoupled', not 'proximal'"),
@@ -322,7 +322,12 @@ def test_the_state_lets_go_of_it_with_the_anchors():
         ({}, None, [np.ones(2)], "importance: list; give a dict of arrays by parameter name"),
         ({}, None, {"w": np.ones(2, int)}, "importance of 'w' has dtype int64; give a floating array"),
         ({}, None, {"w": np.full(2, -0.5)}, "importance of 'w' leaves [0, 1]; scale it"),
-        ({}, None, {"w": torch.ones(2)}, "importance of 'w' is of another library than its parameter"),
+        (
+            {},
+            None,
+            {"w": torch.ones(2)},
+            "importance of 'w' is of torch beside arrays of numpy; give all of one library",
+        ),
         ({"form": "released"}, None, {"w": np.ones(2)}, "importance needs form='decoupled', not 'released'"),
     ],
 )
