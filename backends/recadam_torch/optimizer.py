@@ -611,12 +611,11 @@ class RecAdam(Optimizer):
 
         Example:
             >>> w = torch.nn.Parameter(torch.zeros(1))
-            >>> optimizer = RecAdam([w], lr=0.5, gamma=0.0)
-            >>> w.grad = torch.ones(1)
-            >>> optimizer.step()
+            >>> optimizer = RecAdam([w])
+            >>> w.data += 2  # the first task
             >>> optimizer.reset_moments(reanchor=True)
-            >>> optimizer.state[w]["step"], optimizer.state[w]["anchor"]
-            (tensor(0.), tensor([-0.5000]))
+            >>> optimizer.state[w]["anchor"]
+            tensor([2.])
         """
         if self._interpolates:
             raise RecAdamError(
