@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) 
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-heavy versions conformance support lint format docs bench asv clean
+.PHONY: help install demo test test-heavy versions conformance support lint format docs bench asv asv-quick clean
 
 help:
 	@echo "make demo         run the main job: RecAdam beside AdamW on three frameworks, with a report"
@@ -28,6 +28,7 @@ help:
 	@echo "make lint         ruff and mypy;  make format: reformat"
 	@echo "make docs         build the documentation into docs/_build/html"
 	@echo "make bench        one step beside its peers: a table of ratios; make asv: the suite that tracks them"
+	@echo "make asv-quick    every benchmark of that suite, small and once: whether it runs"
 	@echo "make install      install everything into $(VENV);  make clean: remove what was made"
 
 # Debian's python3 has venv without pip; then pip comes from Debian's package of its wheel.
@@ -101,7 +102,14 @@ $(VENV)/.bench: $(VENV)/.development
 bench: $(VENV)/.bench
 	@RECADAM_BENCH=$(or $(RECADAM_BENCH),regular) $(BIN)/python asv_benchmarks/report.py $(BENCH_FLAGS)
 
+ASV := asv_benchmarks/asv.conf.json
+
 asv: $(VENV)/.bench
-	@$(BIN)/asv machine --yes --config asv_benchmarks/asv.conf.json >/dev/null
-	$(BIN)/asv run --config asv_benchmarks/asv.conf.json HEAD^! --show-stderr
-	$(BIN)/asv publish --config asv_benchmarks/asv.conf.json
+	@$(BIN)/asv machine --yes --config $(ASV) >/dev/null
+	$(BIN)/asv run --config $(ASV) HEAD^! --show-stderr
+	$(BIN)/asv publish --config $(ASV)
+
+# Of this tree, in this environment; keeps nothing, and ends with an error if a benchmark fails.
+asv-quick: $(VENV)/.bench
+	@$(BIN)/asv machine --yes --config $(ASV) >/dev/null
+	RECADAM_BENCH=quick $(BIN)/asv run --config $(ASV) --python=same --quick --show-stderr

@@ -15,24 +15,31 @@ import datetime
 import json
 import os
 import platform
-import pstats
 import statistics
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from benchmarks.common import GIVING_BACK, PROFILE, SHAPES, in_a_process, interquartile, ratio, turns
-from benchmarks.contenders import JAX, NUMPY, TORCH, made
-from benchmarks.step import BesideOptax, Memory, Start
+from benchmarks.common import (
+    GIVING_BACK,
+    MODEL,
+    PROFILE,
+    SHAPES,
+    SIZE,
+    in_a_process,
+    interquartile,
+    ratio,
+    turns,
+)
+from benchmarks.contenders import JAX, NUMPY, TORCH, compiling, made
+from benchmarks.step import PEER, Memory, importing
 
 from recadam_core import Hyperparameters, get_backend
 from recadam_core.finetuning.engine import make_engine
 from recadam_core.finetuning.models import Bert
 from recadam_core.finetuning.models.bert import BertConfig
 
-PEER = "torch AdamW fused"
-SIZE = sum(int(np.prod(shape)) for shape in SHAPES)
 BASE = 109_482_240
 TARGETS = (
     ("RecAdam over torch AdamW fused", "RecAdam", PEER, 1.25),
@@ -190,12 +197,11 @@ def profile() -> None:
     for _ in range(100):
         step()
     profiler.disable()
-    found = pstats.Stats(profiler).stats
-    rows = sorted(((own, where) for where, (_, _, own, _, _) in found.items()), reverse=True)
-    total = sum(own for own, _ in rows)
+    found = sorted(((entry.inlinetime, entry.code) for entry in profiler.getstats()), key=lambda x: -x[0])
+    total = sum(own for own, _ in found)
     print(f"| of {10 * total:.1f} ms a step | ms | share |\n|---|---|---|")
-    for own, (file, line, name) in rows[:8]:
-        place = f"{Path(file).name}:{line} {name}" if line else name
+    for own, code in found[:8]:
+        place = code if isinstance(code, str) else f"{Path(code.co_filename).name} {code.co_qualname}"
         print(f"| `{place}` | {10 * own:.2f} | {own / total:.0%} |")
 
 
@@ -260,9 +266,13 @@ def main() -> None:
     }
     targets = [(what, ratio(both, ours, peer), bound) for what, ours, peer, bound in TARGETS]
     targets += [
-        ("JAX RecAdam: compiling over optax AdamW's", BesideOptax().track_compile(), 1.2),
+        (
+            "JAX RecAdam: compiling over optax AdamW's",
+            ratio(compiling(SHAPES, 9), "JAX RecAdam", "optax AdamW"),
+            1.2,
+        ),
         ("a thousand tensors of a thousand over one of a million", spread["RecAdam"], 2.0),
-        ("import recadam_torch beyond torch, seconds", Start().track_import(), 0.15),
+        ("import recadam_torch beyond torch, seconds", statistics.median(importing(7)), 0.15),
     ]
     print("\n| target | measured | at most | |\n|---|---|---|---|")
     for what, measured, bound in targets:
@@ -271,7 +281,7 @@ def main() -> None:
     print("\n| step | bytes a parameter beyond what it keeps, at the peak |\n|---|---|", flush=True)
     for name in (*TORCH, *NUMPY, *JAX):
         if name != "copy":
-            print(f"| {name} | {Memory().track_peak(name):.1f} |", flush=True)
+            print(f"| {name} | {Memory().track_peak(name, *MODEL):.1f} |", flush=True)
     print("\n".join(["", *held(), "", *scaling()]), flush=True)
     if options.growth:
         print()

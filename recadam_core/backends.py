@@ -22,11 +22,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from array_api_compat import array_namespace, is_array_api_obj
 
+from .arrays import kind_of, library, not_plain
 from .coefficients import Coefficients
 from .errors import RecAdamError, unknown
 from .hyperparameters import Hyperparameters
@@ -38,6 +38,7 @@ __all__ = [
     "Capabilities",
     "Exact",
     "Functional",
+    "Shared",
     "Specification",
     "Stepper",
     "Variant",
@@ -175,9 +176,30 @@ class Stepper(Protocol):
         ...
 
 
+class Shared(NamedTuple):
+    """Arrays that share the coefficients of a step; lists of equal length.
+
+    Example:
+        >>> Shared(["w"], [], [], [], None, Coefficients(0.9, 0.999, 0.0, 1e-8, 0.0, 0.0)).importances is None
+        True
+    """
+
+    names: Sequence[Any]  # of the parameters, for messages
+    params: Sequence[Any]
+    grads: Sequence[Any]
+    moments: Sequence[Moments]
+    anchors: Sequence[Any] | None  # None where nothing is pulled
+    c: Coefficients
+    importances: Sequence[Any] | None = None  # None where the pull is not weighed
+
+
 @runtime_checkable
 class Backend(Protocol):
     """The kernel of one array library, and its manners.
+
+    One whose `step` writes into what it is given has a method `step_groups`, too, which `RecAdam` calls
+    instead: of a list of `Shared` it returns a list of what `step` returns, and refuses what it cannot step
+    before it writes anything.
 
     Example:
         >>> isinstance(get_backend("numpy"), Backend)
@@ -252,11 +274,12 @@ class Specification:
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
-        self.name: str = _library(xp)
+        self.name: str = library(xp)
 
     def owns(self, array: Any) -> bool:
         """Whether the array's namespace is this one."""
-        return is_array_api_obj(array) and _library(array_namespace(array)) == _library(self.xp)
+        xp, _ = kind_of(array)
+        return xp is not None and library(xp) == library(self.xp)
 
     def step(
         self,
@@ -297,7 +320,9 @@ class Specification:
         return self.xp.asarray(array, dtype=getattr(self.xp, dtype or array.dtype.name), copy=True)
 
     def to_numpy(self, array: Any) -> np.ndarray[Any, Any]:
-        """A copy in NumPy, through DLPack or the buffer protocol."""
+        """A copy in NumPy, through DLPack or the buffer protocol; bfloat16, which NumPy lacks, as float32."""
+        if str(array.dtype).endswith("bfloat16"):
+            array = self.xp.astype(array, self.xp.float32)
         try:
             return np.array(np.from_dlpack(array))
         except (AttributeError, TypeError, ValueError, RuntimeError, BufferError):
@@ -310,12 +335,6 @@ class Specification:
     def precision(self, dtype: str) -> contextlib.AbstractContextManager[Any]:
         """Nothing to switch."""
         return contextlib.nullcontext()
-
-
-def _library(xp: Any) -> str:
-    """Import name of the library that a namespace stands for."""
-    name: str = xp.__name__
-    return name.removeprefix("array_api_compat.")
 
 
 class Functional:
@@ -420,29 +439,44 @@ def is_missing(name: str) -> bool:
 def get_backend(name: str) -> Backend:
     """The backend of this name; imports its array library.
 
-    A library without a backend of its own is served by the specification if it declares that it
-    follows the array API standard.
+    A library without a backend of its own is served by the specification if its arrays follow the array API
+    standard.
 
     Args:
-        name: import name of an array library, as "torch".
+        name: import name of an array library, as "torch", or of the module that makes its arrays, as
+            "dask.array" or "jax.numpy".
 
     Returns:
         The backend.
 
     Raises:
-        RecAdamError: when no backend has that name, or its library is not installed.
+        RecAdamError: when no backend has that name, or its library is not installed or does not load.
 
     Example:
         >>> get_backend("numpy").name
         'numpy'
     """
     announced = _announced()
+    if not isinstance(name, str):
+        raise unknown("backend", name, announced)
     if name in announced:
         return _load(name)
-    library = importlib.import_module(name) if name.isidentifier() and _installed(name) else None
-    if not hasattr(library, "__array_api_version__"):
+    if not all(part.isidentifier() for part in name.split(".")):
         raise unknown("backend", name, announced)
-    return Specification(library)
+    try:
+        module: Any = importlib.import_module(name) if _installed(name) else None
+        if hasattr(module, "asarray"):
+            return backend_for(module.asarray(0.0))
+    except Exception as error:  # whatever a stranger's code raises
+        kind = "" if isinstance(error, RecAdamError) else f"{type(error).__name__}: "
+        told = " ".join(f"{kind}{error}".split())
+        raise RecAdamError(
+            f"backend {name!r}: what is installed makes no array of use here: {told}"
+        ) from error
+    raise unknown("backend", name, announced)
+
+
+_serving: dict[type, Backend] = {}
 
 
 def backend_for(array: Any) -> Backend:
@@ -452,7 +486,7 @@ def backend_for(array: Any) -> Backend:
         array: an array of any library that follows the array API standard.
 
     Returns:
-        The backend.
+        The backend, which is looked for once for each type of array.
 
     Raises:
         RecAdamError: when the object is no array.
@@ -461,6 +495,11 @@ def backend_for(array: Any) -> Backend:
         >>> backend_for(np.ones(3)).name
         'numpy'
     """
+    if (known := _serving.get(type(array))) is not None:
+        return known
+    if wrong := not_plain(array):
+        raise RecAdamError(f"no backend serves this: it {wrong}")
+    found: Backend = Specification(kind_of(array)[0])
     for name in _announced():
         # An array of a library exists only where that library is loaded.
         if name not in sys.modules:
@@ -471,9 +510,7 @@ def backend_for(array: Any) -> Backend:
             warnings.warn(str(error), stacklevel=2)
             continue
         if backend.owns(array):
-            return backend
-    if is_array_api_obj(array):
-        return Specification(array_namespace(array))
-    raise RecAdamError(
-        f"{type(array).__module__}.{type(array).__qualname__} is no array; give arrays of one library"
-    )
+            found = backend
+            break
+    _serving[type(array)] = found
+    return found

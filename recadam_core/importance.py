@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, is_array_api_obj
+from array_api_compat import array_namespace
 
+from .arrays import check_arrays, check_named, fault
 from .backends import backend_for
 from .errors import RecAdamError
 
@@ -32,7 +33,8 @@ def importance_from(squares: Mapping[str, Any]) -> dict[str, Any]:
         Arrays in [0, 1] of the same names, shapes and dtypes.
 
     Raises:
-        RecAdamError: when one is negative, not finite or spread over processes, or all vanish.
+        RecAdamError: when one is no real floating array, negative, not finite or spread over processes, or
+            all vanish.
 
     Example:
         >>> importance_from({"w": np.array([1.0, 4.0, 0.0])})["w"].round(2)
@@ -40,6 +42,8 @@ def importance_from(squares: Mapping[str, Any]) -> dict[str, Any]:
 
     Source: elastic weight consolidation, arXiv 1612.00796, equation 3.
     """
+    check_named("importance", squares)
+    xp = check_arrays((f"importance: {name!r}", x) for name, x in squares.items())
     known = [np.zeros(0)]
     for name, x in squares.items():
         try:
@@ -60,7 +64,8 @@ def importance_from(squares: Mapping[str, Any]) -> dict[str, Any]:
             "importance: no loss depends on any of the parameters, or so little that its squared gradients "
             "vanish; give some batches, or scale the loss up"
         )
-    return {name: array_namespace(x).clip(x / top, max=1.0) for name, x in squares.items()}
+    scaled = {name: x / top for name, x in squares.items()}
+    return {name: xp.where(x < 1, x, xp.ones_like(x)) for name, x in scaled.items()}
 
 
 def check_weighable(form: str) -> None:
@@ -94,13 +99,9 @@ def check_importance(name: str, given: Any, shape: Any) -> None:
         recadam_core.errors.RecAdamError: importance of 'w' leaves [0, 1]; scale it, and set the strength by
         gamma
     """
-    what = ""
-    if not is_array_api_obj(given):
-        what = "is None" if given is None else f"is a {type(given).__name__}"
-    elif tuple(given.shape) != tuple(shape):
+    what = fault(given).partition(";")[0]
+    if not what and tuple(given.shape) != tuple(shape):
         what = f"has shape {tuple(given.shape)}"
-    elif not _is_floating(given):
-        what = f"has dtype {given.dtype}"
     if what:
         raise RecAdamError(f"importance of {name!r} {what}; give a floating array of shape {tuple(shape)}")
     try:
@@ -111,10 +112,3 @@ def check_importance(name: str, given: Any, shape: Any) -> None:
         fits = True  # traced: there is no value to look at
     if not fits:
         raise RecAdamError(f"importance of {name!r} leaves [0, 1]; scale it, and set the strength by gamma")
-
-
-def _is_floating(array: Any) -> bool:
-    try:
-        return bool(array_namespace(array).isdtype(array.dtype, "real floating"))
-    except TypeError:  # a dtype from outside of the library
-        return False

@@ -6,12 +6,11 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from array_api_compat import array_namespace, is_array_api_obj
-
 from .annealing import release_step
-from .backends import Backend, backend_for
+from .arrays import check_arrays, check_named, fault, kind_of, not_plain
+from .backends import Backend, Shared, backend_for
 from .coefficients import coefficients
-from .errors import RecAdamError
+from .errors import RecAdamError, check_number, shown
 from .hyperparameters import Hyperparameters
 from .importance import check_importance, check_weighable
 from .update import Moments
@@ -52,13 +51,10 @@ def check_anchors(shapes: Mapping[str, Any], anchors: Mapping[str, Any], where: 
         recadam_core.errors.RecAdamError: anchors: 'w' has shape (3,), its parameter (2,); give the pretrained
         array of that parameter, or leave the name out for a new head
     """
-    if not isinstance(anchors, Mapping):
-        raise RecAdamError(f"{where}: {type(anchors).__name__}; give a dict of arrays by parameter name")
+    check_named(where, anchors)
     for name, anchor in anchors.items():
-        if not is_array_api_obj(anchor):
-            raise RecAdamError(
-                f"{where}: {name!r} is {type(anchor).__name__}; leave the name out for a new head"
-            )
+        if wrong := not_plain(anchor):
+            raise RecAdamError(f"{where}: {name!r} {wrong}, or leave the name out for a new head")
         if name not in shapes:
             near = difflib.get_close_matches(name, shapes, n=1)
             hint = f"the nearest is {near[0]!r}; rename it" if near else "rename it"
@@ -100,6 +96,10 @@ class RecAdam:
             raise RecAdamError(
                 f"RecAdam: hp is {type(hp).__name__}; give Hyperparameters, and arrays to init"
             )
+        if not isinstance(backend, Backend | None):
+            raise RecAdamError(
+                f"RecAdam: backend is {shown(backend)}; give one, as get_backend('numpy'), or leave it out"
+            )
         self.hp = Hyperparameters() if hp is None else hp
         self._backend = backend
         self._release = release_step(self.hp.annealing)
@@ -124,39 +124,50 @@ class RecAdam:
             Zero moments, copied anchors and importances, step 0.
 
         Raises:
-            RecAdamError: when an anchor matches no parameter or has another shape, a parameter is no
-                floating array, an importance leaves [0, 1], or the backend takes none.
+            RecAdamError: when there is no parameter, one is no floating array, an anchor matches none or has
+                another shape, arrays are of several libraries or of another than the backend's, an importance
+                leaves [0, 1], or the backend takes none.
         """
-        _check_arrays("parameter", params)
+        check_named("parameters", params)
+        if not params:
+            raise RecAdamError("parameters: there is none; give a dict of arrays by name")
+        xp = check_arrays((f"parameter {name!r}", theta) for name, theta in params.items())
+        backend = self._serving(params)
         check_anchors({name: theta.shape for name, theta in params.items()}, anchors)
-        _check_arrays("anchor", anchors)
         for name, anchor in anchors.items():
-            xp = array_namespace(anchor)
+            if wrong := fault(anchor, xp):
+                raise RecAdamError(f"anchor {name!r} {wrong}")
             try:
                 finite = bool(xp.all(xp.isfinite(anchor)))
             except (TypeError, RuntimeError):
                 finite = True  # traced, or without data: there is no value to look at
             if not finite:
                 raise RecAdamError(f"anchor {name!r} holds NaN or infinity; give the pretrained values")
-            if xp is not array_namespace(params[name]):
-                raise RecAdamError(
-                    f"anchor {name!r} is of another library than its parameter; give both of one"
-                )
+        weights = {} if importance is None else self._weights(params, anchors, importance, xp, backend)
         moments = {name: Moments.zeros_like(theta) for name, theta in params.items()}
-        weights = self._weights(params, anchors, importance) if importance is not None else {}
-        return State(0, moments, self._copied(anchors), self._copied(weights))
+        stars, weights = ({name: backend.copy(x) for name, x in xs.items()} for xs in (anchors, weights))
+        return State(0, moments, stars, weights)
 
-    def _copied(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: (self._backend or backend_for(x)).copy(x) for name, x in arrays.items()}
+    def _serving(self, params: Mapping[str, Any]) -> Backend:
+        """The backend of these parameters, which are of one library."""
+        name, theta = next(iter(params.items()))
+        backend = self._backend or backend_for(theta)
+        if not backend.owns(theta):
+            raise RecAdamError(
+                f"parameter {name!r} is none of the backend {backend.name!r}; give its arrays, or no backend"
+            )
+        return backend
 
     def _weights(
-        self, params: Mapping[str, Any], anchors: Mapping[str, Any], importance: Any
+        self,
+        params: Mapping[str, Any],
+        anchors: Mapping[str, Any],
+        importance: Any,
+        xp: Any,
+        backend: Backend,
     ) -> dict[str, Any]:
         """The importances of what is anchored, checked."""
-        if not isinstance(importance, Mapping):
-            raise RecAdamError(
-                f"importance: {type(importance).__name__}; give a dict of arrays by parameter name"
-            )
+        check_named("importance", importance)
         check_weighable(self.hp.form)
         for name in importance:
             if name not in params:
@@ -164,13 +175,10 @@ class RecAdam:
         found = {}
         for name in anchors:
             check_importance(name, importance.get(name), params[name].shape)
-            backend = self._backend or backend_for(params[name])
             if not any(v.name == "functional" and v.weighs for v in backend.capabilities.variants):
                 raise RecAdamError(f"importance: the backend {backend.name!r} takes none; leave it out")
-            if array_namespace(importance[name]) is not array_namespace(params[name]):
-                raise RecAdamError(
-                    f"importance of {name!r} is of another library than its parameter; give both of one"
-                )
+            if wrong := fault(importance[name], xp):
+                raise RecAdamError(f"importance of {name!r} {wrong}")
             found[name] = importance[name]
         return found
 
@@ -194,66 +202,85 @@ class RecAdam:
             state no longer holds them.
 
         Raises:
-            RecAdamError: when names or shapes differ, or the pull diverges.
+            RecAdamError: when names, shapes or libraries differ, the state is none that fits, the pull
+                diverges, or the backend cannot step the arrays; nothing is changed then.
         """
-        for name, theta in params.items():
-            if name not in state.moments:
-                raise RecAdamError(f"parameter {name!r} has no state; call init with it")
-            if grads.get(name) is None:
-                raise RecAdamError(f"parameter {name!r} has no gradient; give one, or leave it out of params")
-            if tuple(grads[name].shape) != tuple(theta.shape):
-                raise RecAdamError(
-                    f"gradient of {name!r} has shape {tuple(grads[name].shape)}, its parameter "
-                    f"{tuple(theta.shape)}; give the gradient of that parameter"
-                )
-            m, v = state.moments[name]
-            held = ("anchor", state.anchors.get(name)), ("importance", state.importance.get(name))
-            for what, x in (("moments", m), ("moments", v), *held):
-                if x is not None and tuple(x.shape) != tuple(theta.shape):
-                    raise RecAdamError(
-                        f"{what} of {name!r} in the state: shape {tuple(x.shape)}, its parameter "
-                        f"{tuple(theta.shape)}; give the state that init made for it"
-                    )
-        for name in grads:
-            if name not in params:
-                raise RecAdamError(f"gradient {name!r} matches no parameter; leave it out")
-        t = state.step + 1
+        t = self._check(params, grads, state)
         new_params = dict(params)
         new_moments = dict(state.moments)
+        groups = []
         for anchored in (True, False):
             names = [name for name in params if (name in state.anchors) == anchored]
             if not names:
                 continue
             c = coefficients(t, self.hp, lr, anchored)
-            backend = self._backend or backend_for(params[names[0]])
-            stars = [state.anchors[name] for name in names] if anchored and c.recall else None
-            if stars and any(star is None for star in stars):
+            pulls = anchored and c.recall
+            if pulls and any(state.anchors[name] is None for name in names):
                 raise RecAdamError(
                     f"step {t}: the anchor was freed, but the annealing pulls again; keep it at 0"
                 )
-            # A backend that takes no importance need not know the argument.
-            more = {"importances": [state.importance[n] for n in names]} if stars and state.importance else {}
-            thetas, moments = backend.step(
-                [params[name] for name in names],
-                [grads[name] for name in names],
-                [state.moments[name] for name in names],
-                stars,
-                c,
-                **more,
-            )
-            new_params.update(zip(names, thetas, strict=True))
-            new_moments.update(zip(names, moments, strict=True))
+            thetas, slopes, moments = ([x[name] for name in names] for x in (params, grads, state.moments))
+            stars = [state.anchors[name] for name in names] if pulls else None
+            weights = [state.importance[name] for name in names] if pulls and state.importance else None
+            groups.append(Shared(names, thetas, slopes, moments, stars, c, weights))
+        if groups:
+            backend: Any = self._serving(params)
+            # One that writes in place looks at all groups before it writes into the first.
+            together = getattr(backend, "step_groups", None)
+            stepped = together(groups) if together else [_step(backend, group) for group in groups]
+            for group, (thetas, moments) in zip(groups, stepped, strict=True):
+                new_params.update(zip(group.names, thetas, strict=True))
+                new_moments.update(zip(group.names, moments, strict=True))
         anchors, importance = state.anchors, state.importance
         if self._release is not None and t >= self._release:
             anchors, importance = dict.fromkeys(anchors), {}
         return new_params, State(t, new_moments, anchors, importance)
 
+    def _check(self, params: Any, grads: Any, state: Any) -> int:
+        """The number of the step, if all that it takes fits together."""
+        if not isinstance(state, State):
+            raise RecAdamError(f"state: {type(state).__name__}; give what init or the step before returned")
+        held = ((f"{what} in the state", getattr(state, what)) for what in State._fields[1:])
+        for what, arrays in (("parameters", params), ("gradients", grads), *held):
+            check_named(what, arrays)
+        taken = check_number("state", "step", state.step, low=0)
+        if not isinstance(taken, int | float) or taken % 1:
+            raise RecAdamError(f"state: step is {shown(state.step)}; give a whole number, not traced")
+        for name in grads:
+            if name not in params:
+                raise RecAdamError(f"gradient {name!r} matches no parameter; leave it out")
+        xp = None
+        for name, theta in params.items():
+            if name not in state.moments:
+                raise RecAdamError(f"parameter {name!r} has no state; call init with it")
+            if grads.get(name) is None:
+                raise RecAdamError(f"parameter {name!r} has no gradient; give one, or leave it out of params")
+            pair, star, weight = state.moments[name], state.anchors.get(name), state.importance.get(name)
+            if not isinstance(pair, Moments):
+                raise RecAdamError(f"moments of {name!r}: {type(pair).__name__}; give Moments(m, v)")
+            if state.importance and star is not None and weight is None:
+                raise RecAdamError(f"importance of {name!r} is missing in the state; give all, or none")
+            arrays = [("parameter", theta), ("gradient of", grads[name]), ("moments of", pair.m)]
+            arrays += [("moments of", pair.v), ("anchor of", star), ("importance of", weight)]
+            shape = None
+            for what, x in arrays[: 6 if weight is not None else 5 if star is not None else 4]:
+                own, wrong = kind_of(x)
+                xp = xp or own
+                if (wrong or own is not xp) and (wrong := fault(x, xp)):
+                    raise RecAdamError(f"{what} {name!r} {wrong}")
+                shape = tuple(x.shape) if shape is None else shape
+                if tuple(x.shape) == shape:
+                    continue
+                shapes = f"shape {tuple(x.shape)}, its parameter {shape}"
+                if what == "gradient of":
+                    raise RecAdamError(f"{what} {name!r} has {shapes}; give the gradient of that parameter")
+                raise RecAdamError(
+                    f"{what} {name!r} in the state: {shapes}; give the state that init made for it"
+                )
+        return int(taken) + 1
 
-def _check_arrays(what: str, arrays: Mapping[str, Any]) -> None:
-    if not isinstance(arrays, Mapping):
-        raise RecAdamError(f"{what}s: {type(arrays).__name__}; give a dict of arrays by parameter name")
-    for name, array in arrays.items():
-        if not is_array_api_obj(array):
-            raise RecAdamError(f"{what} {name!r} is {type(array).__name__}; give an array")
-        if not array_namespace(array).isdtype(array.dtype, "real floating"):
-            raise RecAdamError(f"{what} {name!r} has dtype {array.dtype}; give a real floating array")
+
+def _step(backend: Backend, group: Shared) -> tuple[list[Any], list[Moments]]:
+    """One group's step. A backend that takes no importance need not know the argument."""
+    more = {} if group.importances is None else {"importances": group.importances}
+    return backend.step(group.params, group.grads, group.moments, group.anchors, group.c, **more)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from array_api_compat import array_namespace
 
+from .arrays import check_arrays, kind_of
 from .coefficients import Coefficients, is_zero
-from .errors import RecAdamError
+from .errors import RecAdamError, check_number, shown
 
-__all__ = ["Moments", "accumulator_dtype", "apply", "update"]
+__all__ = ["Moments", "accumulator_dtype", "apply", "scalars", "update"]
 
 
 class Moments(NamedTuple):
@@ -28,7 +29,7 @@ class Moments(NamedTuple):
     @classmethod
     def zeros_like(cls, theta: Any) -> Moments:
         """Moments before the first step: zeros, float32 for 16-bit parameters."""
-        xp = array_namespace(theta)
+        xp = check_arrays([("Moments: theta", theta)])
         dtype = accumulator_dtype(xp, theta.dtype)
         return cls(xp.zeros_like(theta, dtype=dtype), xp.zeros_like(theta, dtype=dtype))
 
@@ -84,7 +85,8 @@ def update(
         rounded once, as `apply` does; and the new moments, in their old dtypes.
 
     Raises:
-        RecAdamError: when shapes differ, or the pull has a weight and there is no anchor.
+        RecAdamError: when shapes or libraries differ, one is no real floating array, a coefficient is no
+            number, or the pull has a weight and there is no anchor.
 
     Example:
         >>> import numpy as np
@@ -97,25 +99,27 @@ def update(
 
     Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12; the importance after EWC, arXiv 1612.00796.
     """
-    for what, array in (
-        ("grad", grad),
-        ("m", state.m),
-        ("v", state.v),
-        ("anchor", anchor),
-        ("importance", importance),
-    ):
-        if array is not None and array.shape != theta.shape:
+    if not isinstance(state, Moments):
+        raise RecAdamError(f"update: state is {type(state).__name__}; give Moments(m, v)")
+    given = [("theta", theta), ("grad", grad), ("m", state.m), ("v", state.v)]
+    given += [(what, x) for what, x in (("anchor", anchor), ("importance", importance)) if x is not None]
+    xp = check_arrays((f"update: {what}", x) for what, x in given)
+    for what, array in given:
+        if array.shape != theta.shape:
             raise RecAdamError(
                 f"update: {what} has shape {array.shape}, theta {theta.shape}; give equal shapes"
             )
-    xp = array_namespace(theta, grad, state.m, state.v, *(x for x in (anchor, importance) if x is not None))
     dtype = accumulator_dtype(xp, theta.dtype, state.m.dtype, state.v.dtype)
 
     def cast(x: Any) -> Any:
-        return xp.astype(x, dtype, copy=False) if hasattr(x, "dtype") else x
+        return _astype(xp, x, dtype)
 
-    # NumPy's scalars are numbers, whatever library the arrays are of.
-    beta1, beta2, step, eps, recall, decay = (float(x) if isinstance(x, np.generic) else cast(x) for x in c)
+    def scalar(where: str, name: str, x: Any) -> Any:
+        # A library's own scalar may be traced. NumPy's never is, and rounding it would change 1 - beta.
+        own = kind_of(x)[0] is xp and not isinstance(x, np.generic | np.ndarray) and x.shape == ()
+        return cast(x) if own else check_number(where, name, x)
+
+    beta1, beta2, step, eps, recall, decay = scalars("update", c, scalar)
     theta, grad = cast(theta), cast(grad)
     m = beta1 * cast(state.m) + (1 - beta1) * grad
     v = beta2 * cast(state.v) + (1 - beta2) * (grad * grad)
@@ -132,7 +136,7 @@ def update(
         delta = -adam
     if not is_zero(decay):
         delta = delta - decay * theta
-    return delta, Moments(xp.astype(m, state.m.dtype, copy=False), xp.astype(v, state.v.dtype, copy=False))
+    return delta, Moments(_astype(xp, m, state.m.dtype), _astype(xp, v, state.v.dtype))
 
 
 def apply(theta: Any, delta: Any) -> Any:
@@ -145,10 +149,44 @@ def apply(theta: Any, delta: Any) -> Any:
     Returns:
         The new parameter, of theta's dtype.
 
+    Raises:
+        RecAdamError: when shapes or libraries differ, one is no real floating array, or delta has fewer bits
+            than theta.
+
     Example:
         >>> import numpy as np
         >>> apply(np.ones(2, dtype=np.float16), np.full(2, 0.25, dtype=np.float32))
         array([1.25, 1.25], dtype=float16)
     """
-    xp = array_namespace(theta, delta)
-    return xp.astype(xp.astype(theta, delta.dtype, copy=False) + delta, theta.dtype, copy=False)
+    xp = check_arrays([("apply: theta", theta), ("apply: delta", delta)])
+    if theta.shape != delta.shape or accumulator_dtype(xp, theta.dtype, delta.dtype) != delta.dtype:
+        raise RecAdamError(
+            f"apply: delta is {delta.dtype} of shape {delta.shape}, theta {theta.dtype} of {theta.shape}; "
+            "give what update returned"
+        )
+    return _astype(xp, _astype(xp, theta, delta.dtype) + delta, theta.dtype)
+
+
+def scalars(where: str, c: Any, scalar: Callable[[str, str, Any], Any] = check_number) -> Coefficients:
+    """The coefficients as Python numbers.
+
+    Args:
+        where: the place for the message.
+        c: the coefficients.
+        scalar: makes a number of one, given the place, its name and value.
+
+    Raises:
+        RecAdamError: when they are no coefficients, or one is no finite number.
+
+    Example:
+        >>> scalars("update", Coefficients(np.float32(0.5), 0.999, 0.0, 1e-8, 0.0, 0.0)).beta1
+        0.5
+    """
+    if not isinstance(c, Coefficients):
+        raise RecAdamError(f"{where}: c is {shown(c)}; give Coefficients")
+    return Coefficients(*(scalar(where, name, x) for name, x in zip(Coefficients._fields, c, strict=True)))
+
+
+def _astype(xp: Any, x: Any, dtype: Any) -> Any:
+    """The array in that dtype; itself where it is already. Not every library's `astype` knows `copy`."""
+    return x if x.dtype == dtype else xp.astype(x, dtype)

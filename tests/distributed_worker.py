@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -29,9 +30,9 @@ from recadam_torch import Anchors, RecAdam, param_groups
 SETTINGS = {"lr": 1e-2, "gamma": 10.0, "annealing": Sigmoid(k=0.3, t0=15)}
 
 
-def pretrained():
+def pretrained(seed=0):
     """Sizes that two processes cannot share evenly."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
 
 
@@ -65,15 +66,47 @@ def ddp(rank, folder, option):
     return model, make(model, option)
 
 
+def ddp_after(rank, folder, option):
+    """The optimizer is made first, of weights that each process has drawn for itself; DDP sends rank 0's."""
+    model = pretrained(seed=rank)
+    optimizer = make(model, option)
+    return nn.parallel.DistributedDataParallel(model), optimizer
+
+
+def accelerated_ddp(rank, folder, option):
+    """As `ddp_after`, and accelerate loads the optimizer's own state into it meanwhile."""
+    from accelerate import Accelerator
+
+    model = pretrained(seed=rank)
+    model, optimizer = Accelerator(cpu=True).prepare(model, make(model, option))
+    optimizer.recadam = optimizer.optimizer
+    return model, optimizer
+
+
 def fsdp2(rank, folder, option):
+    model = sharded(pretrained())
+    return model, make(model, option)
+
+
+def fsdp2_loaded(rank, folder, option):
+    """The pretrained weights are loaded after the optimizer was made, and are other ones in rank 0 alone."""
+    model = pretrained()
+    with torch.no_grad():
+        for p in model.parameters():
+            p[0] += 1
+    optimizer = make(sharded(model), option)
+    set_model_state_dict(model, pretrained().state_dict(), options=StateDictOptions(full_state_dict=True))
+    return model, optimizer
+
+
+def sharded(model):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = pretrained()
     for module in (model[0], model[2], model):
         fully_shard(module, mesh=mesh)
-    return model, make(model, option)
+    return model
 
 
 def accelerated(rank, folder, option):
@@ -109,6 +142,51 @@ def zero(rank, folder, option):
     return engine, engine
 
 
+def redundancy(rank, folder):
+    """Torch's ZeroRedundancyOptimizer: each process steps some parameters, one saves the states of all."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def start():
+        model = nn.parallel.DistributedDataParallel(pretrained())
+        return model, ZeroRedundancyOptimizer(model.parameters(), RecAdam, **SETTINGS)
+
+    model, optimizer = start()
+    train(model, optimizer, range(5))
+    optimizer.consolidate_state_dict()
+    if rank == 0:
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "saved.pt")
+    dist.barrier()
+    train(model, optimizer, range(5, 12))
+    saved = torch.load(folder / "saved.pt", weights_only=True)
+    other, resumed = start()
+    other.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    train(other, resumed, range(5, 12))
+    return {"straight": full(model), "resumed": full(other), "stepped": len(resumed.optim.state)}
+
+
+def broadcast(rank, folder):
+    """A checkpoint that one process has, and all load; one parameter is frozen."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+    def start():
+        model, optimizer = fsdp2(rank, folder, {})
+        model[0].bias.requires_grad_(False)
+        return model, optimizer
+
+    model, optimizer = start()
+    train(model, optimizer, range(5))
+    whole = StateDictOptions(full_state_dict=True)
+    weights = get_model_state_dict(model, options=whole)
+    state = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=whole))
+    train(model, optimizer, range(5, 12))
+    other, resumed = start()
+    set_model_state_dict(other, weights if rank == 0 else {}, options=options)
+    set_optimizer_state_dict(other, resumed, state if rank == 0 else {}, options=options)
+    train(other, resumed, range(5, 12))
+    return {"straight": full(model), "resumed": full(other)}
+
+
 def full(model):
     return {
         name.removeprefix("module."): p.full_tensor() if hasattr(p, "full_tensor") else p.detach().clone()
@@ -124,6 +202,11 @@ def main(case, rank, world, folder, **option):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=option.get("port", "29500"))
     if case != "single":
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    if case in ("redundancy", "broadcast"):
+        torch.save(globals()[case](rank, folder), folder / f"out{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+        return
     model, optimizer = globals()[case](rank, folder, option)
     inner = getattr(optimizer, "recadam", optimizer)
     start, stop = (int(option.get(key, value)) for key, value in (("start", 0), ("stop", 12)))
@@ -138,7 +221,11 @@ def main(case, rank, world, folder, **option):
         set_optimizer_state_dict(model, inner, state["optimizer"], options=options)
     if "zero_load" in option:
         model.load_checkpoint(option["zero_load"])
-    train(model, optimizer, range(start, stop), model.backward if case == "zero" else torch.Tensor.backward)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(
+            model, optimizer, range(start, stop), model.backward if case == "zero" else torch.Tensor.backward
+        )
     if "zero_checkpoint" in option:
         model.save_checkpoint(option["zero_checkpoint"])
     if "checkpoint" in option:
@@ -158,6 +245,7 @@ def main(case, rank, world, folder, **option):
     halfway = {} if case == "zero" else inner.interpolate(0.5)
     between = {n: getattr(x, "full_tensor", lambda x=x: x)() for n, x in halfway.items()}
     found = {"weights": weights, "anchors": parts, "distance": drift.distance, "share": drift.pull_share}
+    found["warned"] = [str(w.message) for w in caught if str(w.message).startswith("RecAdam")]
     found["between"] = {name.removeprefix("module."): x for name, x in between.items()}
     torch.save(found, folder / f"out{rank}.pt")
     if dist.is_initialized():

@@ -65,8 +65,8 @@ MUTATIONS = [
         ("the decay reads the new theta", "decay * theta", "decay * (theta + delta)"),
         ("the importance is missing", "else cast(importance) * pull", "else pull"),
         ("the gradient is not squared", "(grad * grad)", "grad"),
-        ("16-bit sums are rounded twice", "xp.astype(theta, delta.dtype, copy=False) + delta,",
-         "theta + xp.astype(delta, theta.dtype, copy=False),"),
+        ("16-bit sums are rounded twice", "_astype(xp, theta, delta.dtype) + delta,",
+         "theta + _astype(xp, delta, theta.dtype),"),
     ),
     # Policy.
     *_kernel(
@@ -93,9 +93,9 @@ MUTATIONS = [
     ),
     *_kernel(
         "numpy", "recadam_core.optimizer", "functional",
-        ("t is off by one", "t = state.step + 1", "t = state.step + 2"),
+        ("t is off by one", "return int(taken) + 1", "return int(taken) + 2"),
         ("heads are anchored", "c = coefficients(t, self.hp, lr, anchored)", "c = coefficients(t, self.hp, lr, True)._replace(recall=0.0)"),
-        ("the importance is missing", "if stars and state.importance else {}", "if False else {}"),
+        ("the importance is missing", "if pulls and state.importance else None", "if False else None"),
         ("the given lr is not used", "c = coefficients(t, self.hp, lr, anchored)", "c = coefficients(t, self.hp, None, anchored)"),
     ),
     # Each backend's kernel.

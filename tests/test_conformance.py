@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -73,6 +74,12 @@ class TestArrayApiStrict(BackendConformance):
     levels = ("exact",)
     kinds = ("exact",)
     cases = tuple(case.name for dtype in EXACT for case in EXACT[dtype] if case.arrays in ("one", "mixed"))
+
+
+if importlib.util.find_spec("mlx"):
+
+    class TestMlx(BackendConformance):
+        backend = "mlx.core"
 
 
 STRICTEST = {

@@ -106,7 +106,7 @@ def test_the_state_lets_go_of_it_with_the_anchors():
             {},
             None,
             {"w": strict.ones(2)},
-            "importance of 'w' is of another library than its parameter",
+            "importance of 'w' is of array_api_strict beside arrays of numpy; give all of one library",
         ),
         ({"form": "released"}, None, {"w": np.ones(2)}, "importance needs form='decoupled', not 'released'"),
     ],

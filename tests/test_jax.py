@@ -508,11 +508,11 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
         ),
         (
             lambda: recadam(lambda c: -1e-5 * c).init(PARAMS),
-            "recadam, step 2: learning rate is -9.99",
+            "recadam, step 2: the learning rate is Array(-",
         ),
         (
             lambda: recadam(1e-5).update({"a": {"w": None}}, recadam(1e-5).init(PARAMS), PARAMS),
-            "gradient 'a/w' is None; give one",
+            "gradient 'a/w' is None; give floating arrays of 16 bits or more, or freeze the parameter",
         ),
         (lambda: recadam(1e-5, mu_dtype=jnp.int32), "recadam: mu_dtype is"),
         (lambda: recadam(1e-5, anchor_dtype=jnp.int8), "recadam: anchor_dtype is"),
@@ -520,7 +520,7 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
         (lambda: recadam(1e-5, annealing=Sigmoid), "Hyperparameters: annealing is"),
         (
             lambda: recadam(1e-4, anchor={"a": {"w": jnp.arange(2)}}).init(PARAMS),
-            "anchor 'a/w' has dtype int32; give the pretrained values",
+            "anchor 'a/w' has dtype int32; give floating arrays of 16 bits or more",
         ),
         (
             lambda: recadam(1e-4, anchor={"a": {"v": jnp.ones(2)}}).init(PARAMS),
@@ -536,11 +536,11 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
         ),
         (
             lambda: recadam(1e-4).update({"a": {"w": jnp.arange(2)}}, recadam(1e-4).init(PARAMS), PARAMS),
-            "gradient 'a/w' has dtype int32; give a floating array",
+            "gradient 'a/w' has dtype int32; give floating arrays of 16 bits",
         ),
         (
             lambda: recadam(1e-4).update(PARAMS, recadam(1e-4).init({"a": {"w": jnp.ones(3)}}), PARAMS),
-            "moment 'a/w' has shape (3,), its parameter (2,); give equal shapes",
+            "first moment 'a/w' has shape (3,), its parameter (2,); give equal shapes",
         ),
         (
             lambda: recadam(1e-4).update(PARAMS, recadam(1e-4).init({"b": jnp.ones(3)}), PARAMS),
@@ -564,17 +564,17 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
         ),
         (
             lambda: recadam(1e-4, anchor={"a": {"w": jnp.full(2, 1e5)}}, anchor_dtype="float16").init(PARAMS),
-            "anchor 'a/w' has values beyond anchor_dtype float16; give another",
+            "anchor 'a/w' has values beyond float16; give another anchor_dtype",
         ),
         (lambda: recadam(1e-4, anchor_dtype="float99"), "recadam: anchor_dtype is float99; give a floating"),
-        (lambda: recadam(lambda count: None).init(PARAMS), "recadam: the learning rate's schedule"),
+        (lambda: recadam(lambda count: None).init(PARAMS), "recadam, step 1: the schedule's learning rate is None; give a finite number"),
         (
             lambda: recadam(1e-4, annealing=lambda count: jnp.nan).init(PARAMS),
-            "recadam, step 1: task weight is nan; give a finite number",
+            "Schedule, step 1: the task weight is nan; give a finite number >= 0",
         ),
         (
             lambda: recadam(1e-4, annealing=lambda count: (1.0, 2.0, 3.0)).init(PARAMS),
-            "recadam: the annealing gives (1.0, 2.0, 3.0); have it give the task weight, or both",
+            "Schedule: weights(1) gives (1.0, 2.0, 3.0); have it give two numbers, (task, recall)",
         ),
         (
             lambda: recadam(1e-4).update(PARAMS, (), PARAMS),

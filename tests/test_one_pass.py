@@ -402,6 +402,3 @@ def test_what_a_grad_scaler_finds_stays_on_the_device_with_triton():
             assert torch.equal(p, q)
             assert infinite or torch.equal(p.grad, q.grad)  # it is unscaled where it lies
             assert optimizer.state[p]["step"] == reference.state[q]["step"]
-
-
-# NumPy.

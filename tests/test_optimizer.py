@@ -119,14 +119,14 @@ W = np.ones((2, 2))
         ),
         (
             lambda o: o.init({"w": W.astype(int)}, {}),
-            "parameter 'w' has dtype int64; give a real floating array",
+            "parameter 'w' has dtype int64; give a real floating array of 16 bits or more",
         ),
         (lambda o: o.init({"w": [1.0]}, {}), "parameter 'w' is list; give an array"),
         (lambda o: o.init([W], {}), "parameters: list; give a dict of arrays by parameter name"),
         (lambda o: o.init({"w": W}, [W]), "anchors: list; give a dict of arrays by parameter name"),
         (
             lambda o: o.init({"w": W}, {"w": None}),
-            "anchors: 'w' is NoneType; leave the name out for a new head",
+            "anchors: 'w' is None; give an array, or leave the name out for a new head",
         ),
         (
             lambda o: o.init({"w": W}, {"w": W * np.nan}),
@@ -149,7 +149,7 @@ W = np.ones((2, 2))
             "gradient of 'w' has shape (2,), its parameter (2, 2); give the gradient of that parameter",
         ),
         (
-            lambda o: o.step({"w": W}, {"w": W}, o.init({}, {})),
+            lambda o: o.step({"w": W}, {"w": W}, o.init({"v": W}, {})),
             "parameter 'w' has no state; call init with it",
         ),
     ],

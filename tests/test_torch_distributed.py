@@ -100,6 +100,22 @@ def test_two_processes_walk_the_path_of_one(launch, alone, checkpoint, case, anc
     assert held == ([4 * 5 + 4 + 2 * 7 + 2, 3 * 5 + 3 + 1 * 7 + 1] if sharded else [66, 66])
 
 
+@pytest.mark.parametrize(
+    "case", ["ddp_after", "accelerated_ddp", pytest.param("fsdp2_loaded", marks=pytest.mark.heavy)]
+)
+def test_weights_that_come_after_the_optimizer_are_the_anchors_of_every_process(launch, alone, case):
+    """Sent by rank 0 when DDP wraps, or loaded; the processes whose weights these overwrite are told."""
+    found = launch(case)
+    for process in found:
+        assert_same(process, alone)
+    told = (
+        "RecAdam: '0.weight' and 3 more were overwritten after the optimizer was made (by a wrapper's broad"
+    )
+    warned = [[text[: len(told)] for text in process["warned"]] for process in found]
+    # Of a parameter that is spread over processes all are told.
+    assert warned == [[told] if case == "fsdp2_loaded" else [], [told]]
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     ("case", "before", "after", "option"),
@@ -160,3 +176,14 @@ def test_a_distributed_checkpoint_holds_no_anchors(launch, tmp_path):
         sizes[name] = {key for key in metadata.state_dict_metadata if key.endswith(".anchor")}
     assert len(sizes["hashes"]) == 0
     assert len(sizes["anchors"]) == 4
+
+
+@pytest.mark.parametrize("case", ["redundancy", pytest.param("broadcast", marks=pytest.mark.heavy)])
+def test_a_state_that_one_process_has_is_resumed_by_all_on_the_uninterrupted_path(launch, case):
+    found = launch(case)
+    for process in found:
+        for name, weights in process["straight"].items():
+            assert torch.equal(process["resumed"][name], weights), name
+            assert torch.equal(found[0]["straight"][name], weights), name
+    if case == "redundancy":
+        assert sum(process["stepped"] for process in found) == 4

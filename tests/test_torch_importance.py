@@ -136,7 +136,7 @@ def test_drift_takes_it_into_account():
         ({}, {}, "importance of 'w' is None; give a floating array of shape (2,)"),
         ({"w": torch.ones(3)}, {}, "importance of 'w' has shape (3,); give a floating array of shape (2,)"),
         ({"w": np.ones(2)}, {}, "importance of 'w' is a ndarray; give a tensor"),
-        ({"w": [0.5] * 1000}, {}, "importance of 'w' is a list; give a floating array of shape (2,)"),
+        ({"w": [0.5] * 1000}, {}, "importance of 'w' is list; give a floating array of shape (2,)"),
         ({"w": torch.ones(2, device="meta")}, {}, "importance of 'w' is without data; give a tensor"),
         ([torch.ones(2)], {}, "importance: list; give a dict of tensors by parameter name"),
         ({"w": torch.ones(2)}, {"form": "proximal"}, "importance needs form='decoupled', not 'proximal'"),

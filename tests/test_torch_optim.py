@@ -357,7 +357,9 @@ def test_a_cuda_graph_holds_the_step():
 
 def test_a_step_that_found_infinity_changes_nothing_the_pull_included():
     model, loss = regression(torch.float32)
-    optimizer = RecAdam(model.named_parameters(), lr=1e-2, gamma=10.0, annealing=Constant(1.0, 1.0))
+    anchors = {name: p.detach().clone() for name, p in model.named_parameters()}
+    settings = {"lr": 1e-2, "gamma": 10.0, "annealing": Constant(1.0, 1.0)}
+    optimizer = RecAdam(model.named_parameters(), anchors=anchors, **settings)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1.0)  # away from the anchors, so that the pull would show

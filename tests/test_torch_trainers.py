@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from recadam_core import Constant, RecAdamError, Sigmoid
-from recadam_torch import Anchors, RecAdam, lora_anchors, param_groups
+from recadam_torch import Anchors, CoverageWarning, RecAdam, lora_anchors, param_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the trainers' own
 
@@ -64,10 +65,11 @@ class NoDropout(transformers.Trainer):
         return super().training_step(model, *arguments, **keywords)
 
 
-def trainer(folder, model, kind=NoDropout, steps=12, **more):
+def trainer(folder, model, kind=NoDropout, steps=12, save_only_model=False, **more):
     args = transformers.TrainingArguments(
         str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=4,
         save_steps=6, report_to=[], disable_tqdm=True, seed=3, use_cpu=True, save_total_limit=3,
+        save_only_model=save_only_model,
     )  # fmt: skip
     return kind(model, args, train_dataset=ROWS, **more)
 
@@ -95,13 +97,64 @@ def test_trainer_by_its_factory_logs_and_resumes_bit_for_bit(tmp_path, pretraine
     assert second.state.global_step == 12
     assert equal(whole, resumed)
 
-    # Without a name for the pretrained weights the tuned ones would be their own anchors: refused.
-    nameless = (RecAdamFactory, {"new": ["classifier.*"], **SETTINGS})
-    unmoored = trainer(tmp_path / "other", tiny(), optimizer_cls_and_kwargs=nameless)
-    unmoored.train()
-    again = trainer(tmp_path / "other", tiny(), optimizer_cls_and_kwargs=nameless)
-    with pytest.raises(RecAdamError, match="is another than the checkpoint's; make the optimizer with"):
-        again.train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-6"))
+    # Anchors in memory that are not the checkpoint's, as of a model that was tuned already, are refused.
+    for seed in (0, 5):
+        anchors = Anchors.of(tiny(seed=seed), new=["classifier.*"])
+        unnamed = trainer(
+            tmp_path / "other",
+            tiny(),
+            optimizer_cls_and_kwargs=(RecAdamFactory, {"anchors": anchors, **SETTINGS}),
+        )
+        if seed == 0:
+            unnamed.train()
+            continue
+        with pytest.raises(RecAdamError, match="is another than the checkpoint's; make the optimizer with"):
+            unnamed.train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-6"))
+
+
+def test_trainer_that_resumes_without_the_optimizer_keeps_the_pretrained_anchors(tmp_path, pretrained):
+    """A checkpoint of the model alone is in the model before Trainer makes the optimizer."""
+    from recadam_torch.huggingface import RecAdamCallback, RecAdamFactory
+
+    where = tmp_path / "run"
+    settings = {"lr": 1e-3, "gamma": 100.0, "annealing": Sigmoid(k=0.5, t0=100)}
+    for given in (
+        {"anchors": pretrained, "new": ["classifier.*"]},
+        {"anchors": Anchors.of(tiny(), new=["classifier.*"])},
+    ):
+        made = (RecAdamFactory, {**given, **settings})
+        trainer(where, tiny(), save_only_model=True, optimizer_cls_and_kwargs=made).train()
+        assert not (where / "checkpoint-6" / "optimizer.pt").exists()
+        resumed = trainer(where, tiny(), save_only_model=True, optimizer_cls_and_kwargs=made)
+        RecAdamCallback.add_to(resumed)
+        with pytest.warns(
+            UserWarning, match=r"Trainer resumes at step 6 from a checkpoint without the optimiz"
+        ):
+            resumed.train(resume_from_checkpoint=str(where / "checkpoint-6"))
+        anchors = resumed.optimizer.optimizer.interpolate(0.0)
+        tuned = transformers.BertForSequenceClassification.from_pretrained(where / "checkpoint-6")
+        for name, p in tiny().bert.named_parameters():
+            assert torch.equal(anchors[f"bert.{name}"], p)
+        assert not equal(tuned, tiny())
+
+    nameless = (RecAdamFactory, {"new": ["classifier.*"], **settings})
+    with pytest.raises(RecAdamError, match=r"anchors is None, and Trainer may have loaded a checkpoint into"):
+        trainer(where, tiny(), optimizer_cls_and_kwargs=nameless).train()
+    twice = (RecAdamFactory, {"anchors": Anchors.of(tiny()), "new": ["classifier.*"]})
+    with pytest.raises(RecAdamError, match=r"new and Anchors are both given; say new to Anchors.of"):
+        trainer(where, tiny(), optimizer_cls_and_kwargs=twice).train()
+
+
+def test_trainer_that_resumes_with_the_optimizer_warns_of_nothing(tmp_path, pretrained):
+    from recadam_torch.huggingface import RecAdamCallback, RecAdamFactory
+
+    made = (RecAdamFactory, {"anchors": pretrained, "new": ["classifier.*"], **SETTINGS})
+    with warnings.catch_warnings(record=True) as caught:
+        for start in (None, str(tmp_path / "run" / "checkpoint-6")):
+            some = trainer(tmp_path / "run", tiny(), optimizer_cls_and_kwargs=made)
+            RecAdamCallback.add_to(some)
+            some.train(resume_from_checkpoint=start)
+    assert not [w for w in caught if "RecAdam" in str(w.message)]
 
 
 def test_trainer_by_a_subclass_takes_the_same_steps(tmp_path, pretrained):
@@ -204,7 +257,8 @@ def test_lightning_trains_and_resumes_bit_for_bit(tmp_path):
 
 def lora(**options):
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS", **options)
+    options = {"target_modules": ["query", "value"], **options}
+    config = peft.LoraConfig(r=4, task_type="SEQ_CLS", **options)
     return peft.get_peft_model(tiny(), config)
 
 
@@ -243,6 +297,106 @@ def test_lora_factors_that_hold_pretrained_weights_are_refused():
         lora_anchors(lora(init_lora_weights="olora"))
     with pytest.raises(RecAdamError, match="no trainable parameter is called lora_B"):
         lora_anchors(nn.Linear(2, 2))
+
+
+# Adapters that were trained before.
+
+ADAPTERS = {  # options of peft's LoRA, and the parameters that it then saves but those of the head
+    "plain": ({}, 8),
+    "dora": ({"use_dora": True}, 12),
+    "bias all": ({"bias": "all"}, 8 + 18),
+    "bias of lora": ({"bias": "lora_only"}, 12),
+    "modules": ({"modules_to_save": ["pooler"]}, 10),
+    "tokens": ({"trainable_token_indices": [1, 2]}, 9),
+    "embedding": ({"target_modules": ["word_embeddings"]}, 2),
+}
+
+
+@pytest.mark.parametrize("adapter", ["default", "mine"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_is_anchored_to_where_it_was_saved(kind, adapter, tmp_path):
+    """Saved without its adapter's name, and all of it: the head, too."""
+    peft = pytest.importorskip("peft")
+    options, count = ADAPTERS[kind]
+    saved = lora(**options)
+    with torch.no_grad():
+        for p in saved.parameters():
+            if p.requires_grad:
+                p.add_(0.5)
+    saved.save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(tiny(), tmp_path, adapter_name=adapter, is_trainable=True)
+    values = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert len(values) == count + 2
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    for wrapped in (model, nn.DataParallel(model)):
+        anchors = Anchors.of(wrapped, tmp_path, strict=True)
+        trained = anchors.coverage.having("anchored")
+        assert {m.parameter.removeprefix("module.") for m in trained} == set(values)
+        for name, x in values.items():
+            assert torch.equal(anchors[name], x), name
+    optimizer = RecAdam(param_groups(model, anchors))
+    assert len(optimizer.state) == len(values)
+
+
+def test_two_adapters_that_were_saved_under_one_name_are_told_apart(tmp_path):
+    """The one in use is the one that is meant; of two in use neither is."""
+    peft = pytest.importorskip("peft")
+    lora().save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(tiny(), tmp_path, is_trainable=True)
+    model.load_adapter(tmp_path, "other", is_trainable=True)
+    anchors = Anchors.of(model, tmp_path, new=["*.other.*"], strict=True)
+    assert all(".default." in m.parameter for m in anchors.coverage.having("anchored"))
+    assert len(anchors.coverage.having("anchored")) == 10
+
+
+def test_ia3_is_anchored_and_a_prompt_is_named(tmp_path):
+    peft = pytest.importorskip("peft")
+    targets = {"target_modules": ["query", "output.dense"], "feedforward_modules": ["output.dense"]}
+    peft.get_peft_model(tiny(), peft.IA3Config(task_type="SEQ_CLS", **targets)).save_pretrained(
+        tmp_path / "a"
+    )
+    model = peft.PeftModel.from_pretrained(tiny(), tmp_path / "a", is_trainable=True)
+    assert len(Anchors.of(model, tmp_path / "a", strict=True).coverage.having("anchored")) == 8
+    config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    model = peft.get_peft_model(tiny(), config)
+    model.save_pretrained(tmp_path / "b")
+    with pytest.warns(CoverageWarning, match=r"no anchor for prompt_encoder.default.embedding.weight; name"):
+        coverage = Anchors.of(model, tmp_path / "b").coverage
+    assert len(coverage.having("anchored")) == 2
+    assert list(coverage.unused) == ["prompt_embeddings"]
+
+
+# Vocabularies that have grown.
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("multiple", [None, 8])
+def test_a_vocabulary_that_transformers_resized_keeps_the_anchors_of_its_tokens(tied, multiple, tmp_path):
+    def make():
+        torch.manual_seed(0)
+        config = transformers.BertConfig(vocab_size=50, tie_word_embeddings=tied, **SMALL)
+        return transformers.BertForMaskedLM(config)
+
+    make().save_pretrained(tmp_path)
+    model = make()
+    model.resize_token_embeddings(53, pad_to_multiple_of=multiple)
+    rows = 53 if multiple is None else 56
+    anchors = Anchors.of(model, tmp_path, strict=True)
+    grown = {m.parameter: (m.rows, m.note) for m in anchors.coverage.matches if m.rows}
+    bias = [n for n, p in model.named_parameters() if p.shape == (rows,)]
+    names = [
+        "bert.embeddings.word_embeddings.weight",
+        *bias,
+        *([] if tied else ["cls.predictions.decoder.weight"]),
+    ]
+    assert grown == dict.fromkeys(names, (50, f"{rows - 50} of {rows} rows are new"))
+    optimizer = RecAdam(param_groups(model, anchors), **SETTINGS)
+    p = model.bert.embeddings.word_embeddings.weight
+    old = make().bert.embeddings.word_embeddings.weight
+    assert torch.equal(optimizer.state[p]["anchor"][:50], old)
+    assert optimizer.state[p]["importance"][:, 0].tolist() == [1.0] * 50 + [0.0] * (rows - 50)
 
 
 # Groups of real architectures.

@@ -1,1 +1,1 @@
-"""Benchmarks: ratios to peers within one run. RECADAM_BENCH=fast (the default) or regular is their size."""
+"""Ratios to peers within one run. RECADAM_BENCH is their size: quick, fast (the default) or regular."""

@@ -6,10 +6,12 @@ A maker takes shapes and returns the step. The tensors that optimizers of one li
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 from recadam_core import Constant, Hyperparameters, RecAdam
+from recadam_core.backends import Variant
 
 from .common import arrays
 
@@ -24,6 +26,8 @@ class Contender(NamedTuple):
     about: str
     bytes: int  # that one pass over float32 parameters would move, each
     make: Callable
+    needs: tuple[str, ...] = ()  # modules beyond its library's
+    programs: tuple[tuple[str, ...], ...] = ()  # one of each tuple
 
 
 class Torch:
@@ -142,6 +146,17 @@ def compilations(shapes):
     return {"optax AdamW": program(_optax_adamw), "JAX RecAdam": program(_jax_recadam)}
 
 
+def compiling(shapes, rounds):
+    """Seconds to compile each of JAX's steps, in turns."""
+    seconds = {name: [] for name in JAX}
+    for _ in range(rounds):
+        for name, program in compilations(shapes).items():
+            began = time.perf_counter()
+            program()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
 def _jax_recadam():
     from recadam_jax import recadam
 
@@ -164,15 +179,25 @@ TORCH = {
     "copy": Contender("a copy of the parameters", 8, lambda t: t.copy()),
     "torch AdamW fused": Contender("torch.optim.AdamW(fused=True)", 28, lambda t: t.adamw(fused=True)),
     "torch AdamW foreach": Contender("torch.optim.AdamW(foreach=True)", 28, lambda t: t.adamw(foreach=True)),
-    "pytorch_optimizer AdamW": Contender("its AdamW", 28, lambda t: t.pytorch_optimizer()),
-    "RecAdam": Contender("recadam_torch.RecAdam: numba", 32, lambda t: t.recadam(fused="numba")),
+    "pytorch_optimizer AdamW": Contender(
+        "its AdamW", 28, lambda t: t.pytorch_optimizer(), ("pytorch_optimizer",)
+    ),
+    "RecAdam": Contender("recadam_torch.RecAdam: numba", 32, lambda t: t.recadam(fused="numba"), ("numba",)),
     "RecAdam, bfloat16 anchors": Contender(
-        "anchors of two bytes", 30, lambda t: t.recadam(fused="numba", anchor_dtype=_bfloat16())
+        "anchors of two bytes",
+        30,
+        lambda t: t.recadam(fused="numba", anchor_dtype=_bfloat16()),
+        ("numba",),
     ),
     "RecAdam, anchors freed": Contender(
-        "after annealing", 28, lambda t: t.recadam(freed=True, fused="numba")
+        "after annealing", 28, lambda t: t.recadam(freed=True, fused="numba"), ("numba",)
     ),
-    "RecAdam compiled": Contender('RecAdam(fused="compiled")', 32, lambda t: t.recadam(fused="compiled")),
+    "RecAdam compiled": Contender(
+        'RecAdam(fused="compiled")',
+        32,
+        lambda t: t.recadam(fused="compiled"),
+        programs=(("g++", "clang++"),),
+    ),
     "RecAdam foreach": Contender("RecAdam(foreach=True)", 32, lambda t: t.recadam(foreach=True)),
     "loop": Contender("five calls a tensor", 32, lambda t: t.loop()),
 }
@@ -180,15 +205,28 @@ TORCH = {
 
 NUMPY = {
     "NumPy in place": Contender(
-        "NumpyBackend(fused=True, in_place=True)", 32, lambda s: numpy_step(s, fused=True, in_place=True)
+        "NumpyBackend(fused=True, in_place=True)",
+        32,
+        lambda s: numpy_step(s, fused=True, in_place=True),
+        ("numba",),
     ),
-    "NumPy": Contender("NumpyBackend(fused=True), pure", 32, lambda s: numpy_step(s, fused=True)),
+    "NumPy": Contender("NumpyBackend(fused=True), pure", 32, lambda s: numpy_step(s, fused=True), ("numba",)),
 }
 JAX = {
     "optax AdamW": Contender("optax.adamw, jitted and donated", 28, lambda s: jax_step(s, _optax_adamw)),
     "JAX RecAdam": Contender("recadam_jax.recadam, the same", 32, lambda s: jax_step(s, _jax_recadam)),
 }
 """Steps over arrays of their own: each maker takes shapes."""
+
+
+def wanted(*names):
+    """Skip the benchmark, when called from its setup, if what a contender needs is not installed."""
+    for name in names:
+        contender = {**TORCH, **NUMPY, **JAX}[name]
+        library = ("torch",) if name in TORCH else ("jax", "optax") if name in JAX else ()
+        lacks = Variant(name, needs=(*library, *contender.needs), programs=contender.programs).lacks()
+        if lacks:
+            raise NotImplementedError(f"{name} needs {lacks}")
 
 
 def made(names, shapes):

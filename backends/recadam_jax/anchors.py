@@ -13,7 +13,7 @@ import numpy as np
 
 from recadam_core import Annealing, RecAdamError, release_step
 
-from .transformation import RecAdamState, Released, paths
+from .transformation import RecAdamState, Released, paths, place
 
 __all__ = ["load_anchor", "release"]
 
@@ -160,7 +160,7 @@ def _safetensors(
         piece = files[theirs].get_slice(theirs)
         shape = tuple(piece.get_shape())
         _check_shape(path, ours, theirs, shape[::-1] if turned else shape, leaf)
-        sharding = _sharding(leaf)
+        sharding = place(leaf)
         if sharding is None or 0 in shape or not shape:
             whole = files[theirs].get_tensor(theirs)
             found[ours] = whole.T if turned else whole
@@ -217,7 +217,7 @@ def _orbax(path: Path, wanted: dict[str, Any], name: Callable[[str], str | None]
             if theirs is None or theirs not in shapes:
                 raise _lacking(path, ours, theirs, shapes)
             _check_shape(path, ours, theirs, shapes[theirs], leaf)
-            sources[ours], places[theirs] = theirs, _sharding(leaf)
+            sources[ours], places[theirs] = theirs, place(leaf)
         tree: Any = jax.tree.structure(metadata.tree)
         arguments = [
             ocp.ArrayRestoreArgs(sharding=places[x])
@@ -242,11 +242,6 @@ def _names(tree: Any) -> list[str]:
     found = paths(tree)
     wrapped = all(x.endswith("/value") for x in found)
     return [x.removesuffix("/value") for x in found] if wrapped else found
-
-
-def _sharding(leaf: Any) -> Any:
-    """Where a parameter is meant to be; None where that is not decided."""
-    return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
 
 
 def _lacking(path: Path, ours: str, theirs: str | None, known: Iterable[str]) -> RecAdamError:

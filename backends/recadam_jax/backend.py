@@ -88,6 +88,7 @@ class JaxBackend:
         dtypes=("bfloat16", "float16", "float32", "float64"),
         devices=("cpu", "cuda"),
         jit=True,
+        sharding=True,
         variants=(
             Variant(
                 "functional",

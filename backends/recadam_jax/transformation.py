@@ -5,8 +5,12 @@ The kernel is `recadam_core.update` itself, traced: XLA makes one loop of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -26,10 +30,11 @@ from recadam_core import (
     release_step,
     update,
 )
-from recadam_core.annealing import ANNEALINGS
+from recadam_core.annealing import ANNEALINGS, Constant, annealed_weights
 from recadam_core.coefficients import check_stable, is_zero
-from recadam_core.errors import check_number
+from recadam_core.errors import check_number, shown
 from recadam_core.importance import check_importance, check_weighable
+from recadam_core.update import accumulator_dtype
 
 __all__ = [
     "HostCoefficients",
@@ -38,6 +43,7 @@ __all__ = [
     "from_hyperparameters",
     "host_coefficients",
     "paths",
+    "place",
     "recadam",
     "scale_by_recadam",
 ]
@@ -188,11 +194,11 @@ def recadam(
         weight_decay=weight_decay,
         gamma=gamma,
         annealing=_annealing(annealing),
-        bias_correction=bias_correction,
+        bias_correction=_static("recadam", "bias_correction", bias_correction),
         form=form,
     )
     kept = _Kept(anchor, anchor_mask, anchor_dtype, anchor_memory, importance, mu_dtype)
-    return _transformation("recadam", hp, learning_rate, kept)
+    return _transformation("recadam", hp, learning_rate if callable(learning_rate) else hp.lr, kept)
 
 
 def scale_by_recadam(
@@ -254,7 +260,7 @@ def scale_by_recadam(
         eps=eps,
         gamma=gamma,
         annealing=_annealing(annealing),
-        bias_correction=bias_correction,
+        bias_correction=_static("scale_by_recadam", "bias_correction", bias_correction),
     )
     kept = _Kept(anchor, anchor_mask, anchor_dtype, anchor_memory, importance, mu_dtype)
     return _transformation("scale_by_recadam", hp, None, kept)
@@ -284,34 +290,50 @@ def from_hyperparameters(
     """
     rate = hp.lr if learning_rate is None else learning_rate
     hp = hp.replace(lr=0.0 if callable(rate) else rate)
-    return _transformation("recadam", hp, rate, _Kept(**kept))
+    return _transformation("recadam", hp, rate if callable(rate) else hp.lr, _Kept(**kept))
 
 
 @dataclass(frozen=True)
-class _Schedule:
-    """An annealing of a schedule, as optax has them."""
+class Schedule:
+    """An annealing of a schedule, as optax has them, or of a traced number."""
 
     function: Any
 
     def weights(self, t: Any, xp: Any = None) -> tuple[Any, Any]:
-        if not callable(self.function):
-            found = self.function
-        else:
-            found = self.function((t - 1).astype(jnp.int32) if xp else int(t) - 1)
-        if found is None or (isinstance(found, (tuple, list)) and len(found) != 2):
-            raise RecAdamError(
-                f"recadam: the annealing gives {found!r}; have it give the task weight, or both"
-            )
-        task, recall = found if isinstance(found, (tuple, list)) else (found, 1 - found)
-        return (task, recall) if xp else (float(task), float(recall))
+        found = self.function
+        if callable(found):
+            found = found((t - 1).astype(jnp.int32) if xp else int(t) - 1)
+        if isinstance(found, (tuple, list)):
+            return cast(tuple[Any, Any], found)
+        if not (isinstance(found, (int, float)) or hasattr(found, "dtype")):
+            return found, found  # which is then refused
+        recall = 1 - found
+        # A schedule in float32 may end a rounding above 1.
+        where = (xp or jnp).where if hasattr(recall, "dtype") else lambda rounded, x, y: x if rounded else y
+        return found, where((recall < 0) & (recall > -(2.0**-20)), 0.0 * recall, recall)
 
 
 def _annealing(given: Any) -> Annealing:
     if given is None:
         return Sigmoid()
-    number = isinstance(given, (int, float, jax.Array, np.ndarray)) and not isinstance(given, bool)
-    known = hasattr(given, "weights") or isinstance(given, type)
-    return _Schedule(given) if number or (callable(given) and not known) else cast(Annealing, given)
+    if hasattr(given, "weights") or isinstance(given, type):
+        return cast(Annealing, given)
+    if callable(given):
+        return Schedule(given)
+    if not (isinstance(given, Real) or hasattr(given, "dtype")):
+        return cast(Annealing, given)  # which is then refused
+    task = check_number("recadam", "annealing", given, low=0.0, high=1.0)
+    return Schedule(task) if isinstance(task, jax.core.Tracer) else Constant(task, 1 - task)
+
+
+def _static(where: str, name: str, flag: Any) -> Any:
+    """A flag, unless it is an array, as inject_hyperparams makes of arrays that it is given."""
+    if isinstance(flag, jax.Array):
+        raise RecAdamError(
+            f"{where}: {name} is {shown(flag)}; give True or False, and name {name} in static_args of "
+            "inject_hyperparams"
+        )
+    return flag
 
 
 @dataclass(frozen=True)
@@ -329,127 +351,218 @@ class _Kept:
         for name in ("anchor_dtype", "mu_dtype"):
             dtype = getattr(self, name)
             try:
-                floating = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+                wide = dtype is None or _is_wide(jnp.dtype(dtype))
             except TypeError:
-                floating = False
-            if not floating:
-                raise RecAdamError(f"recadam: {name} is {dtype}; give a floating dtype")
+                wide = False
+            if not wide:
+                raise RecAdamError(f"recadam: {name} is {dtype}; give a floating dtype of 16 bits or more")
         if self.anchor_memory not in (None, "device", "pinned_host"):
             raise RecAdamError(
                 f"recadam: anchor_memory is {self.anchor_memory!r}; give 'pinned_host' or 'device'"
             )
 
-    def anchors(self, params: Any) -> list[Any]:
+    def anchors(self, params: Any, names: list[str], leaves: list[Any]) -> list[Any]:
         """An anchor or None for each parameter, checked and copied."""
-        leaves = jax.tree.leaves(params)
         if not leaves:  # optax asks so which parts of a state are trees of parameters
             return []
-        names = paths(params)
-        stars = leaves if self.anchor is None else _leaves(params, self.anchor, "anchor")
-        given = len(jax.tree.leaves(leaves if self.anchor is None else self.anchor))
-        if given != sum(star is not None for star in stars):
-            raise RecAdamError(
-                "anchor: an array stands where the parameters have a branch; give an array for each, or None"
-            )
-        mask = self.anchor_mask(params) if callable(self.anchor_mask) else self.anchor_mask
-        if mask is not None:
-            keep = _leaves(params, mask, "anchor_mask")
-            for path, kept in zip(names, keep, strict=True):
-                if not isinstance(kept, (bool, np.bool_)):
-                    raise RecAdamError(
-                        f"anchor_mask {path!r} is {_kind(kept)}; give True or False, and name anchor_mask in "
-                        "static_args of inject_hyperparams"
-                    )
-            stars = [star if kept else None for star, kept in zip(stars, keep, strict=True)]
-        for path, p, star in zip(names, leaves, stars, strict=True):
-            if star is None:
-                continue
-            if jnp.shape(star) != jnp.shape(p):
-                raise RecAdamError(
-                    f"anchor {path!r} has shape {jnp.shape(star)}, its parameter {jnp.shape(p)}; "
-                    "give the pretrained array of that parameter, or None for a new head"
-                )
-            if not jnp.issubdtype(jnp.result_type(star), jnp.floating):
-                raise RecAdamError(
-                    f"anchor {path!r} has dtype {jnp.result_type(star)}; give the pretrained values"
-                )
-            if not isinstance(star, jax.core.Tracer) and not _is_finite(star):
-                raise RecAdamError(f"anchor {path!r} holds NaN or infinity; give the pretrained values")
-        placed = [
-            None if star is None else self._placed(star, p, self.anchor_dtype)
-            for star, p in zip(stars, leaves, strict=True)
+        stars = leaves if self.anchor is None else _leaves(params, self.anchor, "anchor", spread=False)
+        return [
+            self._anchor(path, p, star) if kept and star is not None else None
+            for path, p, star, kept in zip(names, leaves, stars, self._mask(params, names), strict=True)
         ]
-        for path, star in zip(names, placed, strict=True):
-            concrete = star is not None and not isinstance(star, jax.core.Tracer)
-            if concrete and self.anchor_dtype is not None and not _is_finite(star):
-                dtype = jnp.dtype(self.anchor_dtype)
-                raise RecAdamError(f"anchor {path!r} has values beyond anchor_dtype {dtype}; give another")
-        return placed
 
-    def importances(self, params: Any, stars: list[Any]) -> list[Any] | None:
+    def importances(
+        self, params: Any, names: list[str], leaves: list[Any], stars: list[Any]
+    ) -> list[Any] | None:
         """The importance of each anchor, checked and copied; None when there are none."""
         if self.importance is None:
             return None
-        if not stars:  # as in anchors
+        if not leaves:  # as in anchors
             return []
-        given = _leaves(params, self.importance, "importance")
-        jax.tree.map(_is_alone, self.importance, params, is_leaf=lambda x: x is None)
+        given = _leaves(params, self.importance, "importance", spread=False)
         placed: list[Any] = []
-        for path, p, star, x in zip(paths(params), jax.tree.leaves(params), stars, given, strict=True):
+        for path, p, star, x in zip(names, leaves, stars, given, strict=True):
             if star is None:
                 placed.append(None)
                 continue
+            if x is not None:
+                _check_array("importance", path, x)
+            x = _portable(path, x, p)
             if isinstance(x, np.ndarray):  # of which bfloat16 is no dtype of its own
                 x = jnp.asarray(x)
             with jax.ensure_compile_time_eval():  # within a trace, too
-                check_importance(path, x, jnp.shape(p))
-            placed.append(self._placed(x, p))
+                check_importance(path, x, p.shape)
+            placed.append(self._placed(path, x, p))
         return placed
 
-    def _placed(self, star: Any, p: Any, dtype: Any = None) -> Any:
+    def _mask(self, params: Any, names: list[str]) -> list[Any]:
+        """Whether each parameter is anchored."""
+        mask = self.anchor_mask
+        if mask is None:
+            return [True] * len(names)
+        if callable(mask) and all(map(callable, jax.tree.leaves(mask))):  # and no module of bools
+            mask = mask(params)
+            if mask is None:
+                raise RecAdamError("anchor_mask: the function gives None; have it give a tree of bools")
+        keep = _leaves(params, mask, "anchor_mask", spread=True)
+        for path, kept in zip(names, keep, strict=True):
+            if not isinstance(kept, (bool, np.bool_)):
+                raise RecAdamError(
+                    f"anchor_mask {path!r} is {_kind(kept)}; give True or False, and name anchor_mask in "
+                    "static_args of inject_hyperparams"
+                )
+        return keep
+
+    def _anchor(self, path: str, p: Any, star: Any) -> Any:
+        if isinstance(star, jax.ShapeDtypeStruct):
+            raise RecAdamError(
+                f"anchor {path!r} is a ShapeDtypeStruct, which has no values; give arrays, or trace: "
+                "jax.eval_shape(tx.init, params)"
+            )
+        _check_array("anchor", path, star)
+        if jnp.shape(star) != p.shape:
+            raise RecAdamError(
+                f"anchor {path!r} has shape {jnp.shape(star)}, its parameter {p.shape}; "
+                "give the pretrained array of that parameter, or None for a new head"
+            )
+        star = _portable(path, star, p)
+        if not isinstance(star, jax.core.Tracer) and not _is_finite(star):
+            raise RecAdamError(f"anchor {path!r} holds NaN or infinity; give the pretrained values")
+        return self._placed(path, star, p, self.anchor_dtype)
+
+    def _placed(self, path: str, star: Any, p: Any, dtype: Any = None) -> Any:
         """A copy of an anchor or an importance where its parameter is, part by part."""
         dtype = jnp.result_type(star) if dtype is None else dtype
-        if isinstance(p, jax.Array) and not isinstance(p, jax.core.Tracer) and p.committed:
-            star = jax.device_put(star, p.sharding)
-        star = jnp.array(star, dtype=dtype, copy=True)
+        memory = self.anchor_memory
         if isinstance(p, jax.core.Tracer):
-            star = _alike(star, p)
-        if self.anchor_memory is None:
-            return star
-        if isinstance(star, jax.core.Tracer):
-            space = jax.memory.Space.Host if "host" in self.anchor_memory else jax.memory.Space.Device
-            return jax.device_put(star, space)
-        return jax.device_put(star, star.sharding.with_memory_kind(self.anchor_memory))
+            star = _alike(jnp.array(_fetched(star), dtype=dtype, copy=True), p)
+            space = jax.typeof(p).memory_space if memory is None else _space(memory)
+            return star if space == jax.memory.Space.Device else jax.device_put(star, space)
+        where = place(p)
+        if where is None:
+            here = jax.default_device(next(iter(p.devices()))) if isinstance(p, jax.Array) else nullcontext()
+            with here:
+                placed = jnp.array(star, dtype=dtype, copy=True)
+        else:
+            placed = jnp.array(jax.device_put(star, _on_device(where)), dtype=dtype, copy=True)
+            memory = memory or where.memory_kind
+        if isinstance(placed, jax.core.Tracer):
+            return placed
+        if placed.dtype != getattr(star, "dtype", None) and not _is_finite(placed):
+            raise RecAdamError(
+                f"anchor {path!r} has values beyond {placed.dtype}; give another anchor_dtype, or set "
+                "JAX_ENABLE_X64=1"
+            )
+        if memory in (None, placed.sharding.memory_kind):
+            return placed
+        return jax.device_put(placed, placed.sharding.with_memory_kind(memory))
 
 
-def _is_alone(importance: Any, part: Any) -> None:
-    if (
-        importance is not None
-        and jax.tree.leaves(part)
-        and not jax.tree_util.treedef_is_leaf(jax.tree.structure(part))
-    ):
-        raise RecAdamError(
-            "importance: an array stands where the parameters have a branch; give an array for each, or None"
-        )
+def _portable(path: str, x: Any, p: Any) -> Any:
+    """The array; NumPy's, where it is committed to devices that JAX would not let it leave."""
+    if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer) or isinstance(p, jax.ShapeDtypeStruct):
+        return x
+    if isinstance(p, jax.core.Tracer) or p.committed:
+        mesh = jax.sharding.get_abstract_mesh()
+        if not x.committed or AxisType.Explicit not in mesh.axis_types or jax.typeof(x).sharding.mesh == mesh:
+            return x
+    elif not x.committed and x.devices() == p.devices():
+        return x
+    if not x.is_fully_addressable:
+        raise RecAdamError(f"anchor {path!r} is spread over processes, its parameter is not; place it alike")
+    return np.asarray(x)
 
 
-def _alike(x: Any, p: jax.Array) -> Any:
+def place(p: Any) -> Any:
+    """The sharding to which a parameter is committed, or is to be; None where that is not decided."""
+    return getattr(p, "sharding", None) if getattr(p, "committed", True) else None
+
+
+def _on_device(where: Any) -> Any:
+    """A sharding in the devices' own memory."""
+    return where.with_memory_kind(next(iter(where.device_set)).default_memory().kind)
+
+
+def _space(memory: str) -> Any:
+    return jax.memory.Space.Host if "host" in memory else jax.memory.Space.Device
+
+
+def _fetched(x: Any) -> Any:
+    """An array in the device's memory, wherever it is kept."""
+    kept = isinstance(x, jax.Array) and jax.typeof(x).memory_space == jax.memory.Space.Host
+    return jax.device_put(x, jax.memory.Space.Device) if kept else x
+
+
+def _typed(x: Any, p: Any) -> Any:
+    """The array as the parameter is typed, on a mesh of explicit axes."""
+    where, sharding = jax.typeof(p).sharding, cast(Any, jax.sharding)
+    typed = AxisType.Explicit not in where.mesh.axis_types or jax.typeof(x).sharding == where
+    return x if typed else sharding.reshard(x, where)
+
+
+def _alike(x: Any, p: Any) -> Any:
     """While tracing: the array, to be sharded as the parameter is.
 
     On a mesh of explicit axes the types say how. Elsewhere the partitioner lays operands of one elementwise
     operation out alike, so x is chosen over p by a condition that the compiler may not fold before then.
     """
-    place, lax, sharding = jax.typeof(p).sharding, cast(Any, jax.lax), cast(Any, jax.sharding)
-    if AxisType.Explicit in place.mesh.axis_types:
-        x = sharding.reshard(x, place)
+    lax: Any = jax.lax
     keep = lax.optimization_barrier(jnp.asarray(True))
-    return lax.select_n(keep, p.astype(x.dtype), x)
+    return lax.select_n(keep, _fetched(p).astype(x.dtype), _typed(x, p))
 
 
-def _zeros_like(p: jax.Array) -> Moments:
+def _zeros_like(p: Any) -> Moments:
     """Moments before the first step, sharded as the parameter is, while tracing, too."""
-    zeros = Moments.zeros_like(p)
-    return Moments(*(_alike(x, p) for x in zeros)) if isinstance(p, jax.core.Tracer) else zeros
+    if isinstance(p, jax.core.Tracer):
+        return Moments(*(_alike(x, p) for x in Moments.zeros_like(p)))
+    where, dtype = place(p), accumulator_dtype(jnp, p.dtype)
+    zeros = partial(jnp.zeros, p.shape, dtype, device=None if where is None else _on_device(where))
+    return Moments(zeros(), zeros())
+
+
+def _is_wide(dtype: Any) -> bool:
+    """Whether it is a floating dtype to which others may be promoted."""
+    return bool(jnp.issubdtype(dtype, jnp.floating) and cast(Any, jnp.finfo)(dtype).bits >= 16)
+
+
+def _check_array(what: str, path: str, x: Any) -> None:
+    """Raise unless it is a floating array of JAX or NumPy, or a number."""
+    wrong = f"is a {type(x).__name__}"
+    if x is None:
+        wrong = "is None"
+    elif (
+        isinstance(x, (jax.Array, np.ndarray, np.generic, float)) or hasattr(x, "__jax_array__")
+    ) and not isinstance(x, np.ma.MaskedArray):  # whose mask would be lost
+        dtype = jnp.result_type(x) if isinstance(x, float) else x.dtype
+        if _is_wide(dtype):
+            return
+        wrong = f"has dtype {dtype}"
+    remedy = {
+        "parameter": " alone, as eqx.filter(model, eqx.is_inexact_array) does",
+        "gradient": ", or freeze the parameter by optax.masked",
+    }.get(what, "")
+    raise RecAdamError(f"{what} {path!r} {wrong}; give floating arrays of 16 bits or more{remedy}")
+
+
+def _array(what: str, path: str, x: Any, p: Any = None) -> Any:
+    """A leaf as an array of JAX, checked; NumPy's goes to where its parameter is."""
+    _check_array(what, path, x)
+    if isinstance(x, jax.Array):
+        return x
+    where = None if isinstance(p, jax.core.Tracer) else place(p)
+    return jnp.asarray(x) if where is None else jax.device_put(x, _on_device(where))
+
+
+def _beside(what: str, path: str, x: Any, p: Any) -> Any:
+    """What a step reads beside a parameter, checked."""
+    if x is None and what in ("anchor", "importance"):
+        return None
+    if isinstance(x, Released):
+        return p  # the recall weight is zero: the same operations on what is there, so the same bits
+    x = _fetched(_array(what, path, x, p))
+    if x.shape != p.shape:
+        raise RecAdamError(f"{what} {path!r} has shape {x.shape}, its parameter {p.shape}; give equal shapes")
+    return x if what == "gradient" else _typed(x, p)
 
 
 def _is_finite(star: Any) -> bool:
@@ -471,17 +584,17 @@ def _transformation(
         check_weighable(hp.form)
 
     def init(params: Any) -> RecAdamState:
-        leaves, tree = _flatten(params)
-        for path, p in zip(paths(params), leaves, strict=True):
-            if not jnp.issubdtype(jnp.result_type(p), jnp.floating):
-                raise RecAdamError(
-                    f"parameter {path!r} has dtype {jnp.result_type(p)}; give a floating array"
-                )
-        stars = kept.anchors(params)
-        weights = kept.importances(params, stars)
+        given, tree = _flatten(params)
+        names = paths(params)
+        leaves = [
+            p if isinstance(p, jax.ShapeDtypeStruct) and _is_wide(p.dtype) else _array("parameter", path, p)
+            for path, p in zip(names, given, strict=True)
+        ]
+        stars = kept.anchors(params, names, leaves)
+        weights = kept.importances(params, names, leaves, stars)
         if learning_rate is not None and any(star is not None for star in stars):
-            _check_strength(hp, learning_rate)
-        moments = [_zeros_like(jnp.asarray(p)) for p in leaves]
+            _check_strength(name, hp, learning_rate)
+        moments = [_zeros_like(p) for p in leaves]
         mu_dtype = kept.mu_dtype
         return RecAdamState(
             count=jnp.zeros([], jnp.int32),
@@ -505,41 +618,35 @@ def _transformation(
             raise RecAdamError(f"{name}: the state is a {type(state).__name__}; give what init returned")
         if coefficients is not None and learning_rate is None:
             raise RecAdamError(f"{name}: coefficients hold the learning rate; give them to recadam")
-        thetas, tree = _flatten(params)
-        grads, mus, nus, stars = (
-            _leaves(params, x, what, prefix=False)
-            for what, x in (
-                ("gradients", updates),
-                ("the state's mu", state.mu),
-                ("the state's nu", state.nu),
-                ("the state's anchor", state.anchor),
-            )
-        )
-        weights = [None] * len(thetas)
-        if state.importance is not None:
-            weights = _leaves(params, state.importance, "the state's importance", prefix=False)
-        for path, theta, grad, m in zip(paths(params), thetas, grads, mus, strict=True):
-            _check_step(path, theta, grad, m)
-        if any(isinstance(star, Released) for star in stars) and _never_ends(hp.annealing):
+        given, tree = _flatten(params)
+        names = paths(params)
+        thetas = [_fetched(_array("parameter", path, p)) for path, p in zip(names, given, strict=True)]
+        parts = {
+            "gradient": _leaves(params, updates, "gradients"),
+            "first moment": _leaves(params, state.mu, "the state's mu"),
+            "second moment": _leaves(params, state.nu, "the state's nu"),
+            "anchor": _leaves(params, state.anchor, "the state's anchor"),
+            "importance": [None] * len(thetas)
+            if state.importance is None
+            else _leaves(params, state.importance, "the state's importance"),
+        }
+        if any(isinstance(star, Released) for star in parts["anchor"]) and _never_ends(hp.annealing):
             raise RecAdamError(
                 f"{name}: the anchors are released, and {hp.annealing!r} reads them in every step"
             )
-        count = optax.safe_increment(state.count)
-        by_anchored = _coefficients(hp, learning_rate, state.count, coefficients)
+        for what, leaves in parts.items():
+            parts[what] = [
+                _beside(what, path, x, theta) for path, x, theta in zip(names, leaves, thetas, strict=True)
+            ]
+        count = _count(name, state.count)
+        by_anchored = _coefficients(name, hp, learning_rate, count, coefficients)
         new = []
-        for theta, grad, m, v, star, weight in zip(thetas, grads, mus, nus, stars, weights, strict=True):
+        for theta, grad, m, v, star, weight in zip(thetas, *parts.values(), strict=True):
             c = by_anchored[star is not None]
-            if isinstance(star, Released):
-                # The recall weight is zero: the same operations on what is there, so the same bits.
-                star = jnp.asarray(theta)
-            elif star is not None and kept.anchor_memory is not None:
-                star, weight = (
-                    x if x is None else jax.device_put(x, jax.memory.Space.Device) for x in (star, weight)
-                )
-            new.append(update(jnp.asarray(theta), jnp.asarray(grad), Moments(m, v), star, c, weight))
+            new.append(update(theta, grad, Moments(m, v), star, c, weight))
         deltas = [delta if learning_rate is not None else -delta for delta, _ in new]
         return tree.unflatten([d.astype(p.dtype) for d, p in zip(deltas, thetas, strict=True)]), RecAdamState(
-            count=count,
+            count=optax.safe_increment(count),
             mu=tree.unflatten([s.m for _, s in new]),
             nu=tree.unflatten([s.v for _, s in new]),
             anchor=state.anchor,
@@ -557,22 +664,39 @@ def _never_ends(annealing: Any) -> bool:
         return False
 
 
-def _rate(learning_rate: Any, count: Any) -> Any:
+def _count(name: str, count: Any) -> jax.Array:
+    """The steps taken, whatever kind of integer a restored state has them in."""
+    try:
+        fits = jnp.issubdtype(jnp.result_type(count), jnp.integer) and jnp.shape(count) == ()
+        found = jnp.asarray(count, jnp.int32) if fits else None
+    except (TypeError, ValueError, OverflowError):
+        found = None
+    if found is None or (not isinstance(found, jax.core.Tracer) and found < 0):
+        raise RecAdamError(f"{name}: the state's count is {shown(count)}; give what init returned")
+    return found
+
+
+def _rate(name: str, learning_rate: Any, count: Any) -> Any:
     """The learning rate of a step."""
-    rate = learning_rate(count) if callable(learning_rate) else learning_rate
-    if callable(learning_rate) and rate is None:
-        raise RecAdamError("recadam: the learning rate's schedule gives None; have it give a number")
-    return rate
+    if not callable(learning_rate):
+        return learning_rate
+    rate = learning_rate(count)
+    return (
+        rate if hasattr(rate, "dtype") else check_number(name, "the schedule's learning rate", rate, low=0.0)
+    )
 
 
 def _coefficients(
-    hp: Hyperparameters, learning_rate: Any, count: jax.Array, given: HostCoefficients | None
+    name: str, hp: Hyperparameters, learning_rate: Any, count: jax.Array, given: HostCoefficients | None
 ) -> dict[bool, Coefficients]:
     """A step's coefficients by whether a parameter is anchored: the host's, or traced."""
     if given is None:
         t = optax.safe_increment(count).astype(jax.dtypes.canonicalize_dtype(jnp.float64))
-        lr = _rate(learning_rate, count)
-        return {a: coefficients(t, hp, lr, a, xp=jnp) for a in (True, False)}
+        lr = _rate(name, learning_rate, count)
+        by_anchored = {a: coefficients(t, hp, lr, a, xp=jnp) for a in (True, False)}
+        for c in by_anchored.values():
+            _check_coefficients(name, t, c, hp.form)
+        return by_anchored
     if not isinstance(given, HostCoefficients):
         raise RecAdamError(
             f"recadam: coefficients are {type(given).__name__}; give those of host_coefficients(t, hp)"
@@ -586,17 +710,21 @@ def _coefficients(
     return by_anchored
 
 
-def _check_step(path: str, theta: Any, grad: Any, m: Any) -> None:
-    if grad is None:
-        raise RecAdamError(f"gradient {path!r} is None; give one, or use optax.masked")
-    for what, x in (("gradient", grad), ("moment", m)):
-        if jnp.shape(x) != jnp.shape(theta):
+def _check_coefficients(name: str, t: jax.Array, c: Coefficients, form: str) -> None:
+    """Refuse what a schedule or an annealing gave, as far as it is known: not traced, or no scalar at all."""
+    for x in c[2:]:
+        if jnp.shape(x) != () or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
             raise RecAdamError(
-                f"{what} {path!r} has shape {jnp.shape(x)}, its parameter {jnp.shape(theta)}; "
-                "give equal shapes"
+                f"{name}: the learning rate or the annealing gives {jnp.result_type(x)} of shape "
+                f"{jnp.shape(x)}; have it give a real number"
             )
-    if not jnp.issubdtype(jnp.result_type(grad), jnp.floating):
-        raise RecAdamError(f"gradient {path!r} has dtype {jnp.result_type(grad)}; give a floating array")
+    known = [float(x) for x in c[2:] if not isinstance(x, jax.core.Tracer)]
+    # In the form "released" a pull that overshoots turns the step around.
+    if not all(map(math.isfinite, known)) or (form != "released" and min(known, default=0.0) < 0.0):
+        where = name if isinstance(t, jax.core.Tracer) else f"{name}, step {int(t)}"
+        raise RecAdamError(
+            f"{where}: the learning rate or the annealing is negative or not finite; give finite numbers >= 0"
+        )
 
 
 def _flatten(params: Any) -> tuple[list[Any], Any]:
@@ -613,15 +741,23 @@ def paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path in found]
 
 
-def _leaves(params: Any, other: Any, what: str, prefix: bool = True) -> list[Any]:
-    """The other tree's parts at the parameters; as a prefix, what stops early stands for all below it."""
-    _, tree = _flatten(params)
-    given = other
+def _leaves(params: Any, other: Any, what: str, spread: bool | None = None) -> list[Any]:
+    """The other tree's parts at the parameters.
+
+    Args:
+        params: the parameters.
+        other: a tree like them.
+        what: the other tree, for the message.
+        spread: whether a leaf may stand for all below it; else only None may. The other tree may have
+            anything then where the parameters have nothing, as frozen ones under `optax.masked`. None wants
+            one tree exactly like the other.
+    """
     try:
-        if prefix:
-            whole = tree.unflatten(range(tree.num_leaves))
-            given = jax.tree.broadcast(other, whole, is_leaf=lambda x: x is None)
-        return list(tree.flatten_up_to(given))
+        if spread is None:
+            return list(_flatten(params)[1].flatten_up_to(other))
+        return _parts(params, other, what, spread)
+    except RecAdamError:
+        raise
     except ValueError as error:
         ours, theirs = paths(params), paths(other, lambda x: x is None)
         lacking = [x for x in ours if not any(f"{x}/".startswith(f"{y}/") for y in theirs)]
@@ -636,24 +772,43 @@ def _leaves(params: Any, other: Any, what: str, prefix: bool = True) -> list[Any
         ) from None
 
 
-def _check_strength(hp: Hyperparameters, learning_rate: Any) -> None:
+def _parts(params: Any, other: Any, what: str, spread: bool) -> list[Any]:
+    count = len(jax.tree.leaves(params))
+    if not count:
+        return []
+    if jax.tree_util.all_leaves([params]):
+        return [other]
+    if other is None or jax.tree_util.all_leaves([other]):
+        if not spread and other is not None:
+            raise RecAdamError(
+                f"{what}: an array stands where the parameters have a branch; give an array for each, or None"
+            )
+        return [other] * count
+    children, tree = jax.tree.flatten(params, is_leaf=lambda x: x is not params)
+    others = cast(Any, tree).flatten_up_to(other)
+    return [
+        x for child, part in zip(children, others, strict=True) for x in _parts(child, part, what, spread)
+    ]
+
+
+def _check_strength(name: str, hp: Hyperparameters, learning_rate: Any) -> None:
     """Refuse a pull that diverges, as far as the host can tell: compiled steps cannot raise.
 
     A schedule is asked at up to 200 steps, evenly over the annealing and thinner after it.
     """
+    found = []
     try:
         last = min(release_step(hp.annealing) or 10_000, 2**31 - 2)
         steps = sorted({*map(int, np.linspace(1, last, 100)), *map(int, np.geomspace(1, last, 100))})
         with jax.ensure_compile_time_eval():
-            pulls = []
             for t in steps:
-                rate = float(_rate(learning_rate, jnp.asarray(t - 1)))
-                check_number(f"recadam, step {t}", "learning rate", rate, low=0.0)
-                weights = [float(x) for x in hp.annealing.weights(t)]
-                for what, weight in zip(("task weight", "recall weight"), weights, strict=True):
-                    check_number(f"recadam, step {t}", what, weight)
-                pulls.append((rate * float(hp.gamma) * weights[1], rate * float(hp.weight_decay)))
+                where = f"{name}, step {t}"
+                rate = _rate(where, learning_rate, jnp.asarray(t - 1))
+                rate = float(check_number(where, "the learning rate", rate, low=0.0))
+                recall = float(annealed_weights(hp.annealing, t)[1])
+                found.append((rate * float(hp.gamma) * recall, rate * float(hp.weight_decay), where))
     except jax.errors.JAXTypeError:
         return  # traced settings
-    worst = max(range(len(steps)), key=lambda i: pulls[i])
-    check_stable(*pulls[worst], hp.form, f"recadam, step {steps[worst]}")
+    for size in (lambda x: x[0], lambda x: x[1], lambda x: x[0] + x[1]):
+        pull, decay, where = max(found, key=size)
+        check_stable(pull, decay, hp.form, where)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from recadam_core import Capabilities, Coefficients, Hyperparameters, Moments, RecAdamError
-from recadam_core.backends import Functional, Specification, Stepper, Variant
+from recadam_core.arrays import check_arrays
+from recadam_core.backends import Functional, Shared, Specification, Stepper, Variant
+from recadam_core.update import scalars
 
-from .kernel import kernel
+from .kernel import unchecked
 
 __all__ = ["NumpyBackend", "backend"]
 
 Array = np.ndarray[Any, Any]
+WHAT = ("theta", "m", "v", "grad", "anchor", "importance")
 
 
 class NumpyBackend(Specification):
@@ -44,13 +47,12 @@ class NumpyBackend(Specification):
 
     def __init__(self, fused: bool = False, in_place: bool = False) -> None:
         super().__init__(np)
-        self._kernel: Callable[..., None] = kernel
-        self._one_pass: Callable[..., None] | None = None
+        self._one_pass: Any = None
         self._in_place = in_place
         if in_place and not fused:
             raise RecAdamError("NumpyBackend: in_place needs fused=True; give both")
         if fused:
-            from .one_pass import one_pass
+            from . import one_pass
 
             self._one_pass = one_pass
             plain = (dataclasses.replace(v, weighs=False) for v in self.capabilities.variants)
@@ -70,36 +72,94 @@ class NumpyBackend(Specification):
         importances: Sequence[Array] | None = None,
     ) -> tuple[list[Array], list[Moments]]:
         """One step, in new memory unless `in_place`; 16-bit parameters are summed in float32."""
-        stars, weights = ([None] * len(params) if xs is None else xs for xs in (anchors, importances))
-        if self._one_pass is not None and importances is not None:
+        names = range(len(params))
+        return self.step_groups([Shared(names, params, grads, moments, anchors, c, importances)])[0]
+
+    def step_groups(self, groups: Sequence[Shared]) -> list[tuple[list[Array], list[Moments]]]:
+        """One step of several groups: all are checked, and copied where they must be, before one is written."""
+        numbers = [scalars("NumpyBackend", group.c) for group in groups]
+        laid = [self._laid(group, c.recall != 0) for group, c in zip(groups, numbers, strict=True)]
+        runs = [(c, columns) for c, (_, lists) in zip(numbers, laid, strict=True) for columns in lists]
+        if self._one_pass is None:
+            for c, (_, *columns) in runs:
+                for theta, g, m, v, star, weight in zip(*columns, strict=True):
+                    unchecked(theta, g, m, v, star, c, weight)
+        elif runs:
+            names = [name for _, columns in runs for name in columns[0]]
+            tables, held = zip(
+                *(self._one_pass.table_of(*xs[:4], xs[4] if c.recall else None) for c, (_, *xs) in runs),
+                strict=True,
+            )
+            if self._in_place:
+                self._one_pass.check_apart(tables, names, "NumpyBackend")
+            for (c, _), table in zip(runs, tables, strict=True):
+                table.run(c, c.recall != 0)
+            del held  # not earlier: the tables hold addresses only
+        return [
+            (
+                [_as_was(old, x) for old, (x, *_) in zip(group.params, new, strict=True)],
+                [
+                    Moments(_as_was(old.m, m), _as_was(old.v, v))
+                    for old, (_, m, v) in zip(group.moments, new, strict=True)
+                ],
+            )
+            for group, (new, _) in zip(groups, laid, strict=True)
+        ]
+
+    def _laid(
+        self, group: Shared, pulls: bool
+    ) -> tuple[list[tuple[Array, Array, Array]], list[list[list[Any]]]]:
+        """A group's arrays, checked and in the dtype of their step: those to write, and all by that dtype."""
+        if pulls and group.anchors is None:
+            raise RecAdamError(
+                f"NumpyBackend: recall is {group.c.recall!r} but there are no anchors; give them"
+            )
+        if self._one_pass is not None and group.importances is not None:
             raise RecAdamError("NumpyBackend: fused=True takes no importance; leave one of them out")
-        lists: dict[Any, list[list[Any]]] = {}
-        new_params: list[Array] = []
-        new_moments: list[Moments] = []
-        for old, grad, (m, v), star, weight in zip(params, grads, moments, stars, weights, strict=True):
+        count = len(group.params)
+        given = (group.anchors if pulls else None, group.importances)
+        stars, weights = ([None] * count if xs is None else xs for xs in given)
+        if any(len(xs) != count for xs in (group.grads, group.moments, stars, weights)):
+            raise RecAdamError("NumpyBackend: lists of several lengths; give as many arrays of each")
+        new = []
+        by_dtype: dict[Any, list[list[Any]]] = {}
+        for name, old, grad, pair, star, weight in zip(
+            group.names, group.params, group.grads, group.moments, stars, weights, strict=True
+        ):
+            if not isinstance(pair, Moments):
+                raise RecAdamError(f"NumpyBackend: moments of {name!r} are none; give Moments(m, v)")
+            m, v = pair
+            self._check(name, (old, m, v, grad, star, weight), optional=WHAT[5:] if pulls else WHAT[4:])
             dtype = np.result_type(old, m, v)
             if dtype.itemsize < 4:
                 dtype = np.dtype(np.float32)
             copy = None if self._in_place else True
-            if self._in_place and not (old.flags.writeable and m.flags.writeable and v.flags.writeable):
-                raise RecAdamError("NumpyBackend: an array is read-only; give copies, or leave in_place out")
-            theta, m_new, v_new = (np.array(x, dtype=dtype, copy=copy, order="C") for x in (old, m, v))
+            theta, m, v = (np.array(x, dtype=dtype, copy=copy, order="C") for x in (old, m, v))
             g, *pull = (None if x is None else np.asarray(x, dtype=dtype) for x in (grad, star, weight))
-            columns = lists.setdefault(dtype, [[] for _ in range(6)])
-            for column, x in zip(columns, (theta, g, m_new, v_new, *pull), strict=True):
+            columns = by_dtype.setdefault(dtype, [[] for _ in range(7)])
+            for column, x in zip(columns, (name, theta, g, m, v, *pull), strict=True):
                 column.append(x)
-            new_params.append(theta)
-            new_moments.append(Moments(m_new, v_new))
-        for columns in lists.values():
-            if self._one_pass is not None:
-                self._one_pass(*columns[:4], None if anchors is None else columns[4], c)
+            new.append((theta, m, v))
+        return new, list(by_dtype.values())
+
+    def _check(self, name: str, arrays: Sequence[Any], optional: Sequence[str]) -> None:
+        """Raise unless the arrays of one parameter can be stepped."""
+        shape = getattr(arrays[0], "shape", None)
+        for what, x in zip(WHAT, arrays, strict=True):
+            if type(x) is np.ndarray and x.dtype.kind == "f" and x.shape == shape:
+                continue  # as nearly all are, told quickly
+            if x is None and what in optional:
                 continue
-            for *arrays, importance in zip(*columns, strict=True):
-                self._kernel(*arrays, c, importance)
-        for i, (old, (m, v)) in enumerate(zip(params, moments, strict=True)):
-            new_params[i] = _as_was(old, new_params[i])
-            new_moments[i] = Moments(_as_was(m, new_moments[i].m), _as_was(v, new_moments[i].v))
-        return new_params, new_moments
+            check_arrays([(f"NumpyBackend: {what} of {name!r}", x)], np)
+            if x.shape != shape:
+                raise RecAdamError(
+                    f"NumpyBackend: {what} of {name!r} has shape {x.shape}, theta {shape}; give equal shapes"
+                )
+        for what, x in zip(WHAT, arrays[:3], strict=False) if self._in_place else ():
+            if not x.flags.writeable:
+                raise RecAdamError(
+                    f"NumpyBackend: {what} of {name!r} is read-only; give a copy, or leave in_place out"
+                )
 
     def stepper(
         self,

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from recadam_core import Coefficients
+from recadam_core import Coefficients, RecAdamError
+from recadam_core.arrays import check_arrays
+from recadam_core.update import scalars
 
-__all__ = ["kernel"]
+__all__ = ["kernel", "unchecked"]
 
 Array = np.ndarray[Any, Any]
 
@@ -33,6 +35,10 @@ def kernel(
         c: coefficients, Python floats.
         importance: by which the pull is multiplied, theta's shape and dtype; None for 1.
 
+    Raises:
+        RecAdamError: when shapes or dtypes differ, or what is overwritten is read-only or shares memory with
+            another array; nothing is changed then.
+
     Example:
         >>> theta, m, v = np.ones(2), np.zeros(2), np.zeros(2)
         >>> kernel(theta, np.ones(2), m, v, np.zeros(2), Coefficients(0.9, 0.999, 0.0, 1e-8, 0.25, 0.0))
@@ -40,6 +46,49 @@ def kernel(
         array([0.75, 0.75])
 
     Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12.
+    """
+    given: dict[str, Any] = {
+        "theta": theta,
+        "m": m,
+        "v": v,
+        "grad": grad,
+        "anchor": anchor,
+        "importance": importance,
+    }
+    arrays = {what: x for what, x in given.items() if x is not None or what not in ("anchor", "importance")}
+    for what, x in arrays.items():
+        check_arrays([(f"kernel: {what}", x)], np)
+        if x.shape != theta.shape or x.dtype != theta.dtype:
+            raise RecAdamError(
+                f"kernel: {what} is {x.dtype} of shape {x.shape}, theta {theta.dtype} of {theta.shape}; give "
+                "equal ones"
+            )
+    for what in ("theta", "m", "v"):
+        x = arrays.pop(what)
+        if not x.flags.writeable:
+            raise RecAdamError(f"kernel: {what} is read-only; give a copy")
+        for other, y in arrays.items():
+            if np.may_share_memory(x, y):
+                raise RecAdamError(f"kernel: {what} and {other} share memory; give a copy of one")
+    unchecked(theta, grad, m, v, anchor, scalars("kernel", c), importance)
+
+
+def unchecked(
+    theta: Array,
+    grad: Array,
+    m: Array,
+    v: Array,
+    anchor: Array | None,
+    c: Coefficients,
+    importance: Array | None = None,
+) -> None:
+    """`kernel` of arrays that are known to fit.
+
+    Example:
+        >>> theta, m, v = np.ones(2), np.zeros(2), np.zeros(2)
+        >>> unchecked(theta, np.ones(2), m, v, np.zeros(2), Coefficients(0.9, 0.999, 0.0, 1e-8, 0.25, 0.0))
+        >>> theta
+        array([0.75, 0.75])
     """
     a, b = np.empty_like(theta), np.empty_like(theta)
     np.multiply(m, c.beta1, out=m)

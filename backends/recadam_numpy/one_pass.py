@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from recadam_core import Coefficients, RecAdamError
+from recadam_core.arrays import check_arrays
 
 try:
     import llvmlite.binding
@@ -22,7 +23,7 @@ try:
 except ModuleNotFoundError as error:
     raise RecAdamError("the one-pass kernel needs 'numba'; pip install 'recadam-core[cpu]'") from error
 
-__all__ = ["CODES", "COLUMNS", "Table", "has_half", "one_pass", "threads"]
+__all__ = ["CODES", "COLUMNS", "Table", "check_apart", "has_half", "one_pass", "table_of", "threads"]
 
 Array = np.ndarray[Any, Any]
 
@@ -68,6 +69,8 @@ class Table:
         ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
         self.addresses = np.zeros((len(COLUMNS), len(ends)), dtype=np.int64)
         """Of the first element of each array, by column and parameter: to be filled in before `run`."""
+        self.sizes = np.multiply.outer([CODES[name].itemsize for name in dtypes], np.diff(ends, prepend=0))
+        """Of each array, in bytes."""
         total = int(ends[-1]) if len(ends) else 0
         workers = max(1, min(workers, total // LEAST))
         # Long runs suit the memory best: a tensor is cut only where one thread ends and the next begins.
@@ -152,7 +155,8 @@ def one_pass(
         c: coefficients, Python floats.
 
     Raises:
-        RecAdamError: when shapes or dtypes differ, or what is to be overwritten cannot be.
+        RecAdamError: when lengths, shapes or dtypes differ, or what is to be overwritten cannot be, or shares
+            memory with another array; nothing is changed then.
 
     Example:
         >>> theta, m, v = np.ones(2), np.zeros(2), np.zeros(2)
@@ -165,26 +169,102 @@ def one_pass(
     """
     if not len(thetas):
         return
+    table, held = table_of(thetas, grads, ms, vs, anchors)
+    check_apart([table], range(len(thetas)), "one_pass")
+    table.run(c, anchors is not None)
+    del held  # not earlier
+
+
+def table_of(
+    thetas: Sequence[Array],
+    grads: Sequence[Array],
+    ms: Sequence[Array],
+    vs: Sequence[Array],
+    anchors: Sequence[Array] | None,
+) -> tuple[Table, list[Any]]:
+    """The table of a step, checked; arguments and what is raised as in `one_pass`.
+
+    Returns:
+        The table, and what must be kept until it has run.
+
+    Example:
+        >>> table, held = table_of([np.ones(2)], [np.ones(2)], [np.zeros(2)], [np.zeros(2)], None)
+        >>> table.addresses.shape
+        (5, 1)
+    """
+    lengths = {len(xs) for xs in (thetas, grads, ms, vs, anchors) if xs is not None}
+    if len(lengths) > 1:
+        raise RecAdamError(f"one_pass: lists of {sorted(lengths)} arrays; give as many of each")
     # What follows goes by addresses alone.
+    dtype: Any = getattr(thetas[0], "dtype", None)
     for i, theta in enumerate(thetas):
         star = theta if anchors is None else anchors[i]
-        for what, x in (("grad", grads[i]), ("m", ms[i]), ("v", vs[i]), ("anchor", star)):
-            if x.shape != theta.shape or x.dtype != theta.dtype:
+        given = (("theta", theta), ("grad", grads[i]), ("m", ms[i]), ("v", vs[i]), ("anchor", star))
+        for what, x in given:
+            if type(x) is not np.ndarray:
+                check_arrays([(f"one_pass: {what} {i}", x)], np)
+            if x.shape != theta.shape or x.dtype != dtype:
                 raise RecAdamError(
-                    f"one_pass: {what} {i} is {x.dtype} of shape {x.shape}, theta {theta.dtype} of "
+                    f"one_pass: {what} {i} is {x.dtype} of shape {x.shape}, theta {dtype} of "
                     f"{theta.shape}; give equal ones"
                 )
-        for what, x in (("theta", theta), ("m", ms[i]), ("v", vs[i])):
-            if not (x.flags.writeable and x.flags.c_contiguous and x.dtype.isnative):
-                raise RecAdamError(
-                    f"one_pass: {what} {i} is read-only, not in C order or of other byte order; give a copy"
-                )
+            if what in ("theta", "m", "v"):
+                flags = x.flags
+                if not (flags.writeable and flags.c_contiguous and dtype.isnative):
+                    raise RecAdamError(
+                        f"one_pass: {what} {i} is read-only, not in C order or of other byte order; give a "
+                        "copy"
+                    )
     # In another layout these may be copied: they are only read.
     grads = [np.ascontiguousarray(x) for x in grads]
     stars = grads if anchors is None else [np.ascontiguousarray(x) for x in anchors]
-    table = Table([x.size for x in thetas], [thetas[0].dtype.name] * len(COLUMNS), threads())
-    table.addresses[:] = [[x.ctypes.data for x in xs] for xs in (thetas, grads, ms, vs, stars)]
-    table.run(c, anchors is not None)
+    table = Table([x.size for x in thetas], [dtype.name] * len(COLUMNS), threads())
+    columns = [thetas, grads, ms, vs, stars]
+    table.addresses[:] = [[x.__array_interface__["data"][0] for x in xs] for xs in columns]
+    return table, columns
+
+
+def check_apart(tables: Sequence[Table], names: Sequence[Any], where: str) -> None:
+    """Raise where an array that is to be overwritten shares memory with another.
+
+    Args:
+        tables: filled in.
+        names: of their parameters, in order.
+        where: the place for the message.
+
+    Raises:
+        RecAdamError: naming both.
+
+    Example:
+        >>> x = np.zeros(3)
+        >>> table, held = table_of([x], [np.ones(3)], [x], [np.ones(3)], None)
+        >>> check_apart([table], ["w"], "step")
+        Traceback (most recent call last):
+        ...
+        recadam_core.errors.RecAdamError: step: theta of 'w' and m of 'w' share memory; give a copy of one
+    """
+    starts = np.concatenate([table.addresses for table in tables], axis=1)
+    stops = starts + np.concatenate([table.sizes for table in tables], axis=1)
+
+    def spans(rows: list[int]) -> tuple[Array, Array, Array]:
+        index = np.add.outer(np.multiply(rows, len(names)), np.arange(len(names))).ravel()
+        start, stop = starts[rows].ravel(), stops[rows].ravel()
+        some = start < stop
+        return index[some], start[some], stop[some]
+
+    def refuse(*indices: int) -> None:
+        one, other = (f"{COLUMNS[i // len(names)]} of {names[i % len(names)]!r}" for i in indices)
+        raise RecAdamError(f"{where}: {one} and {other} share memory; give a copy of one")
+
+    index, start, stop = spans([0, 2, 3])
+    order = np.argsort(start, kind="stable")
+    index, start, stop = index[order], start[order], stop[order]
+    for k in np.flatnonzero(stop[:-1] > start[1:])[:1]:
+        refuse(index[k], index[k + 1])
+    read, begin, end = spans([1, 4])
+    at = np.searchsorted(start, end) - 1
+    for k in np.flatnonzero((at >= 0) & (stop[at] > begin))[:1]:
+        refuse(index[at[k]], read[k])
 
 
 @intrinsic

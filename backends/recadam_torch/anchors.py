@@ -15,13 +15,25 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from recadam_core import RecAdamError
+from recadam_core.errors import check_flag, shown
 
-from .shards import like
-from .sources import Source, Tensors, open_source
+from .shards import like, local
+from .sources import Files, Source, Tensors, open_source
 
-__all__ = ["Anchors", "Coverage", "CoverageWarning", "Match", "bare", "lora_anchors"]
+__all__ = [
+    "Anchors",
+    "Coverage",
+    "CoverageWarning",
+    "Match",
+    "bare",
+    "check_made",
+    "lora_anchors",
+    "more_rows",
+    "placed",
+]
 
 PLACES = ("device", "host", "file")
 """Where anchors may be kept."""
@@ -53,6 +65,14 @@ class Match(NamedTuple):
     status: str  # "anchored", "new", "frozen" (needs none), "shape" or "ambiguous" (has none, a mistake?)
     stored: str = ""  # name of its value in the source
     note: str = ""
+    rows: int | None = None  # of a grown vocabulary those that have an anchor, the first; None for all
+
+    @property
+    def pulled(self) -> int:
+        """Number of elements that have an anchor."""
+        if not self.has_anchor:
+            return 0
+        return self.size if self.rows is None else self.size // self.shape[0] * self.rows
 
     @property
     def has_anchor(self) -> bool:
@@ -100,12 +120,16 @@ class Coverage:
         anchored = self.having("anchored")
         trained = [match for match in self.matches if match.status != "frozen"]
         size = sum(match.size for match in trained)
-        share = sum(match.size for match in anchored) / max(1, size)
+        share = sum(match.pulled for match in anchored) / max(1, size)
         text = (
             f"{len(anchored)} of {len(trained)} parameters anchored ({share:.1%} of {size:,} numbers) "
             f"in {self.source or 'memory'}"
         )
-        lacking = [match.parameter for match in trained if match.status != "anchored"]
+        lacking = [
+            match.parameter + (f"[{match.rows}:]" if match.rows else "")
+            for match in trained
+            if match.status != "anchored" or match.rows
+        ]
         return f"{text}; new: {_some(lacking)}" if lacking else text
 
     def __rich__(self) -> Any:
@@ -133,14 +157,16 @@ class Coverage:
 class Anchors(Mapping[str, Tensor]):
     """Pretrained values by parameter name, read from their source when they are asked for.
 
-    Made by `Anchors.of`. As a mapping it gives whole tensors; `RecAdam` takes each process's part.
+    Made by `Anchors.of`. As a mapping it gives whole tensors (of a grown vocabulary the rows that the source
+    has); `RecAdam` takes each process's part.
 
     Args:
         source: where they are read from.
         coverage: what was matched.
         dtype: the dtype to keep them in; None for the source's own.
         place: "device" (each parameter's), "host" (pinned where there is CUDA; copied over step by step) or
-            "file" (pages of the file, read by the operating system when a step needs them).
+            "file" (pages of the file, read by the operating system when a step needs them; in memory
+            where a vocabulary has grown).
     """
 
     def __init__(
@@ -148,8 +174,12 @@ class Anchors(Mapping[str, Tensor]):
     ) -> None:
         if place not in PLACES:
             raise RecAdamError(f"anchors: place is {place!r}; give one of {', '.join(PLACES)}")
-        if dtype is not None and not dtype.is_floating_point:
-            raise RecAdamError(f"anchors: dtype is {dtype}; give a floating one, as torch.bfloat16")
+        if dtype is not None and not (
+            isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+        ):
+            raise RecAdamError(
+                f"anchors: dtype is {shown(dtype)}; give a floating one of 16 bits or more, as torch.bfloat16"
+            )
         if place == "file" and not source.mapped:
             raise RecAdamError("anchors: place='file' needs a .safetensors file; save the weights as one")
         if place == "file" and dtype is not None:
@@ -172,7 +202,9 @@ class Anchors(Mapping[str, Tensor]):
         """Anchors of a model's trainable parameters.
 
         Names match exactly, or but for what wrappers put into them (`module.`, `_orig_mod.`), but for the
-        prefix of a base model on either side (`bert.`), or under another name of a tied weight.
+        prefix of a base model on either side (`bert.`), under another name of a tied weight, or as peft saves
+        them. Of a vocabulary that has grown the first rows match: an `nn.Embedding` with more rows than in
+        the source, and whatever has grown from as many rows to as many.
 
         Args:
             model: the model that is to be trained. Parameters that need no gradient need no anchor.
@@ -188,7 +220,8 @@ class Anchors(Mapping[str, Tensor]):
             The anchors; `.coverage` says what was matched.
 
         Raises:
-            RecAdamError: when nothing matches, a pattern in `new` matches no parameter, or `strict` asks.
+            RecAdamError: when nothing matches, a pattern in `new` matches no parameter, a parameter is still
+                to be made by a lazy module, or `strict` asks.
 
         Warns:
             CoverageWarning: naming parameters without an anchor.
@@ -199,7 +232,18 @@ class Anchors(Mapping[str, Tensor]):
             >>> sorted(anchors)
             ['0.bias', '0.weight']
         """
-        patterns = (new,) if isinstance(new, str) else tuple(new)
+        if not isinstance(model, nn.Module):
+            raise RecAdamError(
+                f"anchors: the model is a {type(model).__name__}; give the module to be trained"
+            )
+        check_flag("anchors", "strict", strict)
+        patterns = (new,) if isinstance(new, str) else tuple(new) if isinstance(new, Iterable) else (new,)
+        if any(not isinstance(pattern, str) for pattern in patterns):
+            raise RecAdamError(
+                f"anchors: new is {shown(new)}; give names of parameters, or patterns as 'classifier.*'"
+            )
+        for name, p in model.named_parameters():
+            check_made(name, p)
         if source is None:
             copies = {n: p.detach().clone() for n, p in model.named_parameters()}
             opened: Source = Tensors(copies)
@@ -208,13 +252,20 @@ class Anchors(Mapping[str, Tensor]):
         names: dict[int, list[str]] = {}
         for name, p in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(p), []).append(name)
+        for key, saved in _saved_by_peft(model).items():
+            names[key] += saved
         parameters = {name: (names[id(p)], p) for name, p in model.named_parameters()}
         for pattern in patterns:
             if not fnmatch.filter(parameters, pattern):
                 near = difflib.get_close_matches(pattern, parameters, n=1)
                 hint = f"the nearest is {near[0]!r}" if near else "see model.named_parameters()"
                 raise RecAdamError(f"anchors: new={pattern!r} matches no parameter; {hint}")
-        coverage = _match(parameters, opened, patterns, _renaming(model))
+        embeddings = {
+            id(module.weight)
+            for module in model.modules()
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        }
+        coverage = _match(parameters, opened, patterns, _renaming(model), embeddings)
         if not coverage.having("anchored", "ambiguous") and coverage.having("new", "shape"):
             raise RecAdamError(
                 f"anchors: nothing in {opened.path or 'the state dict'} matches a parameter; it has "
@@ -256,7 +307,7 @@ class Anchors(Mapping[str, Tensor]):
         match = self._found(name)
         if match is None or not match.has_anchor:
             raise KeyError(name)
-        whole = tuple(slice(0, n) for n in match.shape)
+        whole = tuple(slice(0, n) for n in self.source.shape(match.stored))
         tensor = self.source.read(match.stored, whole)
         return tensor if self.dtype is None else tensor.to(self.dtype)
 
@@ -286,10 +337,22 @@ class Anchors(Mapping[str, Tensor]):
 
 
 def placed(source: Source, stored: str, p: Tensor, dtype: torch.dtype | None, place: str) -> Tensor:
-    """A stored tensor as the anchor of a parameter: sharded as that is, in its dtype and place."""
+    """A stored tensor as the anchor of a parameter: sharded as that is, in its dtype and place.
+
+    Rows that a grown vocabulary has beyond the stored ones are the parameter's own, in memory.
+    """
+    shape = source.shape(stored)
 
     def read(where: tuple[slice, ...]) -> Tensor:
-        found = source.read(stored, where)
+        if shape != tuple(p.shape):
+            end = shape[0]
+            first, rest = where[0], where[1:]
+            old = slice(min(first.start, end), min(first.stop, end))
+            found = source.read(stored, (old, *rest))
+            return put(torch.cat([found, local(p).detach()[old.stop - old.start :].to(found)]))
+        return put(source.read(stored, where))
+
+    def put(found: Tensor) -> Tensor:
         if place == "file":
             return found
         if place == "device":
@@ -297,7 +360,18 @@ def placed(source: Source, stored: str, p: Tensor, dtype: torch.dtype | None, pl
         kept = found.to("cpu", dtype, copy=True)
         return kept.pin_memory() if torch.cuda.is_available() else kept
 
-    return like(p, read)
+    anchor = like(p, read)
+    if place == "file" and isinstance(source, Files) and shape == tuple(p.shape):
+        source.keep(stored, anchor)
+    return anchor
+
+
+def check_made(name: str, p: Any) -> None:
+    """Raise for a parameter of a lazy module that has seen no input yet."""
+    if is_lazy(p):
+        raise RecAdamError(
+            f"parameter {name!r} is of a lazy module and has no shape yet; run the model once before"
+        )
 
 
 def lora_anchors(model: nn.Module) -> dict[str, Tensor]:
@@ -328,6 +402,7 @@ def lora_anchors(model: nn.Module) -> dict[str, Tensor]:
     """
     found = {}
     for name, p in model.named_parameters():
+        check_made(name, p)
         if p.requires_grad and re.search(r"(^|\.)lora_(embedding_)?B(\.|$)", name):
             if bool(p.detach().count_nonzero()):
                 raise RecAdamError(
@@ -349,8 +424,8 @@ def bare(name: str) -> str:
         >>> bare("module._orig_mod.encoder.weight")
         'encoder.weight'
     """
-    name = name.removeprefix("base_model.model.")
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return name.removeprefix("base_model.model.")  # peft's
 
 
 def _renaming(model: nn.Module) -> Callable[[str], str]:
@@ -368,11 +443,30 @@ def _renaming(model: nn.Module) -> Callable[[str], str]:
     return lambda name: str(rename_source_key(name, rules, [])[0])
 
 
+def _saved_by_peft(model: nn.Module) -> dict[int, list[str]]:
+    """The names under which peft saves the adapters that are in use, by the ids of their parameters."""
+    library: Any = sys.modules.get("peft")
+    found: dict[int, list[str]] = {}
+    for module in model.modules() if library is not None else ():
+        if not isinstance(module, library.PeftModel):
+            continue
+        ours = dict(module.named_parameters(remove_duplicate=False))
+        for adapter in module.active_adapters:
+            # Not the embeddings: whether they were resized it asks of the hub.
+            saved = library.get_peft_model_state_dict(
+                module, state_dict=ours, adapter_name=adapter, save_embedding_layers=False
+            )
+            for name, p in saved.items():
+                found.setdefault(id(p), []).append(name)
+    return {id(p): found[id(p)] for p in model.parameters() if id(p) in found}
+
+
 def _match(
     parameters: Mapping[str, tuple[list[str], Tensor]],
     source: Source,
     patterns: tuple[str, ...],
     renaming: Callable[[str], str],
+    embeddings: set[int],
 ) -> Coverage:
     stored: dict[str, list[str]] = {}
     exact = set(source)
@@ -402,13 +496,28 @@ def _match(
             if source.shape(found[0]) != match.shape:
                 there = "×".join(map(str, source.shape(found[0]))) or "scalar"
                 match = match._replace(status="shape", note=f"is {there} in the source")
-            elif not source.floating(found[0]):
-                match = match._replace(status="shape", note="is no floating tensor in the source")
+            elif unfit := source.unfit(found[0]):
+                match = match._replace(status="shape", note=unfit)
             else:
                 match = match._replace(status="anchored")
-        if not p.requires_grad:
-            match = match._replace(status="frozen", stored=match.stored if match.status == "anchored" else "")
         matches.append(match)
+    # A vocabulary that has grown has its first rows from before; its output layer has grown as its embedding.
+    grown = {
+        i: (source.shape(match.stored)[0], match.shape[0])
+        for i, match in enumerate(matches)
+        if match.status == "shape" and more_rows(source.shape(match.stored), match.shape)
+    }
+    vocabularies = {
+        sizes for i, sizes in grown.items() if id(parameters[matches[i].parameter][1]) in embeddings
+    }
+    for i, (old, now) in grown.items():
+        if (old, now) in vocabularies and not source.unfit(matches[i].stored):
+            note = f"{now - old} of {now} rows are new"
+            matches[i] = matches[i]._replace(status="anchored", rows=old, note=note)
+    for i, match in enumerate(matches):
+        if not parameters[match.parameter][1].requires_grad:
+            kept = match.stored if match.status == "anchored" else ""
+            matches[i] = match._replace(status="frozen", stored=kept)
     # Two that come to one stored tensor by what was dropped or added: one of them may be a new head.
     claims: dict[str, list[int]] = {}
     for i, match in enumerate(matches):
@@ -427,10 +536,15 @@ def _match(
             matches[i] = match._replace(note=f"nearest in the source: {near[0]}" if near else "")
     unused = {}
     for name in source:
-        if name not in taken and source.floating(name):
+        if name not in taken and not source.unfit(name):
             near = difflib.get_close_matches(bare(name), lacking, n=1)
             unused[name] = near[0] if near else ""
     return Coverage(tuple(matches), unused, source.path, patterns)
+
+
+def more_rows(old: tuple[int, ...], now: tuple[int, ...]) -> bool:
+    """Whether a shape is another one with more rows."""
+    return len(old) == len(now) > 0 and 0 < old[0] < now[0] and old[1:] == now[1:]
 
 
 def _keys(name: str, to_drop: set[str], to_add: set[str]) -> Iterator[list[str]]:

@@ -2,50 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from recadam_core import RecAdamError
-from recadam_core.errors import check_number
+from recadam_core.errors import check_number, shown
 from recadam_core.importance import check_importance, check_weighable
 from recadam_core.optimizer import check_anchors
 
-from .anchors import Anchors, bare, placed
-from .settings import FROM, named, policy_of
-from .shards import fingerprints, is_sharded, like, local
-from .sources import Tensors, open_source
+from .anchors import PLACES, Anchors, bare, more_rows, placed
+from .settings import FLAGS, FROM, check_parameter, named, policy_of, settled
+from .shards import fingerprints, is_sharded, like, local, summed
+from .sources import is_wide, open_source
 
-__all__ = ["anchor_of", "check_saved", "from_file", "saved_anchors", "take_hashes", "weigh"]
+__all__ = [
+    "Entry",
+    "anchor_of",
+    "blank",
+    "checked",
+    "from_file",
+    "no_hash",
+    "resumed",
+    "states_of",
+    "take_hashes",
+    "weigh",
+]
 
 
-def anchor_of(anchors: Mapping[str, Tensor], name: str, p: Tensor) -> Tensor | None:
-    """The anchor of a parameter, copied; None when there is none."""
-    if isinstance(anchors, Anchors):
+def anchor_of(anchors: Mapping[str, Tensor] | None, name: str, p: Tensor) -> Tensor | None:
+    """The anchor of a parameter, copied: where it is now without `anchors`; None when there is none."""
+    if anchors is None:
+        anchor: Tensor | None = p.detach().clone()
+    elif isinstance(anchors, Anchors):
         anchor = anchors.part(name, p) if anchors.match(name).has_anchor else None
     elif name in anchors:
         given = anchors[name]
         check_anchors({name: p.shape}, {name: given})
-        check_values(name, given)
+        _check_kind(name, given)
         if is_sharded(given):
-            return given.detach().clone()
-        anchor = like(p, lambda where: Tensors({name: given}).read(name, where).to(p.device, copy=True))
+            anchor = given.detach().clone()
+        else:
+            if given.is_meta and not p.is_meta:
+                raise RecAdamError(f"anchors: {name!r} is on the meta device; give the pretrained values")
+            anchor = like(p, partial(_copied, given, p.device))
     else:
         anchor = None
-    if anchor is not None:
-        check_values(name, local(anchor))
+    if anchor is None or anchor.is_meta:
+        return anchor
+    _check_kind(name, anchor)
+    infinite = (~torch.isfinite(local(anchor))).sum()
+    if not p.requires_grad:  # a mask, say, which nobody steps; in all processes alike
+        return None if int(summed([infinite], [anchor])[0]) else anchor
+    if int(infinite):
+        remedy = "give the pretrained values"
+        if anchors is None:
+            remedy = "freeze it, or put it into a group that says 'anchored': False"
+        raise RecAdamError(f"anchors: {name!r} holds NaN or infinity; {remedy}")
     return anchor
 
 
-def check_values(name: str, anchor: Any) -> None:
+def _check_kind(name: str, anchor: Any) -> None:
+    """Raise unless it is a dense tensor of floating numbers."""
     if not isinstance(anchor, Tensor) or not anchor.is_floating_point():
         raise RecAdamError(f"anchors: {name!r} is {getattr(anchor, 'dtype', anchor)}; give a floating tensor")
-    if not anchor.is_meta and not bool(torch.isfinite(anchor).all()):
-        raise RecAdamError(f"anchors: {name!r} holds NaN or infinity; give the pretrained values")
+    if not is_wide(anchor):
+        raise RecAdamError(f"anchors: {name!r} is {anchor.dtype}; give one of 16 bits or more")
+    if anchor.layout != torch.strided:
+        raise RecAdamError(f"anchors: {name!r} is sparse; give it as a dense tensor")
 
 
 def _copied(given: Tensor, device: torch.device, where: tuple[slice, ...]) -> Tensor:
@@ -53,7 +85,7 @@ def _copied(given: Tensor, device: torch.device, where: tuple[slice, ...]) -> Te
 
 
 def weigh(group: Mapping[str, Any], states: list[dict[str, Any]], importance: Any) -> None:
-    """Put each parameter's importance into its state.
+    """Put each parameter's importance into its state: 0 for rows of a grown vocabulary that have no anchor.
 
     Args:
         group: a group with its parameters' names.
@@ -63,6 +95,16 @@ def weigh(group: Mapping[str, Any], states: list[dict[str, Any]], importance: An
     Raises:
         RecAdamError: when an anchored parameter has none, or one is no tensor in [0, 1] of its shape.
     """
+    grown = [name for (name, _), state in zip(named(group), states, strict=True) if "anchor_rows" in state]
+    if grown and (group["fused"] or group["form"] != "decoupled"):
+        other = "fused" if group["fused"] else f"form={group['form']!r}"
+        raise RecAdamError(
+            f"RecAdam: {grown[0]!r} has rows without an anchor, with which {other} does not go; leave that "
+            "out, or call the parameter new"
+        )
+    for (_, p), state in zip(named(group), states, strict=True):
+        if "anchor_rows" in state:
+            state["importance"] = like(p, partial(_first_rows, p, int(state["anchor_rows"])))
     if importance is None or not group["anchored"]:
         return
     if group["fused"]:
@@ -85,133 +127,385 @@ def weigh(group: Mapping[str, Any], states: list[dict[str, Any]], importance: An
             what = "without data" if isinstance(given, Tensor) else f"a {type(given).__name__}"
             raise RecAdamError(f"importance of {name!r} is {what}; give a tensor")
         sharded = is_sharded(given)
-        state["importance"] = (
-            given.detach().clone() if sharded else like(p, partial(_copied, given, p.device))
-        )
+        weights = given.detach().clone() if sharded else like(p, partial(_copied, given, p.device))
+        state["importance"] = weights * state["importance"] if "importance" in state else weights
 
 
-def from_file(group: Mapping[str, Any], wanted: list[tuple[Tensor, int]]) -> dict[Tensor, dict[str, Any]]:
+def _first_rows(p: Tensor, rows: int, where: tuple[slice, ...]) -> Tensor:
+    """1 in the first rows, then 0: in the memory of a column."""
+    at = torch.arange(where[0].start, where[0].stop, dtype=torch.int64, device=p.device)
+    mine = tuple(s.stop - s.start for s in where)
+    return (at < rows).to(p.dtype).reshape(-1, *(1,) * (p.ndim - 1)).expand(mine)
+
+
+def blank(p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a parameter that has not been stepped, but for its anchor."""
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=p.device if group["capturable"] else "cpu"),
+        "exp_avg": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
+    }
+
+
+def no_hash(rows: int | None = None) -> dict[str, Tensor]:
+    """What a state has of a hash that is still to be taken, of so many rows or all."""
+    found = {"anchor_hash": torch.zeros((), dtype=torch.int64, device="cpu")}
+    if rows is not None:
+        found["anchor_rows"] = torch.tensor(rows, dtype=torch.int64, device="cpu")
+    return found
+
+
+def take_hashes(states: Iterable[Mapping[str, Any]]) -> None:
+    """Put in the anchors' hashes where they are still to be taken."""
+    states = [s for s in states if s.get("anchor") is not None and not s["anchor"].is_meta]
+    states = [s for s in states if not int(s["anchor_hash"])]
+    for state, number in zip(states, _hashes(states), strict=True):
+        state["anchor_hash"].fill_(number)
+
+
+def _hashes(states: Sequence[Mapping[str, Any]]) -> list[int]:
+    return fingerprints((s["anchor"] for s in states), map(_rows, states))
+
+
+def _rows(state: Mapping[str, Any]) -> int | None:
+    """How many rows of a grown vocabulary are anchored; None for all."""
+    return int(state["anchor_rows"]) if "anchor_rows" in state else None
+
+
+def from_file(
+    group: Mapping[str, Any], wanted: list[tuple[Tensor, int]], files: Collection[str]
+) -> dict[Tensor, dict[str, Any]]:
     """Anchors of a group's parameters, read again from the file that they came from.
 
     Args:
         group: the group's settings, which say where its anchors came from.
         wanted: parameters and their places in the group.
+        files: those that the user took anchors from. No other is opened: settings may be a checkpoint's.
 
     Returns:
         By parameter, "anchor" and "anchor_hash" of those that could be read; the caller compares.
     """
-    if not group["anchor_source"]:
+    path, names = group["anchor_source"], group["anchor_names"]
+    if not wanted or path not in files or not Path(path).is_file():
         return {}
     try:
-        source = open_source(group["anchor_source"])
+        source = open_source(path)
     except RecAdamError:
         return {}
     dtype = getattr(torch, group["anchor_dtype"]) if group["anchor_dtype"] else None
-    shapes = {name: source.shape(name) for name in set(source) & set(group["anchor_names"])}
+    shapes = {name: source.shape(name) for name in set(source) & set(names) if not source.unfit(name)}
     found = {}
     for p, index in wanted:
-        stored = group["anchor_names"][index] if index < len(group["anchor_names"]) else ""
-        if shapes.get(stored) == tuple(p.shape):
+        stored = names[index] if index < len(names) else ""
+        shape = shapes.get(stored, ())
+        if stored in shapes and (shape == tuple(p.shape) or more_rows(shape, tuple(p.shape))):
             anchor = placed(source, stored, p, dtype, group["anchor_place"])
-            found[p] = {"anchor": anchor, "anchor_hash": torch.zeros((), dtype=torch.int64)}
+            found[p] = {"anchor": anchor, **no_hash(shape[0] if shape != tuple(p.shape) else None)}
     take_hashes(found.values())
     return found
 
 
-def take_hashes(states: Iterable[dict[str, Any]]) -> None:
-    """Put in the anchors' hashes where they are still to be taken."""
-    states = [s for s in states if s.get("anchor") is not None and not int(s["anchor_hash"])]
-    for state, number in zip(states, fingerprints(state["anchor"] for state in states), strict=True):
-        state["anchor_hash"].fill_(number)
+class Entry(NamedTuple):
+    """A parameter, and what its state is to be made of again."""
+
+    name: str
+    p: Tensor
+    place: int  # in its group
+    saved: Mapping[str, Any] | None
+    mine: Mapping[str, Any]  # its state until now; empty where it has none
 
 
-def check_saved(param_groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) -> None:
-    """Raise unless a checkpoint is of RecAdam and of parameters of these names and shapes."""
-    saved_groups = state_dict["param_groups"]
-    for group in saved_groups:
-        check_number("load_state_dict", "lr", group.get("lr"), low=0.0)
-    if any(name not in group for group in saved_groups for name in ("gamma", "annealing", "form")):
-        raise RecAdamError("load_state_dict: the state is another optimizer's; give one that RecAdam saved")
-    for saved_group, group in zip(saved_groups, param_groups, strict=False):
-        theirs, ours = (
-            [bare(name) for name in names] if (names := g.get("param_names")) else None
-            for g in (saved_group, group)
-        )
-        if theirs is not None and ours is not None and theirs != ours:
-            name, other = next(((a, b) for a, b in zip(ours, theirs, strict=False) if a != b), (ours, theirs))
-            raise RecAdamError(
-                f"load_state_dict: parameter {name!r} was saved as {other!r}; make the groups as then"
-            )
-        if len(saved_group["params"]) != len(group["params"]):
-            raise RecAdamError(
-                f"load_state_dict: a group was saved with {len(saved_group['params'])} parameters and has "
-                f"{len(group['params'])}; make the groups as then"
-            )
-        for index, p in zip(saved_group["params"], group["params"], strict=True):
-            saved = state_dict["state"].get(index, {})
-            tensors = [saved.get(key) for key in ("step", "exp_avg", "exp_avg_sq")]
-            whole = all(isinstance(x, Tensor) and x.is_floating_point() for x in tensors)
-            if not whole or any(x.shape != p.shape for x in (*tensors[1:], saved.get("residual", p))):
-                raise RecAdamError(
-                    f"load_state_dict: no state for parameter {index} of shape {tuple(p.shape)}; "
-                    "give one that was saved with this model"
-                )
+_LOAD = "load_state_dict"
+_ANCHORED = ("anchor", "anchor_hash", "anchor_rows")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_COUNTED = 2**24
+"""How far float32 counts steps one by one."""
 
 
-def saved_anchors(
-    optimizer: Optimizer, state_dict: dict[str, Any], groups: list[dict[str, Any]]
-) -> dict[Tensor, dict[str, Any]]:
-    """The anchors of a checkpoint by parameter: what it has, ours, or those of the file that it names."""
-    take_hashes(optimizer.state.values())
-    found: dict[Tensor, dict[str, Any]] = {}
-    for group, ours in zip(groups, optimizer.param_groups, strict=True):
-        release = policy_of(group).release()
-        wanted: list[tuple[str, Tensor, int, int]] = []
-        for place, (index, (name, p)) in enumerate(zip(group["params"], named(ours), strict=True)):
-            saved, mine = state_dict["state"][index], optimizer.state[p]
-            shapes = [getattr(state.get("importance"), "shape", None) for state in (saved, mine)]
-            if shapes[0] != shapes[1]:
-                said, here = ("no importance" if x is None else f"one of shape {tuple(x)}" for x in shapes)
-                raise RecAdamError(
-                    f"load_state_dict: {name!r} was saved with {said} and has {here}; make it as then"
-                )
-            if "anchor" in saved and not isinstance(saved["anchor"], dict):
-                kept = saved["anchor"]
-                if kept is not None and kept.shape != p.shape:
-                    raise RecAdamError(
-                        f"load_state_dict: the anchor of {name!r} was saved as {tuple(kept.shape)}, its "
-                        f"parameter is {tuple(p.shape)}; give the state of this model"
-                    )
-                found[p] = {"anchor": None if kept is None else kept.to(p.device, copy=True)}
-                number = saved.get("anchor_hash", torch.zeros((), dtype=torch.int64))
-                found[p]["anchor_hash"] = number.clone()
-                continue
-            if "anchor_hash" not in saved:
-                if mine.get("anchor") is not None:
-                    raise RecAdamError(
-                        f"load_state_dict: {name!r} was saved without an anchor, as a new head; "
-                        "leave it out of the anchors"
-                    )
-                continue
-            sought = int(saved["anchor_hash"])
-            if release is not None and int(saved["step"]) >= release:
-                found[p] = {"anchor": None, "anchor_hash": saved["anchor_hash"].clone()}
-            elif mine.get("anchor") is not None and int(mine["anchor_hash"]) == sought:
-                found[p] = {key: mine[key] for key in ("anchor", "anchor_hash")}
-            else:
-                wanted.append((name, p, place, sought))
-        again = from_file(group, [(p, place) for _, p, place, _ in wanted])
-        for name, p, _, sought in wanted:
-            if p not in again or again[p]["anchor_hash"] != sought:
-                path = group["anchor_source"]
-                theirs = f"the checkpoint's ({path})" if path else "the checkpoint's"
-                had = optimizer.state[p].get("anchor") is not None
-                what = "is another than" if had else "is missing here, unlike"
-                raise RecAdamError(
-                    f"load_state_dict: the anchor of {name!r} {what} {theirs}; make the optimizer with the "
-                    "pretrained weights as anchors=..., or save with save_anchors=True"
-                )
-            found[p] = again[p]
-        if ours["anchor_source"] and not wanted:  # where ours came from is at hand
+def resumed(
+    optimizer: Optimizer, saved: Any, held: Mapping[Tensor, dict[str, Any]], files: Collection[str]
+) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]], dict[Tensor, str]]:
+    """What a checkpoint makes of an optimizer, which is not changed here.
+
+    Args:
+        optimizer: the optimizer.
+        saved: the checkpoint.
+        held: its parameters' states now.
+        files: those that the user took anchors from.
+
+    Returns:
+        The groups; the states by parameter, in memory of their own; the parameters that are trained and of
+        which nothing was saved, and their names.
+
+    Raises:
+        RecAdamError: when the checkpoint is another optimizer's, of other parameters or of other anchors.
+    """
+    try:
+        groups = _groups(optimizer, saved)
+        entries, missing = _entries(optimizer, groups, saved, held)
+    except (RecAdamError, MemoryError):
+        raise
+    except Exception as error:  # what a file may hold has no end
+        raise RecAdamError(
+            f"{_LOAD}: the state is damaged ({shown(error)}); give one that RecAdam saved"
+        ) from error
+    states: dict[Tensor, dict[str, Any]] = {}
+    for group, ours, some in zip(groups, optimizer.param_groups, entries, strict=True):
+        said = group["anchor_source"] if group["anchor_source"].isprintable() else ""
+        group.update({key: ours[key] for key in ("anchor_source", "anchor_names")})
+        found, others = states_of(_LOAD, group, some, files, said)
+        states.update(found)
+        if not others:
             group.update({key: ours[key] for key in FROM})
+    return groups, states, missing
+
+
+def _groups(optimizer: Optimizer, saved: Any) -> list[dict[str, Any]]:
+    """The groups of a checkpoint, checked; what older ones do not say stays as it was chosen here."""
+    theirs = saved.get("param_groups") if isinstance(saved, Mapping) else None
+    if not isinstance(theirs, (list, tuple)) or not isinstance(saved.get("state"), Mapping):
+        raise RecAdamError(
+            f"{_LOAD}: a state has a dict 'state' and a list 'param_groups'; give one that RecAdam saved"
+        )
+    for group in theirs:
+        if isinstance(group, Mapping) and "lr" in group:
+            check_number(_LOAD, "lr", group["lr"], low=0.0)
+        if not isinstance(group, Mapping) or not {"params", "lr", "gamma", "annealing", "form"} <= set(group):
+            raise RecAdamError(f"{_LOAD}: the state is another optimizer's; give one that RecAdam saved")
+    if len(theirs) != len(optimizer.param_groups):
+        raise RecAdamError(
+            f"{_LOAD}: the state has {len(theirs)} groups and the optimizer has "
+            f"{len(optimizer.param_groups)}; make the groups as then"
+        )
+    found = []
+    for group, ours in zip(theirs, optimizer.param_groups, strict=True):
+        chosen = {**{key: ours[key] for key in ("fused", *FLAGS)}, **group}
+        names, here = ([bare(name) for name in g.get("param_names") or ()] for g in (group, ours))
+        if names and here and names != here:
+            pairs = zip(here, names, strict=False)
+            name, other = next(((a, b) for a, b in pairs if a != b), (here, names))
+            raise RecAdamError(
+                f"{_LOAD}: parameter {shown(name)} was saved as {shown(other)}; make the groups as then"
+            )
+        sizes = {len(chosen["params"]), len(names or chosen["params"])} - {len(ours["params"])}
+        if sizes:
+            raise RecAdamError(
+                f"{_LOAD}: a group was saved with {sizes.pop()} parameters and has {len(ours['params'])}; "
+                "make the groups as then"
+            )
+        if here:  # as wrappers call them now
+            chosen["param_names"] = ours["param_names"]
+        chosen = settled(chosen)
+        for name, p in named(ours):
+            check_parameter(name, p, chosen)
+        source, dtype, place = (chosen[key] for key in ("anchor_source", "anchor_dtype", "anchor_place"))
+        known = place in PLACES and (dtype == "" or getattr(torch, dtype, None) in _FLOATS)
+        if not isinstance(source, str) or not known:
+            kept = source, dtype, place
+            raise RecAdamError(
+                f"{_LOAD}: anchors were kept as {shown(kept)}; give a state that RecAdam saved"
+            )
+        found.append(chosen)
     return found
+
+
+def _entries(
+    optimizer: Optimizer,
+    groups: list[dict[str, Any]],
+    saved: Mapping[str, Any],
+    held: Mapping[Tensor, dict[str, Any]],
+) -> tuple[list[list[Entry]], dict[Tensor, str]]:
+    """What was saved of each parameter, group by group; and the trained ones of which nothing was."""
+    counts = Counter(index for group in groups for index in group["params"])
+    for index, count in counts.items():
+        if count > 1:
+            raise RecAdamError(f"{_LOAD}: {shown(index)} are {count} parameters; make the groups as then")
+    for index in saved["state"]:
+        if index not in counts:
+            raise RecAdamError(
+                f"{_LOAD}: a state of {shown(index)}, which no group has; make the groups as then"
+            )
+    found: list[list[Entry]] = []
+    missing: dict[Tensor, str] = {}
+    first: Any = None
+    for group, theirs, ours in zip(groups, saved["param_groups"], optimizer.param_groups, strict=True):
+        entries = []
+        for place, (index, (name, p)) in enumerate(zip(group["params"], named(ours), strict=True)):
+            state = saved["state"].get(index)
+            if state is not None:
+                state = checked(_LOAD, index, p, state)
+                # States of the first release have anchors and no hashes.
+                if "save_anchors" in theirs and "anchor" in state and not int(state.get("anchor_hash", 0)):
+                    raise _none(_LOAD, index, p, "its anchor has no hash")
+            elif p.requires_grad:  # torch's distributed checkpoints leave out what is not
+                first = index if not missing else first
+                missing[p] = name
+            entries.append(Entry(name, p, place, state, held.get(p, {})))
+        found.append(entries)
+    if missing and all(e.saved is None or not e.p.requires_grad for some in found for e in some):
+        raise _none(_LOAD, first, next(iter(missing)), "nothing was saved")
+    return found, missing
+
+
+def _none(where: str, index: Any, p: Tensor, why: str) -> RecAdamError:
+    return RecAdamError(
+        f"{where}: no state for parameter {shown(index)} of shape {tuple(p.shape)} ({why}); "
+        "give one that was saved with this model"
+    )
+
+
+def checked(where: str, index: Any, p: Tensor, saved: Any) -> dict[str, Any]:
+    """What was saved of a parameter, without the empty entries that a flattened checkpoint has for no value.
+
+    Args:
+        where: the place, for messages.
+        index: the parameter's name or number there.
+        p: the parameter.
+        saved: the state.
+
+    Raises:
+        RecAdamError: unless they are entries of the parameter's state, whatever its anchor may be.
+    """
+    if not isinstance(saved, Mapping):
+        raise _none(where, index, p, f"it is {shown(saved)}")
+    state = {key: x for key, x in saved.items() if not (isinstance(x, dict) and not x)}
+    step = state.get("step")
+    if not isinstance(step, Tensor) or not (_counts(step) or (step.is_meta and p.is_meta)):
+        raise _none(where, index, p, f"its step is {shown(step)}, no count")
+    for key in ("exp_avg", "exp_avg_sq", "residual", "anchor"):
+        optional = key in ("residual", "anchor") and state.get(key) is None
+        if not optional and (why := _misfit(state.get(key), p)):
+            raise _none(where, index, p, f"its {key} {why}")
+    if p.dtype == torch.float64 != state["exp_avg"].dtype:
+        raise _none(where, index, p, f"its moments are {state['exp_avg'].dtype}, the parameter is {p.dtype}")
+    for key in ("anchor_hash", "anchor_rows"):
+        number = state.get(key, no_hash()["anchor_hash"])
+        if not isinstance(number, Tensor) or number.dtype != torch.int64 or number.ndim or number.is_meta:
+            raise _none(where, index, p, f"its {key} is {shown(number)}")
+    if "anchor_rows" in state and not 0 < int(state["anchor_rows"]) < p.shape[0]:
+        raise _none(where, index, p, f"its anchor_rows is {shown(state['anchor_rows'])}")
+    return state
+
+
+def _counts(step: Tensor) -> bool:
+    try:
+        number: float = check_number(_LOAD, "step", step, low=0.0, high=_COUNTED)
+    except RecAdamError:
+        return False
+    return number == math.floor(number)
+
+
+def _misfit(x: Any, p: Tensor) -> str:
+    """Why it is no tensor for a parameter's state; empty when it is one."""
+    if not isinstance(x, Tensor):
+        return f"is {shown(x)}"
+    if x.is_nested or x.layout != torch.strided:
+        return "is sparse or nested"
+    if x.dtype not in _FLOATS:
+        return f"is {x.dtype}"
+    if x.shape != p.shape:
+        return f"has shape {tuple(x.shape)}"
+    if x.is_meta != p.is_meta:
+        return "is without data" if x.is_meta else "has data, which the parameter has not"
+    if is_sharded(x) != is_sharded(p) or local(x).shape != local(p).shape:
+        return "is sharded otherwise: torch.distributed.checkpoint.state_dict sees to that"
+    return ""
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def states_of(
+    where: str, group: Mapping[str, Any], entries: list[Entry], files: Collection[str], said: str = ""
+) -> tuple[dict[Tensor, dict[str, Any]], bool]:
+    """States of a group's parameters, from what was saved of them.
+
+    Args:
+        where: the place, for messages.
+        group: the group's settings.
+        entries: the parameters, and what `checked` let pass.
+        files: those that the user took anchors from.
+        said: where the anchors came from as a checkpoint says it, for messages.
+
+    Returns:
+        The states, in memory of their own, and whether any anchor is another tensor than it was.
+
+    Raises:
+        RecAdamError: when an anchor is not the one that the state was saved with, and is not to be had again.
+    """
+    take_hashes(entry.mine for entry in entries)
+    release = policy_of(group).release()
+    found: dict[Tensor, dict[str, Any]] = {}
+    given: list[tuple[Entry, Tensor, int]] = []
+    wanted: list[tuple[Entry, int]] = []
+    for entry in entries:
+        name, p, _, saved, mine = entry
+        found[p] = _moments(where, group, entry)
+        state = mine if saved is None else saved
+        if "anchor" not in state and "anchor_hash" not in state:
+            if "anchor" in mine:
+                raise RecAdamError(
+                    f"{where}: {name!r} was saved without an anchor, as a new head; "
+                    "leave it out of the anchors"
+                )
+            continue
+        anchor, here, sought = state.get("anchor"), mine.get("anchor"), int(state.get("anchor_hash", 0))
+        found[p].update(no_hash(_rows(state)), anchor=None)
+        found[p]["anchor_hash"].fill_(sought)
+        if anchor is not None and anchor is not here:
+            given.append((entry, anchor, sought))
+        elif release is not None and saved is not None and not p.is_meta and int(saved["step"]) >= release:
+            pass  # freed
+        elif here is not None and (anchor is here or int(mine["anchor_hash"]) == sought):
+            found[p]["anchor"] = here
+        else:
+            wanted.append((entry, sought))
+    hashed = [x for x in given if x[2]]
+    numbers = _hashes([{**found[entry.p], "anchor": anchor} for entry, anchor, _ in hashed])
+    for (entry, _, sought), number in zip(hashed, numbers, strict=True):
+        if number != sought:
+            raise RecAdamError(
+                f"{where}: the saved anchor of {entry.name!r} is not the one that its hash is of; "
+                "the state is damaged, give another"
+            )
+    for entry, anchor, sought in given:
+        if not sought and not bool(torch.isfinite(local(anchor)).all()):
+            raise RecAdamError(
+                f"{where}: the anchor of {entry.name!r} holds NaN or infinity; give another state"
+            )
+        found[entry.p]["anchor"] = anchor.detach().to(entry.p.device, copy=True)
+    again = from_file(group, [(entry.p, entry.place) for entry, _ in wanted], files)
+    for entry, sought in wanted:
+        if entry.p not in again or again[entry.p]["anchor_hash"] != sought:
+            theirs = f"the checkpoint's ({said})" if said else "the checkpoint's"
+            what = "is another than" if entry.mine.get("anchor") is not None else "is missing here, unlike"
+            raise RecAdamError(
+                f"{where}: the anchor of {entry.name!r} {what} {theirs}; make the optimizer with the "
+                "pretrained weights as anchors=..., or save with save_anchors=True"
+            )
+        found[entry.p].update(again[entry.p])
+    return found, bool(given or wanted)
+
+
+def _moments(where: str, group: Mapping[str, Any], entry: Entry) -> dict[str, Any]:
+    """A parameter's state but for its anchor; of what was not saved, as before its first step."""
+    name, p, _, saved, mine = entry
+    if saved is None:
+        return {**blank(p, group), **{key: mine[key] for key in ("residual", "importance") if key in mine}}
+    shapes = [getattr(state.get("importance"), "shape", None) for state in (saved, mine or saved)]
+    if shapes[0] != shapes[1]:
+        said, here = ("no importance" if x is None else f"one of shape {tuple(x)}" for x in shapes)
+        raise RecAdamError(f"{where}: {name!r} was saved with {said} and has {here}; make it as then")
+    state: dict[str, Any] = {}
+    for key, x in saved.items():
+        if key in _ANCHORED:
+            continue
+        if key == "importance":
+            check_importance(name, x, p.shape)
+        if key == "step":
+            state[key] = x.detach().to(p.device if group["capturable"] else "cpu", torch.float32, copy=True)
+        elif isinstance(x, Tensor):  # in its own dtype: the base class would round it to the parameter's
+            state[key] = x.detach().to(p.device, copy=True)
+        else:
+            state[key] = copy.deepcopy(x)
+    return state

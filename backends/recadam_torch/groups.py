@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from recadam_core.optimizer import check_anchors
 
-from .anchors import Anchors
+from .anchors import Anchors, check_made
 
 __all__ = ["param_groups"]
 
@@ -40,6 +40,9 @@ def param_groups(
     Returns:
         Groups for `RecAdam`, with names and anchors in them; empty ones are left out.
 
+    Raises:
+        RecAdamError: when anchors are of another model, or a parameter is still to be made by a lazy module.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 1))
         >>> groups = param_groups(model, Anchors.of(model, new=["2.*"]), weight_decay=0.01)
@@ -55,6 +58,8 @@ def param_groups(
         if "norm" in type(module).__name__.lower()
         for p in module.parameters(recurse=False)
     }
+    for name, p in model.named_parameters():
+        check_made(name, p)
     if anchors is not None and not isinstance(anchors, Anchors):
         check_anchors({name: p.shape for name, p in model.named_parameters()}, anchors)
     groups: dict[tuple[bool, float], dict[str, Any]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
+
+from recadam_core import RecAdamError
 
 from .anchors import Anchors
 from .groups import param_groups
@@ -20,13 +23,14 @@ __all__ = ["RecAdamCallback", "RecAdamFactory"]
 class RecAdamFactory:
     """Makes the optimizer from the model when Trainer asks for it.
 
-    Trainer makes it after it has loaded a checkpoint to resume from. So name the pretrained weights, or keep
-    the anchors in the checkpoint with `save_anchors=True`; otherwise the model as it is then would be taken
-    for the pretrained one, which loading refuses.
+    Trainer makes it after it has loaded a checkpoint to resume from: the model as it is then may be a tuned
+    one. So the anchors have to be given: the name of the pretrained weights, or `Anchors.of(model)`, taken
+    before.
 
     Example:
-        >>> factory = RecAdamFactory()
-        >>> optimizer = factory(nn.Linear(2, 1), new=["bias"], lr=1e-4)
+        >>> model = nn.Linear(2, 1)
+        >>> settings = {"anchors": Anchors.of(model, new=["bias"]), "lr": 1e-4}
+        >>> optimizer = RecAdamFactory()(model, **settings)
         >>> [group["anchored"] for group in optimizer.param_groups]
         [True, False]
     """
@@ -45,13 +49,23 @@ class RecAdamFactory:
 
         Args:
             model: the model.
-            anchors: what `Anchors.of` takes; or `Anchors` themselves.
-            new: names or patterns of new parameters.
+            anchors: `Anchors`; or what `Anchors.of` takes, but None.
+            new: names or patterns of new parameters; part of `Anchors` where these are given.
             weight_decay: of new weights.
             anchored_weight_decay: of anchored weights.
             new_lr: learning rate of new parameters; None for that of the others.
             **settings: of `RecAdam`, as lr, gamma, annealing.
+
+        Raises:
+            RecAdamError: when there are no anchors, and as `Anchors.of` and `RecAdam` do.
         """
+        if anchors is None:
+            raise RecAdamError(
+                "RecAdamFactory: anchors is None, and Trainer may have loaded a checkpoint into the model "
+                "by now; name the pretrained weights, or give Anchors.of(model, new=[...]), taken before"
+            )
+        if isinstance(anchors, Anchors) and new:
+            raise RecAdamError("RecAdamFactory: new and Anchors are both given; say new to Anchors.of")
         if not isinstance(anchors, Anchors):
             anchors = Anchors.of(model, anchors, new=new)
         groups = param_groups(
@@ -81,11 +95,10 @@ class RecAdamCallback(TrainerCallback):
 
     def figures(self, optimizer: Any) -> dict[str, float]:
         """The figures by name; none when the optimizer is another."""
-        while not isinstance(optimizer, RecAdam) and hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer  # accelerate's wrapper
-        if not isinstance(optimizer, RecAdam):
+        found = _unwrapped(optimizer)
+        if found is None:
             return {}
-        drift = optimizer.drift()
+        drift = found.drift()
         names = {
             "lambda": drift.task,
             "recall": drift.recall,
@@ -94,6 +107,18 @@ class RecAdamCallback(TrainerCallback):
             "distance": drift.distance,
         }
         return {f"recadam/{name}": value for name, value in names.items()}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer's hook: warns when it resumes from a checkpoint without the optimizer's state."""
+        optimizer, step = _unwrapped(kwargs.get("optimizer")), state.global_step
+        if optimizer is None or not step or any(int(s["step"]) for s in optimizer.state.values()):
+            return
+        warnings.warn(
+            f"RecAdam: Trainer resumes at step {step} from a checkpoint without the optimizer "
+            "(save_only_model?): moments and annealing begin anew, and without anchors=... the tuned weights "
+            "are the anchors; save the optimizer, too",
+            stacklevel=2,
+        )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Trainer's hook."""
@@ -104,3 +129,10 @@ class RecAdamCallback(TrainerCallback):
         logs.update(found)
         if state.log_history:
             state.log_history[-1].update(found)
+
+
+def _unwrapped(optimizer: Any) -> RecAdam | None:
+    """The optimizer in accelerate's wrapper; None when it is another."""
+    while not isinstance(optimizer, RecAdam) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer if isinstance(optimizer, RecAdam) else None

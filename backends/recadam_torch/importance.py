@@ -10,6 +10,8 @@ from torch import Tensor
 
 from recadam_core import RecAdamError, importance_from
 
+from .anchors import check_made
+
 __all__ = ["feature_importance", "importance_of"]
 
 
@@ -102,11 +104,13 @@ def feature_importance(
 
     Source: memory aware synapses, arXiv 1711.09601, weigh by the gradient of $\|f(x)\|^2$.
     """
-    generator = torch.Generator().manual_seed(seed)  # on the host: the same u on every device
+    generator = torch.Generator("cpu").manual_seed(seed)  # on the host: the same u on every device
 
     def projected(found: Tensor) -> Tensor:
         found = found.to(torch.promote_types(found.dtype, torch.float32))
-        return (found * torch.randn(found.shape, generator=generator).to(found)).sum()
+        # Of float32 whatever the default is: the same u in every program, too.
+        u = torch.randn(found.shape, generator=generator, dtype=torch.float32, device="cpu")
+        return (found * u.to(found)).sum()
 
     return importance_of(params, map(projected, _tensors(features, "features")))
 
@@ -122,6 +126,8 @@ def _by_name(params: Any) -> dict[str, Tensor]:
             f"importance: the parameters are a {type(params).__name__}; give model.named_parameters() or a "
             "dict of tensors by name"
         )
+    for name, p in found.items():
+        check_made(name, p)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,13 +23,25 @@ from recadam_core.annealing import annealed_weights
 from recadam_core.errors import check_number
 from recadam_core.optimizer import check_anchors
 
-from .anchors import Anchors, bare
-from .checkpoints import anchor_of, check_saved, from_file, saved_anchors, take_hashes, weigh
+from .anchors import Anchors, bare, check_made
+from .checkpoints import (
+    Entry,
+    anchor_of,
+    blank,
+    checked,
+    from_file,
+    no_hash,
+    resumed,
+    states_of,
+    take_hashes,
+    weigh,
+)
 from .fused import chosen_fused, fused_kernel
 from .kernel import kernel_
 from .prepared import Prepared
 from .settings import FLAGS, FROM, Policies, Policy, check_parameter, named, rate_of, settled
-from .shards import is_sharded, is_wrapper, like, local, summed
+from .shards import in_memory, is_sharded, is_wrapper, like, local, summed
+from .sources import Mapped, mapped_files
 from .stepping import Work, check_alike, check_memory, check_place, execute
 from .telemetry import Drift, drift_of, squares
 from .zero import forget, is_flat_part, joined
@@ -56,7 +69,8 @@ class RecAdam(Optimizer):
         annealing: `Sigmoid`, `Linear`, `Constant`, or any object with their method `weights`.
         anchors: pretrained values by parameter name: `Anchors`, or a state dict, which is copied. A
             parameter without one is a new head and gets plain Adam(W). None anchors every parameter
-            where it is now, except in groups that say `"anchored": False`.
+            where training starts, except in groups that say `"anchored": False`: where it is now; or at
+            the first step, with a warning, if it was overwritten before, as by DDP's broadcast.
         importance: how much each weight matters to the old task, by parameter name: tensors in [0, 1] of
             the parameters' shapes, by which the pull is multiplied (as EWC has the Fisher information). Every
             anchored parameter has one, or none does. Such parameters are not stepped in one pass.
@@ -145,6 +159,13 @@ class RecAdam(Optimizer):
         self._anchors, self._importance = anchors, importance
         self._names: dict[Tensor, str] = {}
         self._parts: dict[Tensor, list[Tensor]] = {}
+        # The parameters' states as they were left, which `state` is held against: others write there, too.
+        self._held: dict[Tensor, dict[str, Any]] = {}
+        self._lent = False  # whether someone may hold states from before the first step
+        self._files: set[str] = set()  # that the user took anchors from
+        # Anchors that are copies of their parameters, until these are stepped.
+        self._own: dict[Tensor, Tensor] = {}
+        self._mapped: set[Mapped] | None = None  # files whose pages are anchors; None to look for them
         self._forget()
         super().__init__(params, defaults)
         self._anchors = self._importance = None
@@ -163,8 +184,15 @@ class RecAdam(Optimizer):
         super().__setstate__(state)
         self._anchors = self._importance = None
         self._forget()
-        self._parts = self.__dict__.get("_parts", {})  # which loading a state changes nothing of
-        self._names = {}
+        # Loading a state, which calls this too, changes nothing of these.
+        self._parts = self.__dict__.get("_parts", {})
+        self._own = self.__dict__.get("_own", {})
+        self._files = self.__dict__.get("_files", {g.get("anchor_source", "") for g in self.param_groups})
+        self._names, self._lent, self._mapped = {}, False, None
+        self._held = {p: self.state[p] for g in self.param_groups for p in g["params"] if p in self.state}
+        for held in self._held.values():
+            if "anchor" in held:
+                held.setdefault("anchor_hash", no_hash()["anchor_hash"])
         for group in self.param_groups:
             for name, value in {"fused": None, **FLAGS}.items():
                 group.setdefault(name, value)
@@ -180,6 +208,7 @@ class RecAdam(Optimizer):
         self._kernels: dict[Any, Callable[..., None]] = {}
         self._interpolates = False
 
+    @torch.inference_mode(False)  # what is made here outlives it
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, anchored where they are now unless the group says `"anchored": False`.
@@ -212,33 +241,41 @@ class RecAdam(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+        self._held.update(zip(group["params"], states, strict=True))
         self.state.update(zip(group["params"], states, strict=True))
+        self._files.add(group["anchor_source"])
         self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+        self._mapped = None
+        if anchors is None:
+            held = zip(group["params"], states, strict=True)
+            self._own.update((p, state["anchor"]) for p, state in held if "anchor" in state)
 
     def _initial_states(self, group: dict[str, Any], anchors: Mapping[str, Tensor] | None) -> list[Any]:
         if anchors is not None and "param_names" not in group:
             raise RecAdamError(
                 "anchors are matched by name; pass model.named_parameters() instead of model.parameters()"
             )
-        states = []
-        for name, p in named(group):
-            check_parameter(name, p, group)
-            dtype = torch.promote_types(p.dtype, torch.float32)
-            state: dict[str, Any] = {
-                "step": torch.zeros((), dtype=F32, device=p.device if group["capturable"] else "cpu"),
-                "exp_avg": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
-            }
-            _residual(p, state, group)
-            if group["anchored"]:
-                anchor = p.detach().clone() if anchors is None else anchor_of(anchors, name, p)
-                if anchor is not None:
-                    state["anchor"] = anchor
-                    state["anchor_hash"] = torch.zeros((), dtype=torch.int64, device="cpu")
-            states.append(state)
+        states = [self._initial_state(name, p, group, anchors) for name, p in named(group)]
         # Where the hash takes all processes it is taken now, when all of them are here.
         take_hashes([state for state in states if is_sharded(state.get("anchor"))])
         return states
+
+    def _initial_state(
+        self, name: str, p: Tensor, group: dict[str, Any], anchors: Mapping[str, Tensor] | None
+    ) -> dict[str, Any]:
+        check_made(name, p)
+        if not p.requires_grad and not is_wide(p):  # quantized weights
+            raise RecAdamError(
+                f"parameter {name!r} is frozen and has dtype {p.dtype}; leave it out, as param_groups does"
+            )
+        check_parameter(name, p, group)
+        state = blank(p, group)
+        _residual(p, state, group)
+        anchor = anchor_of(anchors, name, p) if group["anchored"] else None
+        if anchor is not None:
+            rows = anchors.match(name).rows if isinstance(anchors, Anchors) else None
+            state.update({"anchor": anchor, **no_hash(rows)})
+        return state
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -285,6 +322,9 @@ class RecAdam(Optimizer):
         """The parameters that have a gradient, in lists that share their coefficients; all of it checked."""
         if self._interpolates:
             raise RecAdamError("RecAdam: the weights are interpolated; step after the context has ended")
+        if self._own:
+            self._anchor_anew()
+        self._check_files()
         same = len(self.state) == len(self._states) and all(map(is_, self.state.values(), self._states))
         alike: dict[Any, tuple[Policy, float | None, list[dict[str, Any]]]] = {}
         for group, policy in zip(self.param_groups, self._policies.of(self.param_groups), strict=True):
@@ -295,6 +335,7 @@ class RecAdam(Optimizer):
             alike.setdefault(key, (policy, rate, []))[2].append(group)
         before, self._prepared = self._prepared, {}
         found: list[Work] = []
+        whole = False
         for policy, rate, groups in alike.values():
             prepared = None if compiling else before.get(id(groups[0]))
             work = prepared.again(groups, policy, rate, None if same else self.state) if prepared else None
@@ -302,6 +343,9 @@ class RecAdam(Optimizer):
                 self._prepared[id(groups[0])] = prepared
                 found.append(work)
             else:
+                if not whole:  # once for all of the groups
+                    self._settle()
+                whole = True
                 found += self._planned(groups, policy, rate, compiling)
         self._states = list(self.state.values())
         if len(found) > 1:  # of one alone the kernel finds it out before it writes
@@ -343,7 +387,6 @@ class RecAdam(Optimizer):
         given = groups[0]["lr"]
         learned = isinstance(given, Tensor) and given.requires_grad
         traced = compiling or ways["capturable"] or (ways["differentiable"] and learned)
-        self._settle()
         lists: dict[Any, tuple[list[str], list[Tensor]]] = {}
         for name, p in chain.from_iterable(map(named, groups)):
             if p.grad is None:
@@ -424,26 +467,77 @@ class RecAdam(Optimizer):
             found.append(work)
         return found
 
-    # Parameters that a wrapper has put in the place of others.
+    # What others do to parameters and files between the making of the optimizer and its steps.
+
+    @torch.no_grad()
+    def _anchor_anew(self) -> None:
+        """At the first step, anchor where they are now the parameters that were overwritten until then."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return
+        self._settle()
+        pairs = [pair for group in self.param_groups for pair in named(group)]
+        held = [(name, p) for name, p in pairs if _comparable(self._own.get(p), self.state[p], p)]
+        counts = [(local(self.state[p]["anchor"]).to(p.dtype) != local(p)).sum() for _, p in held]
+        # Of a parameter that is spread over processes all have to say the same.
+        totals = summed(counts, [p for _, p in held])
+        moved = [pair for pair, total in zip(held, totals, strict=True) if int(total)]
+        anchors = {p: anchor_of(None, name, p) for name, p in moved}
+        for p, anchor in anchors.items():
+            del self.state[p]["anchor"], self.state[p]["anchor_hash"]
+            if anchor is not None:
+                self.state[p].update({"anchor": anchor, **no_hash()})
+        take_hashes([self.state[p] for p in anchors if is_sharded(p)])
+        for _, p in pairs:
+            self._own.pop(p, None)
+        if moved:
+            which = f"{moved[0][0]!r} and {len(moved) - 1} more were" if moved[1:] else f"{moved[0][0]!r} was"
+            warnings.warn(
+                f"RecAdam: {which} overwritten after the optimizer was made (by a wrapper's broadcast, or by "
+                "loading), and anchored anew at the first step; to pull elsewhere give anchors=...",
+                stacklevel=2,
+            )
+
+    def _check_files(self) -> None:
+        """Raise if a file whose pages are anchors was written to."""
+        if self._mapped is None or not all(file.intact() for file in self._mapped):
+            groups = (group for group in self.param_groups if group["anchor_place"] == "file")
+            states = (self.state.get(p, {}) for group in groups for p in group["params"])
+            self._mapped = mapped_files(s["anchor"] for s in states if s.get("anchor") is not None)
+            for file in self._mapped:
+                file.check()
 
     def _settle(self) -> None:
-        """Adopt what is to be adopted."""
-        if any(p not in self.state for group in self.param_groups for p in group["params"]):
+        """Let every parameter have its state, whole, and the optimizer alone hold what was not stepped."""
+        self._check_files()
+        held, params = self._held, [p for group in self.param_groups for p in group["params"]]
+        if not (
+            len(held) == len(params) == len(self.state)
+            and all(map(is_, held, params))
+            and all(map(is_, held.values(), self.state.values()))
+            and all(map(_whole, held.values()))
+        ):
             self._adopt()
+            self._complete()
+        if self._lent:  # as AdamW's states, which are not there before the first step
+            self._lent = False
+            with torch.inference_mode(False), torch.no_grad():
+                for state in filter(_unstepped, self._held.values()):
+                    state.update({k: x.clone() for k, x in state.items() if k in _MOVING and x is not None})
 
     def _adopt(self) -> None:
         """Give the states of parameters that are gone to those of the same names, sharded as those are."""
         current = {p for group in self.param_groups for p in group["params"]}
-        orphans = {self._names.get(p): p for p in self.state if p not in current}
+        orphans = {self._names.get(p): p for p in self._held if p not in current}
         for group in self.param_groups:
             lost = {name: orphans[name] for name in group.get("param_names", ()) if name in orphans}
             if is_flat_part(group["params"], list(lost.values())):
                 flat = group["params"][0]
                 name = next(iter(lost)) + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
-                self.state[flat] = joined(flat, {n: (p, self.state[p]) for n, p in lost.items()})
+                self._put(flat, joined(flat, {n: (p, self._held[p]) for n, p in lost.items()}))
                 self._parts[flat] = list(lost.values())
+                self._keep_own(flat, *lost.values())
                 for p in lost.values():
-                    del self.state[p], self._names[p]
+                    self._drop(p)
                 group["param_names"], self._names[flat] = [name], name
                 continue
             if "param_names" in group and len(group["param_names"]) != len(group["params"]):
@@ -452,90 +546,203 @@ class RecAdam(Optimizer):
                     f"{len(group['params'])}: a wrapper flattened them; use one that does not (FSDP2, ZeRO)"
                 )
             for name, p in named(group):
-                if p in self.state:
+                if p in self._held or self.state.get(p):
                     continue
                 if name not in orphans:
                     raise RecAdamError(
                         f"parameter {name!r} has no state: the optimizer's parameters were replaced after it "
                         "was made; pass model.named_parameters(), or make it after the model is wrapped"
                     )
-                old = self.state.pop(orphans[name])
-                del self._names[orphans[name]]
-                self.state[p] = {key: _sharded_as(p, key, value) for key, value in old.items()}
+                old = self._drop(orphans[name])
+                self._put(p, {key: _sharded_as(p, key, value) for key, value in old.items()})
                 self._names[p] = name
+                self._keep_own(p, orphans[name])
+
+    def _keep_own(self, new: Tensor, *old: Tensor) -> None:
+        """What takes the place of parameters that are their own anchors is its own, too."""
+        if [p for p in old if self._own.pop(p, None) is not None]:
+            self._own[new] = self.state[new]["anchor"]
+
+    def _put(self, p: Tensor, state: dict[str, Any]) -> None:
+        self.state[p] = self._held[p] = state
+
+    def _drop(self, p: Tensor) -> dict[str, Any]:
+        self.state.pop(p, None)
+        self._names.pop(p, None)
+        return self._held.pop(p)
+
+    def _complete(self) -> None:
+        """Give the states that others have put in what those left out; raise where there is none."""
+        found: dict[Tensor, dict[str, Any]] = {}
+        for group in self.param_groups:
+            entries = []
+            for place, (name, p) in enumerate(named(group)):
+                state, held = self.state.get(p), self._held.get(p, {})
+                if not state:
+                    raise RecAdamError(
+                        f"parameter {name!r} has no state: it was cleared, and its anchor went with it; to "
+                        "start a new task call reset_moments(), with reanchor=True to anchor it here"
+                    )
+                if state is not held or not _whole(state):
+                    saved = checked("optimizer.state", name, p, state)
+                    entries.append(Entry(name, p, place, saved, held))
+            found.update(states_of("optimizer.state", group, entries, self._files)[0])
+        for p, state in found.items():
+            self._put(p, state)
+            self._mapped = None
+        self._held = {p: self.state[p] for group in self.param_groups for p in group["params"]}
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def reset_moments(self, *, reanchor: bool = False) -> None:
+        """Start anew from the weights as they are: moments, step counts and with them the annealing.
+
+        What is done between tasks that follow one another; an optimizer whose state was cleared has no
+        anchors, and its step is refused.
+
+        Args:
+            reanchor: whether anchored parameters are pulled to where they are now, as is right after a task
+                that is to be kept. Otherwise their anchors stay, and freed ones are read again from the file
+                that they came from. New heads stay without.
+
+        Raises:
+            RecAdamError: when an anchor was freed and cannot be read again, or a weight that is to be one is
+                not finite; nothing is changed then.
+
+        Example:
+            >>> w = torch.nn.Parameter(torch.zeros(1))
+            >>> optimizer = RecAdam([w])
+            >>> w.data += 2  # the first task
+            >>> optimizer.reset_moments(reanchor=True)
+            >>> optimizer.state[w]["anchor"]
+            tensor([2.])
+        """
+        if self._interpolates:
+            raise RecAdamError(
+                "reset_moments: the weights are interpolated; call it after the context has ended"
+            )
+        self._adopt()
+        found: dict[Tensor, dict[str, Any]] = {}
+        for group in self.param_groups:
+            states = [self._held.get(p) or self.state.get(p, {}) for p in group["params"]]
+            freed = {}
+            for place, ((name, p), state) in enumerate(zip(named(group), states, strict=True)):
+                if not state:
+                    raise RecAdamError(
+                        f"reset_moments: the state of {name!r} was emptied, and its anchor is lost; "
+                        "make a new optimizer"
+                    )
+                found[p] = {**state, **blank(p, group)}
+                if "anchor" in state and reanchor:
+                    found[p].update(no_hash(), anchor=anchor_of(None, name, p))
+                elif state.get("anchor", p) is None:
+                    freed[p] = name, place
+            again = from_file(group, [(p, place) for p, (_, place) in freed.items()], self._files)
+            for p, (name, _) in freed.items():
+                if p not in again or again[p]["anchor_hash"] != found[p]["anchor_hash"]:
+                    raise RecAdamError(
+                        f"reset_moments: the anchor of {name!r} was freed, and is not to be had again; "
+                        "call it with reanchor=True, or make a new optimizer"
+                    )
+                found[p].update(again[p])
+        take_hashes([state for state in found.values() if is_sharded(state.get("anchor"))])
+        for p, state in found.items():
+            self._put(p, state)
+        for group in self.param_groups if reanchor else ():
+            group.update({key: FLAGS[key] for key in FROM})
+        self._last, self._prepared, self._lent, self._mapped = {}, {}, False, None
 
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as plain tensors and scalars; for each anchor a hash, unless `save_anchors` is set."""
+        """The state as plain tensors and scalars; for each anchor a hash, unless `save_anchors` is set.
+
+        As AdamW's, it is no copy: what has been stepped moves on in it, and what has not been stays.
+        """
+        # As the last hook before and the first one after, so that users' hooks see what is saved.
+        before = self.register_state_dict_pre_hook(lambda _: self._ready())
+        after = self.register_state_dict_post_hook(lambda _, saved: self._lend(saved), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            before.remove()
+            after.remove()
+
+    def _ready(self) -> None:
         self._settle()
-        take_hashes(self.state.values())
-        saved: dict[str, Any] = super().state_dict()
+        take_hashes(self._held.values())
+
+    def _lend(self, saved: dict[str, Any]) -> None:
+        """Leave the anchors out of what is saved, and remember that someone has it."""
         groups = {index: group for group in saved["param_groups"] for index in group["params"]}
-
-        def kept(index: int, state: dict[str, Any]) -> dict[str, Any]:
-            keep = groups[index]["save_anchors"] and state.get("anchor") is not None
-            state = {key: value for key, value in state.items() if key != "anchor" or keep}
-            # A copy, since distributed checkpoints are loaded into what this returns.
-            return {key: value.clone() if key == "anchor_hash" else value for key, value in state.items()}
-
-        saved["state"] = {index: kept(index, state) for index, state in saved["state"].items()}
-        return saved
+        for index, state in saved["state"].items():
+            if index in groups:
+                keep = groups[index]["save_anchors"] and state.get("anchor") is not None
+                state = {key: value for key, value in state.items() if key != "anchor" or keep}
+                # Copies: distributed checkpoints are loaded into what this returns.
+                state.update(
+                    {key: state[key].clone() for key in ("anchor_hash", "anchor_rows") if key in state}
+                )
+                saved["state"][index] = state
+        if any(map(_unstepped, self._held.values())):
+            self._lent = True
+            self._prepared.clear()  # whose steps do not settle first
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume where `state_dict()` was taken, bit for bit.
 
         Moments keep the dtype they were saved in; the base class would round the float32 ones of a 16-bit
         parameter. Anchors are this optimizer's own, if they are those of the checkpoint; else they are read
-        again from the file that the checkpoint names, or taken from the checkpoint if it has them.
+        again from the file that this optimizer's came from, or taken from the checkpoint if it has them. A
+        file that the checkpoint alone names is not opened.
 
         Args:
-            state_dict: what `state_dict()` returned.
+            state_dict: what `state_dict()` returned. Frozen parameters may be missing.
 
         Raises:
-            RecAdamError: when it is another optimizer's, of other parameters or of other anchors; nothing is
-                loaded then.
+            RecAdamError: when it is damaged, another optimizer's, of other parameters or of other anchors;
+                nothing is loaded then.
+
+        Warns:
+            UserWarning: naming parameters that are trained, of which nothing was saved and others were.
         """
-        found: list[tuple[dict[str, Any], dict[Tensor, dict[str, Any]]]] = []
-        self._settle()
+        if not isinstance(state_dict, Mapping):
+            raise RecAdamError(
+                f"load_state_dict: {type(state_dict).__name__}; give what RecAdam's state_dict() returned"
+            )
+        self._adopt()
+        found: list[dict[Tensor, dict[str, Any]]] = []
+        missing: dict[Tensor, str] = {}
 
         def check(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            check_saved(self.param_groups, saved)
-            # What older states do not say stays as it was chosen here.
-            pairs = zip(self.param_groups, saved["param_groups"], strict=False)
-            chosen = [{**{k: group[k] for k in ("fused", *FLAGS)}, **theirs} for group, theirs in pairs]
-            for group, ours in zip(chosen, self.param_groups, strict=False):
-                settled(group)
-                for name, p in named(ours):
-                    check_parameter(name, p, group)
-            anchors = saved_anchors(self, saved, chosen)
-            found.append(({**saved, "param_groups": chosen + saved["param_groups"][len(chosen) :]}, anchors))
-            return found[0][0]
+            groups, states, without = resumed(self, saved, self._held, self._files)
+            found.append(states)
+            missing.update(without)
+            # All is checked, and made: the base class puts in the groups.
+            return {"state": {}, "param_groups": groups}
+
+        def fill(_: Optimizer) -> None:
+            for p, state in found[-1].items():
+                self._put(p, state)
+            for p in missing:  # which may be tuned already
+                self._own.pop(p, None)
 
         # As the last hook before and the first one after, so that users' hooks see and change what counts.
         before = self.register_load_state_dict_pre_hook(check)
-        after = self.register_load_state_dict_post_hook(lambda _: self._restore(*found[0]), prepend=True)
+        after = self.register_load_state_dict_post_hook(fill, prepend=True)
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(dict(state_dict))
         finally:
             before.remove()
             after.remove()
-
-    def _restore(self, state_dict: dict[str, Any], anchors: dict[Tensor, dict[str, Any]]) -> None:
-        """Put back the tensors that the base class has cast, in the dtypes they were saved in."""
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        owners = [(group, p) for group in self.param_groups for p in group["params"]]
-        for index, (group, p) in zip(saved, owners, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and key != "anchor":
-                    # Step counts are where the flag wants them; the base class would share them, too.
-                    on_host = key == "anchor_hash" or (key == "step" and not group["capturable"])
-                    self.state[p][key] = value.to("cpu" if on_host else p.device, copy=True)
-                elif isinstance(value, dict) and not value:  # what a flattened checkpoint has for no value
-                    self.state[p].pop(key, None)
-            self.state[p].pop("anchor", None)
-            self.state[p].update(anchors.get(p, {}))
-        take_hashes([s for s in self.state.values() if is_sharded(s.get("anchor"))])
+        if missing:
+            names = list(map(repr, missing.values()))
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            warnings.warn(
+                f"load_state_dict: nothing was saved of {', '.join(names[:4])}{more}; "
+                "moments and step counts start anew there",
+                stacklevel=2,
+            )
 
     # Telemetry.
 
@@ -645,7 +852,7 @@ class RecAdam(Optimizer):
             if anchors is not None:
                 again = {p: anchor_of(anchors, pairs[i][0], p) for p, i in freed.items()}
             elif freed:
-                read = from_file(group, list(freed.items())).items()
+                read = from_file(group, list(freed.items()), self._files).items()
                 again = {p: x["anchor"] for p, x in read if x["anchor_hash"] == self.state[p]["anchor_hash"]}
             for name, p in pairs:
                 anchor = again.get(p) if p in freed else self.state[p].get("anchor")
@@ -691,6 +898,14 @@ class RecAdam(Optimizer):
             self._interpolates = outer
 
 
+def _comparable(own: Tensor | None, state: Mapping[str, Any], p: Tensor) -> bool:
+    """Whether a parameter has its own anchor still, was not stepped, and can be held against it."""
+    kept = own is not None and own is state.get("anchor")
+    if own is None or not kept or own.shape != p.shape or not (in_memory(p) and in_memory(own)):
+        return False
+    return local(own).device == local(p).device and not int(state["step"])
+
+
 @torch.no_grad()
 def _put(weights: Mapping[Tensor, Tensor]) -> None:
     for p, x in weights.items():
@@ -710,10 +925,23 @@ def _provenance(anchors: Anchors, group: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+_MOVING = ("step", "exp_avg", "exp_avg_sq", "residual")
+"""What a step writes to in a state."""
+
+
+def _whole(state: Mapping[str, Any]) -> bool:
+    return "exp_avg" in state and ("anchor" in state) == ("anchor_hash" in state)
+
+
+def _unstepped(state: Mapping[str, Any]) -> bool:
+    step = state["step"]
+    return bool(step.is_meta) or not int(step)
+
+
 def _sharded_as(p: Tensor, key: str, value: Any) -> Any:
     """An entry of the state of a parameter whose place another, sharded one has taken."""
-    if value is None or key in ("step", "anchor_hash"):
-        return value
+    if value is None or key in ("step", "anchor_hash", "anchor_rows"):
+        return value if value is None else value.clone()  # what others hold stays as the rest of it does
     device = value.device if key == "anchor" and value.device.type == "cpu" else p.device
     return like(p, lambda where: local(value)[where].to(device, copy=True))
 

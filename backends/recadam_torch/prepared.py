@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, is_, methodcaller
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class Prepared:
     ) -> None:
         keys = ["step", "exp_avg", "exp_avg_sq", *(["anchor"] if work.anchored else [])]
         self._held: list[tuple[Any, list[Any]]] = [
-            (itemgetter(key), [state[key] for state in states]) for key in keys
+            (methodcaller("get", key), [state[key] for state in states]) for key in keys
         ]
         self._held.append((_residual, list(map(_residual, states))))
         self._kind = {(p.dtype, p.device) for p in work.params}

@@ -15,6 +15,7 @@ from recadam_core.errors import check_flag, check_number, shown, unknown
 
 from .fused import chosen_fused, fused_kernel
 from .rounding import ROUNDINGS
+from .sources import is_wide
 
 __all__ = [
     "FLAGS",
@@ -216,6 +217,8 @@ def check_parameter(name: str, p: Tensor, settings: Mapping[str, Any]) -> None:
     """Raise for a parameter that cannot be stepped with these settings."""
     if not p.is_floating_point():
         raise RecAdamError(f"parameter {name!r} has dtype {p.dtype}; give a real floating tensor")
+    if not is_wide(p):
+        raise RecAdamError(f"parameter {name!r} has dtype {p.dtype}; give one of 16 bits or more")
     if settings["fused"]:
         kernel = chosen_fused(settings, p.device)
         fused_kernel(kernel)

@@ -14,6 +14,7 @@ __all__ = [
     "SECOND",
     "SHARED",
     "fingerprints",
+    "in_memory",
     "is_sharded",
     "is_wrapper",
     "like",
@@ -51,6 +52,16 @@ def is_wrapper(x: Tensor) -> bool:
         False
     """
     return type(local(x)).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def in_memory(x: Tensor) -> bool:
+    """Whether there are values to read: not of a freed storage, nor on the meta device.
+
+    Example:
+        >>> in_memory(torch.ones(2)), in_memory(torch.ones(2, device="meta"))
+        (True, False)
+    """
+    return not x.numel() or is_wrapper(x) or bool(local(x).data_ptr())
 
 
 def local(x: Tensor, like: Tensor | None = None) -> Tensor:
@@ -170,7 +181,7 @@ def positions(where: Sequence[slice], shape: Sequence[int], device: torch.device
     found = torch.zeros((), dtype=torch.int64, device=device)
     stride = 1
     for axis in reversed(range(len(shape))):
-        along = torch.arange(where[axis].start, where[axis].stop, device=device) * stride
+        along = torch.arange(where[axis].start, where[axis].stop, dtype=torch.int64, device=device) * stride
         found = found + along.reshape(-1, *(1,) * (len(shape) - 1 - axis))
         stride *= shape[axis]
     return found
@@ -192,7 +203,7 @@ def _hash(x: Tensor, where: Sequence[slice], shape: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def fingerprints(tensors: Iterable[Tensor]) -> list[int]:
+def fingerprints(tensors: Iterable[Tensor], rows: Iterable[int | None] | None = None) -> list[int]:
     r"""Content hashes of tensors, the same however they are sharded and in whatever dtype they fit.
 
     Math:
@@ -203,6 +214,7 @@ def fingerprints(tensors: Iterable[Tensor]) -> list[int]:
 
     Args:
         tensors: floating tensors; sharded ones make this a collective call.
+        rows: how many of each one's rows count, None for all; None if all of all do.
 
     Returns:
         A number for each, never 0.
@@ -213,7 +225,13 @@ def fingerprints(tensors: Iterable[Tensor]) -> list[int]:
         (True, False)
     """
     tensors = list(tensors)
-    parts = [_hash(local(x), part(x), x.shape) for x in tensors]
+    counts = [None] * len(tensors) if rows is None else list(rows)
+    parts = []
+    for x, count in zip(tensors, counts, strict=True):
+        mine, where = local(x), part(x)
+        if count is not None:
+            mine = mine[: max(0, count - where[0].start)]
+        parts.append(_hash(mine, where, x.shape))
     return [int(total) or 1 for total in summed(parts, tensors)]
 
 

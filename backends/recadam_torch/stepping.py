@@ -13,7 +13,7 @@ from torch import Tensor
 from recadam_core import Coefficients, Hyperparameters, Moments, RecAdamError, apply, coefficients, update
 
 from .rounding import key_of, noise, round_, widened
-from .shards import is_sharded, is_wrapper
+from .shards import in_memory, is_sharded
 
 __all__ = ["Work", "check_alike", "check_memory", "check_place", "execute"]
 
@@ -86,7 +86,7 @@ def check_memory(work: Work) -> None:
     for what, xs in (("data", work.thetas), *_columns(work)):
         if 0 in map(Tensor.data_ptr, xs):
             for name, x in zip(work.names, xs, strict=True):
-                if x.numel() and not x.data_ptr() and not is_wrapper(x):
+                if not in_memory(x):
                     raise RecAdamError(
                         f"parameter {name!r}: its {what} is not in memory (a freed storage, or the meta "
                         "device); make a new optimizer"

@@ -53,7 +53,7 @@ def joined(flat: Tensor, states: Mapping[str, tuple[Tensor, dict[str, Any]]]) ->
             "makes one tensor of both; make the groups with param_groups"
         )
     first = next(iter(states.values()))[1]
-    found: dict[str, Any] = {"step": first["step"]}
+    found: dict[str, Any] = {"step": first["step"].clone()}
     for key in _JOINED:
         parts = [state[key] for _, state in states.values() if state.get(key) is not None]
         if parts:
@@ -63,7 +63,7 @@ def joined(flat: Tensor, states: Mapping[str, tuple[Tensor, dict[str, Any]]]) ->
         elif key in first:
             found[key] = None  # freed
     if anchored:
-        found["anchor_hash"] = torch.zeros((), dtype=torch.int64)
+        found["anchor_hash"] = torch.zeros((), dtype=torch.int64, device="cpu")
     for p, state in states.values():
         mapping: Any = getattr(p, "_hp_mapping", None)
         if mapping is None:  # all of it is in other processes' parts

@@ -1,0 +1,139 @@
+"""What may be stepped: plain arrays of real floating numbers, all of one library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace, is_array_api_obj
+
+from .errors import RecAdamError, shown
+
+__all__ = ["check_arrays", "check_named", "fault", "kind_of", "library", "not_plain"]
+
+PLAIN = (np.ndarray, np.memmap)
+"""Kinds of NumPy array that are their numbers and nothing else: no mask, unit or product of their own."""
+
+_kinds: dict[tuple[type, Any], tuple[Any, str]] = {}
+
+
+def kind_of(array: Any) -> tuple[Any, str]:
+    """The namespace of an array, and what keeps it from being stepped.
+
+    Args:
+        array: any object. Looked at once for each type and dtype.
+
+    Returns:
+        Its namespace, None where it is no array; and the fault and its remedy, empty where there is none.
+
+    Example:
+        >>> kind_of(np.ones(2, dtype=int))[1]
+        'has dtype int64; give a real floating array of 16 bits or more'
+    """
+    key = type(array), getattr(array, "dtype", None)
+    try:
+        known = _kinds.get(key)
+    except TypeError:  # what calls itself a dtype there is none
+        return None, not_plain(array) or "has no dtype; give an array"
+    if known is None:
+        known = _kinds[key] = _look(array)
+    return known
+
+
+def _look(array: Any) -> tuple[Any, str]:
+    if wrong := not_plain(array):
+        return None, wrong
+    xp = array_namespace(array)
+    try:
+        fits = xp.isdtype(array.dtype, "real floating") and xp.finfo(array.dtype).bits >= 16
+    except Exception:  # a dtype from outside of the library, as each library says it
+        fits = False
+    return xp, "" if fits else f"has dtype {array.dtype}; give a real floating array of 16 bits or more"
+
+
+def not_plain(array: Any) -> str:
+    """What keeps an object from being an array that is its numbers and nothing else; empty if nothing.
+
+    Example:
+        >>> not_plain([1.0])
+        'is list; give an array'
+    """
+    name = "None" if array is None else type(array).__name__
+    if isinstance(array, np.ndarray) and type(array) not in PLAIN:
+        return f"is {name}, of which a step keeps the bare numbers; give a plain NumPy array"
+    if isinstance(array, type) or not is_array_api_obj(array):
+        return f"is {name}; give an array"
+    return ""
+
+
+def fault(array: Any, xp: Any = None) -> str:
+    """What keeps an array from being stepped together with those of a library; empty where nothing does.
+
+    Args:
+        array: any object.
+        xp: the namespace that it must be of; None for any.
+
+    Example:
+        >>> fault(1.0), fault(np.ones(1), np)
+        ('is float; give an array', '')
+    """
+    own, wrong = kind_of(array)
+    if not wrong and xp is not None and own is not xp and library(own) != library(xp):
+        return f"is of {library(own)} beside arrays of {library(xp)}; give all of one library"
+    return wrong
+
+
+def library(xp: Any) -> str:
+    """Import name of the library that a namespace stands for.
+
+    Example:
+        >>> library(np)
+        'numpy'
+    """
+    name: str = xp.__name__
+    return name.removeprefix("array_api_compat.")
+
+
+def check_named(what: str, arrays: Any) -> None:
+    """Raise unless it is a dict by name.
+
+    Raises:
+        RecAdamError: when it is no mapping, or a name is no string.
+
+    Example:
+        >>> check_named("gradients", {"w": np.ones(1)})
+    """
+    if not isinstance(arrays, Mapping):
+        raise RecAdamError(f"{what}: {type(arrays).__name__}; give a dict of arrays by parameter name")
+    if not {*map(type, arrays)} <= {str}:
+        for name in arrays:
+            if not isinstance(name, str):
+                raise RecAdamError(f"{what}: the name {shown(name)} is no string; give one")
+
+
+def check_arrays(arrays: Iterable[tuple[str, Any]], xp: Any = None) -> Any:
+    """Raise unless all can be stepped, and are of one library.
+
+    Args:
+        arrays: what to call each in the message, and the array.
+        xp: the namespace that they must be of; None for that of the first.
+
+    Returns:
+        The namespace; None of nothing.
+
+    Raises:
+        RecAdamError: naming the array.
+
+    Example:
+        >>> check_arrays([("parameter 'w'", np.ones(2, dtype=bool))])
+        Traceback (most recent call last):
+        ...
+        recadam_core.errors.RecAdamError: parameter 'w' has dtype bool; give a real floating array of 16 bits
+        or more
+    """
+    for what, array in arrays:
+        if wrong := fault(array, xp):
+            raise RecAdamError(f"{what} {wrong}")
+        xp = xp or kind_of(array)[0]
+    return xp
