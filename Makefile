@@ -5,6 +5,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# make versions: the Pythons that have that build of PyTorch; and those to try, all if none is named.
+TORCH_ON ?= 3.11
+PYTHONS ?=
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
@@ -15,11 +18,12 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) 
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-heavy conformance support lint format docs bench asv asv-quick clean
+.PHONY: help install demo test test-heavy versions conformance support lint format docs bench asv asv-quick clean
 
 help:
 	@echo "make demo         run the main job: RecAdam beside AdamW on three frameworks, with a report"
 	@echo "make test         run the tests (make test-heavy: those that take minutes)"
+	@echo "make versions     try the wheel on every Python, over the newest and the lowest libraries: docs/versions.md"
 	@echo "make conformance  hold every backend to its claims (make support: rewrite docs/support.md)"
 	@echo "make lint         ruff and mypy;  make format: reformat"
 	@echo "make docs         build the documentation into docs/_build/html"
@@ -63,6 +67,11 @@ test: $(VENV)/.development
 test-heavy: $(VENV)/.development
 	$(THREADS) $(BIN)/python -m pytest -n auto -m heavy $(PYTEST_FLAGS)
 
+versions: $(VENV)/.development
+	@rm -rf runs/versions
+	@$(THREADS) TORCH="$(TORCH)" TORCH_ON="$(TORCH_ON)" PIP_FLAGS="$(PIP_FLAGS)" \
+	  $(BIN)/nox -s $(or $(PYTHONS:%=versions-%),versions lowest table)
+
 conformance: $(VENV)/.development
 	@$(BIN)/recadam conformance --golden tests/golden
 
@@ -84,7 +93,7 @@ docs: $(VENV)/.development
 	@echo docs/_build/html/index.html
 
 clean:
-	rm -rf .asv $(VENV) runs docs/_build dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .asv .nox $(VENV) runs docs/_build dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.bench: $(VENV)/.development
 	@$(PIP) "$(TORCH)" -e ".[bench]"

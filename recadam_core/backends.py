@@ -395,7 +395,8 @@ def _load(name: str) -> Backend:
     try:
         loaded = point.load()
     except ImportError as error:
-        if not ours or error.name is None:
+        # A part that is not there, of a library that is: another version of it than we know.
+        if not ours or error.name is None or _installed(error.name.partition(".")[0]):
             raise _broken(name, point, f"{type(error).__name__}: {error}") from error
         raise RecAdamError(
             f"backend {name!r} needs {error.name!r}, which is not installed; "
@@ -428,6 +429,11 @@ def available_backends() -> list[str]:
         True
     """
     return sorted(name for name in _announced() if _installed(name))
+
+
+def is_missing(name: str) -> bool:
+    """Whether a backend has this name and its array library is not installed."""
+    return name in _announced() and not _installed(name)
 
 
 def get_backend(name: str) -> Backend:

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 # A shell's background jobs ignore interrupts, and their children would too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What tests start in a process of its own, or load, has no tests and no examples.
+HERE = Path(__file__).parent
+collect_ignore = [str(path) for path in HERE.rglob("*.py") if not path.match("test_*.py")]
+
+LIBRARIES = ("torch", "jax")
+
+
+def pytest_collection_modifyitems(items):
+    """A test needs what its marker names, and the library of the backend that it is given by name."""
+    for item in items:
+        given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        needed = [x for x in given if isinstance(x, str) and x in LIBRARIES]
+        needed += [name for mark in item.iter_markers("needs") for name in mark.args]
+        for name in needed:
+            if importlib.util.find_spec(name) is None:
+                item.add_marker(pytest.mark.skip(reason=f"could not import {name!r}"))
+        if item.get_closest_marker("tree") and not (HERE.parent / "recadam_core").exists():
+            item.add_marker(pytest.mark.skip(reason="no sources beside the tests"))
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +56,8 @@ def recadam():
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """A random two-layer BERT with a word tokenizer, as a Hugging Face checkpoint folder."""
-    import torch
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertModel
 
@@ -53,7 +75,8 @@ def tiny_checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def encoders(tmp_path_factory):
     """Checkpoint folders of tiny random encoders, "bert" and "albert", whose tokenizers know few words."""
-    import torch
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, PreTrainedTokenizerFast
 

@@ -46,11 +46,13 @@ def test_importing_recadam_core_imports_no_framework():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.needs("torch", "jax")
 def test_one_backend_loads_one_framework():
     assert python("import recadam_torch, sys; assert 'jax' not in sys.modules").returncode == 0
     assert python("import recadam_jax, sys; assert 'torch' not in sys.modules").returncode == 0
 
 
+@pytest.mark.needs("torch", "jax")
 def test_the_three_are_found_by_name_and_by_array():
     import jax.numpy as jnp
     import torch
@@ -179,6 +181,7 @@ def test_a_library_whose_astype_knows_no_copy_walks_the_same_bits(monkeypatch):
     assert (delta.dtype, new.m.dtype, apply(theta, delta).dtype) == (xp.float64, xp.float64, xp.float32)
 
 
+@pytest.mark.needs("jax")
 def test_jax_refuses_to_make_float64_into_float32():
     with pytest.raises(RecAdamError, match="float64 into float32; set JAX_ENABLE_X64=1"):
         get_backend("jax").from_numpy(np.ones(1))

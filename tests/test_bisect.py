@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytest.importorskip("sklearn")
+
 from recadam_core import Coefficients, Moments
 from recadam_core.finetuning.bisect import ROOT, SITES, Inputs, _apart, _fused, bisect_runs, explain
 from recadam_core.finetuning.run import RunConfig, finetune

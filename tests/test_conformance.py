@@ -12,10 +12,13 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("mpmath")
+
 import array_api_strict
 import mpmath
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -127,19 +130,20 @@ def test_special_numbers_are_what_they_are_called():
     assert (np.abs(tiny.groups[0].theta0["vector"]) < np.finfo(np.float64).tiny).all()
 
 
+@pytest.mark.parametrize("name", ["numpy", "jax", "torch"])
 @pytest.mark.parametrize("layout", ["", "transposed", "strided"])
-def test_layouts_hold_the_same_numbers(layout):
+def test_layouts_hold_the_same_numbers(name, layout):
     from recadam_core.conformance.replay import _place
 
     x = np.arange(12.0).reshape(3, 4)
-    for name in ("numpy", "jax", "torch"):
-        backend = get_backend(name)
-        placed = _place(backend, x, "float32", layout)
-        np.testing.assert_array_equal(backend.to_numpy(placed), x)
-        if name == "torch":
-            assert placed.is_contiguous() == (layout == "")
+    backend = get_backend(name)
+    placed = _place(backend, x, "float32", layout)
+    np.testing.assert_array_equal(backend.to_numpy(placed), x)
+    if name == "torch":
+        assert placed.is_contiguous() == (layout == "")
 
 
+@pytest.mark.needs("torch")
 @given(st.floats(-(2.0**99), 2.0**99, width=32))
 @settings(deadline=None)
 def test_bfloat16_rounds_to_nearest_even(x):
@@ -645,6 +649,7 @@ def test_nothing_left_to_show_is_an_error():
         plan(NUMPY, golden=Path(__file__).parent / "stranger")
 
 
+@pytest.mark.needs("jax")
 def test_jax_op_by_op_needs_no_environment():
     assert get_backend("jax").capabilities.variant("eager").exact.environment == {}
     assert Exact().price == "nothing"
@@ -674,12 +679,14 @@ def test_the_support_table_is_the_declaration(name):
         assert f"| {name} | {variant.name} | `{variant.about}` |" in table
 
 
+@pytest.mark.needs("torch", "jax")
 def test_the_support_table_of_the_documentation_is_up_to_date():
     table = support(get_backend(name) for name in ("jax", "numpy", "torch"))
     written = (Path(__file__).parent.parent / "docs" / "support.md").read_text(encoding="utf-8")
     assert table in written, "run: make support"
 
 
+@pytest.mark.needs("torch")
 def test_claims_follow_the_capabilities():
     torch = get_backend("torch")
     names = [claim.name for claim in claims(torch, torch.capabilities.variants[0], "fast")]
@@ -713,6 +720,7 @@ def stranger(tmp_path_factory):
     return run
 
 
+@pytest.mark.tree
 def test_a_stranger_finds_its_backend_and_the_kit(stranger):
     result = stranger("pytest", "-q", "-p", "no:cacheprovider", "test_mine.py", "-k", "denormals")
     assert "2 passed, 7 deselected" in result.stdout, result.stdout + result.stderr
@@ -722,6 +730,7 @@ def test_a_stranger_finds_its_backend_and_the_kit(stranger):
     assert "test_mine.py::TestDask::test_claim[functional-exact float64]" in where.stdout
 
 
+@pytest.mark.tree
 @pytest.mark.heavy
 @pytest.mark.timeout(1800)
 def test_a_stranger_passes_the_whole_kit(stranger):

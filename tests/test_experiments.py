@@ -18,6 +18,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytest.importorskip("typer")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
 from recadam_core import Constant, RecAdamError, Sigmoid
 from recadam_core.experiments import METHODS, Trial
 from recadam_core.experiments.data import Source, archives, target_of
@@ -337,6 +341,7 @@ def test_the_pull_holds_what_it_should(encoders):
     assert distance(method="recadam", pull=0.0) == distance(method="annealed")
 
 
+@pytest.mark.needs("torch")
 def test_what_is_not_there_is_named():
     from recadam_core.experiments import run_trial
 

@@ -13,6 +13,11 @@ import time
 
 import numpy as np
 import pytest
+
+pytest.importorskip("safetensors")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
 from safetensors.numpy import load_file, save_file
 
 from recadam_core import Linear, RecAdamError
@@ -25,15 +30,20 @@ BACKENDS = ("numpy", "torch", "jax")
 OPTIMIZERS = ("recadam", "annealed", "adamw", "coupled")
 
 
+class Runs(dict):
+    """300 steps of digits in float64, by backend and optimizer; made when first asked for."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __missing__(self, key):
+        run = finetune(RunConfig.for_task("digits", *key), self.folder / "-".join(key))
+        return self.setdefault(key, run)
+
+
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """300 steps of digits in float64, on every backend with every optimizer."""
-    folder = tmp_path_factory.mktemp("digits")
-    return {
-        (b, o): finetune(RunConfig.for_task("digits", b, o), folder / f"{b}-{o}")
-        for b in BACKENDS
-        for o in OPTIMIZERS
-    }
+    return Runs(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -58,6 +68,7 @@ def test_recadam_learns_the_task_and_keeps_the_digits(digits):
     assert ours["source_accuracy"] > unpulled["source_accuracy"] + 0.03  # the anchor's own share
 
 
+@pytest.mark.needs("torch", "jax")
 def test_a_run_leaves_everything_behind(digits):
     run = digits["torch", "recadam"]
     assert {p.name for p in run.path.iterdir()} == {
@@ -80,6 +91,7 @@ def test_a_run_leaves_everything_behind(digits):
     assert any(not np.array_equal(weights[n], start[n]) for n in weights)
 
 
+@pytest.mark.needs("jax")
 def test_distance_is_that_of_the_weights(digits):
     run = digits["jax", "recadam"]
     from recadam_core.finetuning.tasks import get_task
@@ -332,6 +344,7 @@ def test_a_run_that_fails_says_so(tmp_path):
     assert "the loss is" in status["reason"]
 
 
+@pytest.mark.needs("torch")
 def test_a_diverging_pull_is_refused_before_anything_is_written(tmp_path):
     config = RunConfig.for_task("digits", "torch", steps=10, gamma=5000.0)
     with pytest.raises(RecAdamError, match=r"step 1: .* diverges"):
@@ -425,6 +438,7 @@ def test_without_a_network_the_remedy_is_named(tmp_path, recadam):
     assert os.listdir(tmp_path / "archives") == []
 
 
+@pytest.mark.needs("torch")
 def test_an_unknown_model(recadam, tmp_path):
     result = recadam("finetune", "movie-reviews", "--model", "minilm-l7", "--out", tmp_path / "run")
     assert result.returncode == 2

@@ -17,6 +17,9 @@ from recadam_core.experiments.grids import EXPERIMENTS, Options
 from recadam_core.experiments.report import write_experiment
 from recadam_core.experiments.run import _row
 from recadam_core.experiments.table import Results
+
+pytest.importorskip("torch")
+
 from recadam_torch.classifiers import Classifier
 
 # Header and columns of each task's files; CoLA's have no header. `{a}`, `{b}` are texts, `{y}` the label.

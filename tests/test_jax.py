@@ -7,11 +7,14 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("jax")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 import recadam_core as rc
 import recadam_jax
@@ -384,7 +387,7 @@ def test_members_of_a_vmap_are_released_together():
 
 
 def test_anchors_are_turned_from_a_file_of_pytorch(tmp_path):
-    from safetensors.numpy import save_file
+    save_file = pytest.importorskip("safetensors.numpy").save_file
 
     weight = np.arange(6, dtype=np.float32).reshape(2, 3)
     save_file({"dense.weight": weight, "dense.bias": np.ones(2, np.float32)}, tmp_path / "m.safetensors")
@@ -421,7 +424,7 @@ def test_anchors_are_turned_from_a_file_of_pytorch(tmp_path):
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_no_anchor_is_named_in_one_line(tmp_path, file, more, message):
-    from safetensors.numpy import save_file
+    save_file = pytest.importorskip("safetensors.numpy").save_file
 
     save_file({"dense.kernel": np.ones((2, 3)), "dense.bias": np.ones(2)}, tmp_path / "m.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"no such thing")
@@ -460,8 +463,8 @@ def test_numpy_arrays_are_stepped_without_jit_too():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_two_parameters_may_take_one_tensor_of_a_checkpoint(tmp_path):
-    import orbax.checkpoint as ocp
-    from safetensors.numpy import save_file
+    ocp = pytest.importorskip("orbax.checkpoint")
+    save_file = pytest.importorskip("safetensors.numpy").save_file
 
     save_file({"emb": np.ones(2, np.float32)}, tmp_path / "m.safetensors")
     with ocp.StandardCheckpointer() as checkpointer:
@@ -480,8 +483,8 @@ def test_two_parameters_may_take_one_tensor_of_a_checkpoint(tmp_path):
 
 
 def test_a_checkpoint_of_flax_nnx_has_the_paths_of_its_state(tmp_path):
-    import orbax.checkpoint as ocp
-    from flax import nnx
+    ocp = pytest.importorskip("orbax.checkpoint")
+    nnx = pytest.importorskip("flax.nnx")
 
     state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
     with ocp.StandardCheckpointer() as checkpointer:

@@ -9,11 +9,18 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
+pytest.importorskip("jax")
+pytest.importorskip("equinox")
+pytest.importorskip("flax")
+pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("safetensors")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from safetensors.numpy import save_file
 
 from recadam_core import Linear

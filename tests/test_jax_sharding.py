@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("jax")
+
 from recadam_jax import FLAG
 
 HERE = Path(__file__).parent

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 
-import jax
 import numpy as np
 import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("jax")
+
+import jax
 import torch
 from safetensors.numpy import save_file
 

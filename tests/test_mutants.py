@@ -26,6 +26,7 @@ def show(group):
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+@pytest.mark.tree
 @pytest.mark.heavy
 @pytest.mark.parametrize("group", mutants.GROUPS)
 def test_every_mutation_is_caught(group):
@@ -55,6 +56,7 @@ def test_every_kernel_is_mutated():
     assert len(mutants.MUTATIONS) == len({(m.module, m.variants, m.what) for m in mutants.MUTATIONS}) == 76
 
 
+@pytest.mark.tree
 def test_every_mutation_finds_its_text_once():
     root = HERE.parent
     for mutation in mutants.MUTATIONS:

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 import itertools
 import json
 import os
 import subprocess
 import sys
-import warnings
 import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch")
+
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from recadam_core import Coefficients, Hyperparameters, RecAdam, RecAdamError, Sigmoid
-from recadam_numpy import NumpyBackend
-from recadam_numpy.one_pass import COLUMNS, LEAST, Table
+from recadam_core import Coefficients, RecAdamError, Sigmoid
 from recadam_torch import Anchors, kernel_
 from recadam_torch import RecAdam as TorchRecAdam
-from recadam_torch.fused import FUSED, fused_kernel, torch_team
+from recadam_torch.fused import FUSED, fused_kernel
 
 # Triton's interpreter takes a process of its own, which sees this file with Triton's tests alone.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -99,51 +97,6 @@ def test_values_at_the_ends_of_bfloat16_and_float16(name):
         flushes = name == "triton" and dtype == B16
         seen = (theta.abs() > 2.0**-125) | theta.isnan() if flushes else slice(None)
         torch.testing.assert_close(found[seen], expected[seen], rtol=0, atol=0, equal_nan=True)
-
-
-def one_thread(function, pointer, workers):
-    """A team that gives fewer threads than were asked for."""
-    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(pointer)
-
-
-@pytest.mark.parametrize("workers", [1, 2, 3, 7])
-@pytest.mark.parametrize("team", [None, torch_team(), one_thread], ids=["pool", "torch", "fewer"])
-def test_any_number_of_threads_shares_the_work_out(workers, team):
-    sizes = [3, 0, 5 * LEAST + 17, 1, LEAST - 1, 0, 4 * LEAST, 2]
-    rng = np.random.default_rng(0)
-    columns = [[rng.standard_normal(n) for n in sizes] for _ in COLUMNS]
-    columns[3] = [abs(x) for x in columns[3]]
-    expected = [[x.copy() for x in xs] for xs in columns]
-    c = Coefficients(0.9, 0.999, 1e-3, 1e-8, 0.25, 0.01)
-    table = Table(sizes, ["float64"] * 5, workers)
-    table.addresses[:] = [[x.ctypes.data for x in xs] for xs in columns]
-    torch.ones(10**6).add_(1)  # wakes torch's threads, if there are any
-    table.run(c, True, team)
-    from recadam_numpy import kernel
-
-    for i in range(len(sizes)):
-        kernel(*(xs[i] for xs in expected), c)
-    for name, xs, ys in zip(COLUMNS, columns, expected, strict=True):
-        for x, y in zip(xs, ys, strict=True):
-            np.testing.assert_array_equal(x, y, err_msg=name)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_has_threads_of_its_own():
-    table = Table([4 * LEAST], ["float32"] * 5, 2)
-    held = [np.ones(4 * LEAST, dtype=np.float32) for _ in COLUMNS]
-    table.addresses[:, 0] = [x.ctypes.data for x in held]
-    c = Coefficients(0.9, 0.999, 1e-3, 1e-8, 0.25, 0.0)
-    table.run(c, True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of forking with threads, which is the point
-        child = os.fork()
-    if child == 0:
-        with contextlib.suppress(BaseException):
-            table.run(c, True)
-            os._exit(0)
-        os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0
 
 
 # What the optimizer keeps of the last step.
@@ -449,162 +402,3 @@ def test_what_a_grad_scaler_finds_stays_on_the_device_with_triton():
             assert torch.equal(p, q)
             assert infinite or torch.equal(p.grad, q.grad)  # it is unscaled where it lies
             assert optimizer.state[p]["step"] == reference.state[q]["step"]
-
-
-# NumPy.
-
-
-def test_numpy_steps_in_place_when_it_may():
-    hp = Hyperparameters(lr=1e-2, gamma=10.0, annealing=Sigmoid(k=0.5, t0=6.0))
-    rng = np.random.default_rng(0)
-    start = {"w": rng.standard_normal((40, 50)).astype(np.float32), "head": rng.standard_normal(3)}
-    anchors = {"w": start["w"]}
-    plain, placed = RecAdam(hp, NumpyBackend()), RecAdam(hp, NumpyBackend(fused=True, in_place=True))
-    params, mine = dict(start), {name: x.copy() for name, x in start.items()}
-    memory = {name: x.ctypes.data for name, x in mine.items()}
-    state, own = plain.init(params, anchors), placed.init(mine, anchors)
-    for t in range(60):
-        grads = {name: rng.standard_normal(x.shape).astype(x.dtype) for name, x in start.items()}
-        params, state = plain.step(params, grads, state)
-        mine, own = placed.step(mine, grads, own)
-        for name in start:
-            np.testing.assert_array_equal(mine[name], params[name], err_msg=f"{name} at {t}")
-            np.testing.assert_array_equal(own.moments[name].v, state.moments[name].v)
-    assert {name: x.ctypes.data for name, x in mine.items()} == memory
-
-
-def two_names(kind):
-    """Parameters, gradients and a state of two names, the second of which cannot be stepped in place."""
-    rng = np.random.default_rng(0)
-    whole = rng.random(9)
-    params, grads = ({"a": rng.random(8), "b": rng.random(8)} for _ in range(2))
-    anchors = {"a": params["a"]} if "head" in kind else params
-    state = RecAdam(Hyperparameters(lr=1e-2, gamma=10.0)).init(params, anchors)
-    if kind.startswith("one array"):
-        params["b"] = params["a"]
-    elif kind == "overlapping":
-        params = {"a": whole[:-1], "b": whole[1:]}
-    elif kind == "gradient":
-        grads["b"] = params["a"]
-    elif kind == "reversed gradient":
-        params["b"], grads["a"] = whole[1:], whole[:-1]
-    elif kind == "moment":
-        state.moments["b"] = state.moments["b"]._replace(v=params["a"])
-    elif kind == "moments":
-        state.moments["b"] = state.moments["a"]
-    elif kind == "anchor":
-        state.anchors["a"] = params["b"]
-    elif kind.startswith("read-only moment"):
-        state.moments["b"].v.flags.writeable = False
-    elif kind.startswith("read-only"):
-        params["b"].flags.writeable = False
-    elif kind.startswith("more bits"):  # which one pass does not know
-        params["b"] = params["b"].astype(np.longdouble)
-    elif kind == "masked":
-        grads["b"] = np.ma.array(grads["b"])
-    return params, grads, state
-
-
-@pytest.mark.parametrize(
-    ("kind", "says"),
-    [
-        ("one array", "theta of 'a' and theta of 'b' share memory; give a copy of one"),
-        ("one array, the other a head", "theta of 'a' and theta of 'b' share memory; give a copy of one"),
-        ("overlapping", "theta of 'a' and theta of 'b' share memory; give a copy of one"),
-        ("gradient", "theta of 'a' and grad of 'b' share memory; give a copy of one"),
-        ("reversed gradient", "theta of 'b' and grad of 'a' share memory; give a copy of one"),
-        ("moment", "theta of 'a' and v of 'b' share memory; give a copy of one"),
-        ("moments", "of 'a' and"),
-        ("moments", "of 'b' share memory; give a copy of one"),
-        ("anchor", "theta of 'b' and anchor of 'a' share memory; give a copy of one"),
-        ("read-only", "theta of 'b' is read-only; give a copy, or leave in_place out"),
-        ("read-only head", "theta of 'b' is read-only; give a copy, or leave in_place out"),
-        ("read-only moment of a head", "v of 'b' is read-only; give a copy, or leave in_place out"),
-        ("more bits", "Table: moments are"),
-        ("more bits in a head", "Table: moments are"),
-        ("masked", "gradient of 'b' is MaskedArray"),
-    ],
-)
-def test_what_cannot_be_stepped_in_place_is_refused_before_anything_is_written(kind, says):
-    params, grads, state = two_names(kind)
-    held = copy.deepcopy((params, grads, state))
-    optimizer = RecAdam(Hyperparameters(lr=1e-2, gamma=10.0), NumpyBackend(fused=True, in_place=True))
-    with pytest.raises(RecAdamError) as caught:
-        optimizer.step(params, grads, state)
-    assert says in str(caught.value)
-    np.testing.assert_equal((params, grads, state), held)
-
-
-@pytest.mark.parametrize("kind", ["one array", "overlapping", "gradient", "moments", "anchor", "read-only"])
-@pytest.mark.parametrize("fused", [False, True])
-def test_in_new_memory_arrays_may_be_shared(kind, fused):
-    params, grads, state = two_names(kind)
-    alone = copy.deepcopy((params, grads, state))
-    optimizer = RecAdam(Hyperparameters(lr=1e-2, gamma=10.0), NumpyBackend(fused=fused))
-    found, _ = optimizer.step(params, grads, state)
-    for name in params:
-        expected, _ = optimizer.step({name: alone[0][name].copy()}, {name: alone[1][name].copy()}, alone[2])
-        np.testing.assert_array_equal(found[name], expected[name])
-
-
-def test_interleaved_arrays_that_share_nothing_are_stepped_in_place():
-    """Rows of one array, and columns, which are copied."""
-    hp = Hyperparameters(lr=1e-2, gamma=10.0)
-    for rows in (True, False):
-        whole, grads = np.random.default_rng(0).random((2, 4, 4))
-        params = {f"p{i}": x for i, x in enumerate(whole if rows else whole.T)}
-        grads = {f"p{i}": x for i, x in enumerate(grads)}
-        expected, _ = RecAdam(hp).step(params, grads, RecAdam(hp).init(params, params))
-        placed = RecAdam(hp, NumpyBackend(fused=True, in_place=True))
-        found, _ = placed.step(params, grads, placed.init(params, params))
-        for name, x in expected.items():
-            np.testing.assert_array_equal(found[name], x)
-            assert not rows or np.shares_memory(found[name], whole)
-
-
-@pytest.mark.parametrize(
-    ("column", "array", "says"),
-    [
-        (0, np.ones(3, np.float32), "one_pass: theta 1 is float32 of shape (3,), theta float64 of (3,)"),
-        (1, np.ones(3, ">f8"), "one_pass: grad 1 is >f8 of shape (3,), theta float64 of (3,)"),
-        (2, [0.0] * 3, "one_pass: m 1 is list; give an array"),
-        (4, np.ma.array(np.ones(3)), "one_pass: anchor 1 is MaskedArray"),
-        (3, None, "one_pass: lists of [1, 2] arrays; give as many of each"),
-    ],
-)
-def test_lists_of_several_kinds_are_refused_before_anything_is_written(column, array, says):
-    from recadam_numpy.one_pass import one_pass
-
-    columns = [[np.ones(3), np.ones(3)] for _ in COLUMNS]
-    columns[column] = columns[column][:1] + ([] if array is None else [array])
-    held = copy.deepcopy(columns)
-    with pytest.raises(RecAdamError) as caught:
-        one_pass(*columns, Coefficients(0.9, 0.999, 1e-3, 1e-8, 0.25, 0.0))
-    assert says in str(caught.value)
-    np.testing.assert_equal(columns, held)
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"grad": np.ones((1, 3))}, "kernel: grad is float64 of shape (1, 3), theta float64 of (3,)"),
-        ({"anchor": np.ones(3, np.float32)}, "kernel: anchor is float32 of shape (3,)"),
-        ({"importance": np.ones(2)}, "kernel: importance is float64 of shape (2,)"),
-        ({"v": np.broadcast_to(0.0, 3)}, "kernel: v is read-only; give a copy"),
-        ({"c": None}, "kernel: c is None; give Coefficients"),
-    ],
-)
-def test_the_kernel_refuses_before_anything_is_written(change, says):
-    from recadam_numpy import kernel
-
-    c = Coefficients(0.9, 0.999, 1e-3, 1e-8, 0.25, 0.0)
-    given = {name: np.ones(3) for name in COLUMNS} | {"c": c, **change}
-    held = copy.deepcopy(given)
-    with pytest.raises(RecAdamError) as caught:
-        kernel(**given)
-    assert says in str(caught.value)
-    np.testing.assert_equal(given, held)
-    shared = np.ones(3)
-    with pytest.raises(RecAdamError, match="kernel: theta and grad share memory; give a copy of one"):
-        kernel(shared, shared, np.ones(3), np.ones(3), None, c)
-    assert shared.tolist() == [1.0, 1.0, 1.0]

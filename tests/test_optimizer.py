@@ -80,14 +80,14 @@ def test_a_pull_after_the_anchor_was_freed_is_refused():
         RecAdam(HP).step(params, params, freed)
 
 
-def test_sixteen_bit_parameters_have_float32_moments():
-    for name in BACKENDS:
-        backend = get_backend(name)
-        params = start(backend, "float16")
-        optimizer = RecAdam(HP)
-        new, state = optimizer.step(params, params, optimizer.init(params, params))
-        assert "float16" in str(new["w"].dtype)
-        assert "float32" in str(state.moments["w"].m.dtype)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_sixteen_bit_parameters_have_float32_moments(name):
+    backend = get_backend(name)
+    params = start(backend, "float16")
+    optimizer = RecAdam(HP)
+    new, state = optimizer.step(params, params, optimizer.init(params, params))
+    assert "float16" in str(new["w"].dtype)
+    assert "float32" in str(state.moments["w"].m.dtype)
 
 
 def test_a_head_takes_plain_adam_whatever_the_annealing():

@@ -9,6 +9,9 @@ import pickle
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch")
+
 import torch
 
 from recadam_core import Constant, Linear, RecAdamError, Sigmoid

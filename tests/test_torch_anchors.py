@@ -12,7 +12,9 @@ import sys
 import warnings
 
 import pytest
-import rich.console
+
+pytest.importorskip("torch")
+
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -323,7 +325,7 @@ def test_the_report_is_a_table_that_can_be_read(pretrained):
         "3 of 6 parameters anchored (58.8% of 34 numbers) in memory; new: encoder.dense.bias, head.weight, "
         "head.bias"
     )
-    console = rich.console.Console(width=160, record=True, file=io.StringIO())
+    console = pytest.importorskip("rich.console").Console(width=160, record=True, file=io.StringIO())
     console.print(coverage)
     lines = console.export_text().splitlines()
     assert lines[0] == str(coverage)

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("torch")
+
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file

@@ -6,6 +6,9 @@ import math
 import warnings
 
 import pytest
+
+pytest.importorskip("torch")
+
 import torch
 from safetensors.torch import save_file
 from torch import nn

@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+pytestmark = pytest.mark.tree
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):

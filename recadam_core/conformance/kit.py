@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..backends import get_backend
+from ..backends import get_backend, is_missing
 from ..errors import RecAdamError
 from .claims import LEVELS, Claim, Result
 from .run import Job, certify, is_here, plan
@@ -60,6 +60,12 @@ class BackendConformance:
     def pytest_generate_tests(self, metafunc: Any) -> None:
         """Pytest's hook: a test a claim."""
         if {"job", "index"} <= set(metafunc.fixturenames):
+            if is_missing(self.backend):
+                import pytest
+
+                absent = pytest.mark.skip(reason=f"could not import {self.backend!r}")
+                metafunc.parametrize(("job", "index"), [pytest.param(None, 0, marks=absent)], ids=["any"])
+                return
             items = [(job, index) for job in self.jobs() for index in range(len(job.claims))]
             names = [f"{variant}-{claim.name}" for job, i in items for variant, claim in [job.claims[i]]]
             metafunc.parametrize(("job", "index"), items, ids=names)
