@@ -41,7 +41,7 @@ from .kernel import kernel_
 from .prepared import Prepared
 from .settings import FLAGS, FROM, Policies, Policy, check_parameter, named, rate_of, settled
 from .shards import in_memory, is_sharded, is_wrapper, like, local, summed
-from .sources import Mapped, mapped_files
+from .sources import Mapped, is_wide, mapped_files
 from .stepping import Work, check_alike, check_memory, check_place, execute
 from .telemetry import Drift, drift_of, squares
 from .zero import forget, is_flat_part, joined
