@@ -135,7 +135,7 @@ MUTATIONS = [
     *_kernel(
         "torch", "recadam_torch.optimizer", "foreach",
         ("t is off by one", 'int(state["step"]) + 1', 'int(state["step"]) + 2'),
-        ("heads and bodies are one list", '(t, "anchor" in state,', "(t, True,"),
+        ("heads and bodies are one list", 'anchored = "anchor" in state and', "anchored ="),
     ),
     *_kernel(
         "torch", "recadam_torch.stepping", "capturable",
@@ -154,7 +154,7 @@ MUTATIONS = [
     ),
     *_kernel(
         "torch", "recadam_torch.prepared", "fused",
-        ("t is off by one", "int(steps[0]) + 1", "int(steps[0]) + 2"),
+        ("t is off by one", "int(steps.pop()) + 1", "int(steps.pop()) + 2"),
     ),
     *_kernel(
         "triton", "recadam_torch.triton_kernel", "triton",
