@@ -6,6 +6,7 @@ contracts differently in arrays of other sizes, and numbers differ in their last
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 
@@ -20,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
 from recadam_core import Hyperparameters, Linear
-from recadam_jax import FLAG, from_hyperparameters, host_coefficients, load_anchor, release
+from recadam_jax import FLAG, from_hyperparameters, host_coefficients, load_anchor, recadam, release
 
 HP = Hyperparameters(lr=1e-2, gamma=20.0, weight_decay=0.1, annealing=Linear(t0=8))
 SHAPES = {"encoder": {"kernel": (16, 24), "bias": (24,)}, "head": {"kernel": (24, 8)}}
@@ -232,3 +233,80 @@ def test_coefficients_of_the_host(alone):
         updates, state = step(params, state, jax.device_put(draw(t), places), host_coefficients(t + 1, HP))
         params = optax.apply_updates(params, updates)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-6), params, alone[0])
+
+
+ONE = np.ones((16, 8), np.float32)
+
+
+def placed(kind, mesh):
+    """An array of one kind of place; the mesh's axis is x."""
+    first, third = jax.devices()[0], jax.devices()[3]
+    single = jax.sharding.SingleDeviceSharding
+    other = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("y",))
+    return {
+        "numpy": lambda: ONE,
+        "anywhere": lambda: jnp.asarray(ONE),
+        "third device": lambda: jax.device_put(ONE, third),
+        "host": lambda: jax.device_put(ONE, single(first, memory_kind="pinned_host")),
+        "other mesh": lambda: jax.device_put(ONE, NamedSharding(other, P("y"))),
+        "mesh": lambda: jax.device_put(ONE, NamedSharding(mesh, P("x"))),
+        "mesh, turned": lambda: jax.device_put(ONE, NamedSharding(mesh, P(None, "x"))),
+        "mesh, host": lambda: jax.device_put(ONE, NamedSharding(mesh, P("x"), memory_kind="pinned_host")),
+    }[kind]()
+
+
+GENTLE = {"gamma": 1.0, "annealing": Linear(t0=10)}
+GIVEN = ("numpy", "anywhere", "third device", "host", "other mesh")
+PLACES = [
+    *((None, kind, GIVEN) for kind in ("numpy", "anywhere", "third device", "host")),
+    *(
+        (axes, kind, (*GIVEN, "mesh", "mesh, turned"))
+        for axes in (AxisType.Auto, AxisType.Explicit)
+        for kind in ("mesh", "mesh, host")
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("axes", "kind", "given"),
+    PLACES,
+    ids=[f"{axes.name if axes else 'no'} {kind}" for axes, kind, _ in PLACES],
+)
+def test_an_anchor_goes_where_its_parameter_is(axes, kind, given):
+    if HOST != "pinned_host" and axes is AxisType.Explicit and "host" in kind:
+        pytest.skip("before 0.10 JAX compiles no such program for a CPU")
+    mesh = axes and jax.make_mesh((8,), ("x",), axis_types=(axes,))
+    with jax.set_mesh(mesh) if axes is AxisType.Explicit else contextlib.nullcontext():
+        params = {"w": placed(kind, mesh)}
+        p = jnp.asarray(params["w"]) if kind == "numpy" else params["w"]
+        grads = {"w": jax.device_put(ONE, p.sharding.with_memory_kind("device")) if p.committed else ONE}
+        update = recadam(1e-2, **GENTLE).update
+        compiled = jax.jit(update)
+        for name in given:
+            x = {"w": placed(name, mesh)}
+            init = recadam(1e-2, anchor=x, importance=x, **GENTLE).init
+            for make, memory in ((init, p.sharding.memory_kind), (jax.jit(init), HOST)):
+                state = make(params)
+                for kept in (state.anchor["w"], state.importance["w"]):
+                    where = p.sharding.with_memory_kind(memory if "host" in kind else "device")
+                    assert kept.sharding.is_equivalent_to(where, 2)
+                    assert kept.sharding.memory_kind == where.memory_kind
+                    assert p.committed or not kept.committed
+                updates, _ = compiled(grads, state, params)
+                assert updates["w"].devices() == p.devices()
+                np.testing.assert_allclose(updates["w"], -1e-3, rtol=1e-5)
+        for step in (update, compiled):
+            updates, _ = step(grads, jax.device_get(state), params)
+            assert updates["w"].devices() == p.devices()
+            np.testing.assert_allclose(updates["w"], -1e-3, rtol=1e-5)
+
+
+def test_shapes_with_shardings_make_a_state_that_is_laid_out():
+    places = shardings("both")
+    shapes = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), draw(0), places
+    )
+    state = make().init(shapes)
+    for tree in (state.mu, state.nu):
+        assert_laid_out(tree, places)
+    assert_laid_out(state.anchor["encoder"], places["encoder"])

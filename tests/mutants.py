@@ -76,8 +76,8 @@ MUTATIONS = [
         ("lr is missing in the pull", "pull = lr * hp.gamma * recall", "pull = hp.gamma * recall"),
         ("the recall weight is missing", "pull = lr * hp.gamma * recall", "pull = lr * hp.gamma"),
         ("the root of the second correction is missing", "root = xp.sqrt(c2)", "root = c2"),
-        ("eps is not corrected", "step, hp.eps * root, pull, decay)", "step, hp.eps, pull, decay)"),
-        ("released: the pull forgets the decay", "hp.eps, _scaled(pull, keep), decay)", "hp.eps, pull, decay)"),
+        ("eps is not corrected", "    else:\n        eps = eps * root\n", "    else:\n        pass\n"),
+        ("released: the pull forgets the decay", "_scaled(pull, keep)", "pull"),
         ("proximal: the decay is not shrunk", "_scaled(decay, shrink)", "decay"),
         ("1 - beta^t cancels", "(-xp.expm1(t * _log(beta, xp)) for", "(1 - xp.exp(t * _log(beta, xp)) for"),
     ),
@@ -86,7 +86,7 @@ MUTATIONS = [
         ("1 - sigma(x) for sigma(-x)", "xp.where(rising, low, high)",
          "self.weight - xp.where(rising, high, low)"),
         ("the sum of the weights is 1", "high, low = self.weight / (1.0 + e)", "high, low = 1.0 / (1.0 + e)"),
-        ("the anchor is never released", "return task, (xp or host).where(recall < RECALL_FLOOR, 0.0 * recall, recall)",
+        ("the anchor is never released", "return task, where(recall < RECALL_FLOOR, 0.0 * recall, recall)",
          "return task, recall"),
         ("t0 is off by one", "x = self.k * (t - self.t0)", "x = self.k * (t - self.t0 - 1)"),
         ("linear goes on", "xp.where(rising, task, zero + self.weight)", "task"),
@@ -135,7 +135,7 @@ MUTATIONS = [
     *_kernel(
         "torch", "recadam_torch.optimizer", "foreach",
         ("t is off by one", 'int(state["step"]) + 1', 'int(state["step"]) + 2'),
-        ("heads and bodies are one list", '(t, "anchor" in state,', "(t, True,"),
+        ("heads and bodies are one list", 'anchored = "anchor" in state and', "anchored ="),
     ),
     *_kernel(
         "torch", "recadam_torch.stepping", "capturable",
@@ -154,7 +154,7 @@ MUTATIONS = [
     ),
     *_kernel(
         "torch", "recadam_torch.prepared", "fused",
-        ("t is off by one", "int(steps[0]) + 1", "int(steps[0]) + 2"),
+        ("t is off by one", "int(steps.pop()) + 1", "int(steps.pop()) + 2"),
     ),
     *_kernel(
         "triton", "recadam_torch.triton_kernel", "triton",

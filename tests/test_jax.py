@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
+import os
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -413,7 +416,7 @@ def test_anchors_are_turned_from_a_file_of_pytorch(tmp_path):
         ("other.safetensors", {}, "anchors: {}/other.safetensors: no such file or folder; give"),
         ("bad.safetensors", {}, "anchors: {}/bad.safetensors: damaged, or not there (Error while"),
         ("bad.safetensors.index.json", {}, "anchors: {}/bad.safetensors.index.json: damaged index ("),
-        ("lost.safetensors.index.json", {}, "anchors: {}/lost.safetensors: damaged, or not there (No such"),
+        ("lost.safetensors.index.json", {}, "anchors: {}/lost.safetensors: damaged, or not there (no such"),
         (
             "m.safetensors",
             {"name": lambda path: "dense.bias", "new": ["head"]},
@@ -512,7 +515,7 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
         ),
         (
             lambda: recadam(1e-5).update({"a": {"w": None}}, recadam(1e-5).init(PARAMS), PARAMS),
-            "gradient 'a/w' is None; give floating arrays of 16 bits or more, or freeze the parameter",
+            "gradient 'a/w' is None; give floating arrays of 16 to 64 bits, or freeze the parameter",
         ),
         (lambda: recadam(1e-5, mu_dtype=jnp.int32), "recadam: mu_dtype is"),
         (lambda: recadam(1e-5, anchor_dtype=jnp.int8), "recadam: anchor_dtype is"),
@@ -520,7 +523,7 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
         (lambda: recadam(1e-5, annealing=Sigmoid), "Hyperparameters: annealing is"),
         (
             lambda: recadam(1e-4, anchor={"a": {"w": jnp.arange(2)}}).init(PARAMS),
-            "anchor 'a/w' has dtype int32; give floating arrays of 16 bits or more",
+            "anchor 'a/w' has dtype int32; give floating arrays of 16 to 64 bits",
         ),
         (
             lambda: recadam(1e-4, anchor={"a": {"v": jnp.ones(2)}}).init(PARAMS),
@@ -536,7 +539,7 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
         ),
         (
             lambda: recadam(1e-4).update({"a": {"w": jnp.arange(2)}}, recadam(1e-4).init(PARAMS), PARAMS),
-            "gradient 'a/w' has dtype int32; give floating arrays of 16 bits",
+            "gradient 'a/w' has dtype int32; give floating arrays of 16 to 64",
         ),
         (
             lambda: recadam(1e-4).update(PARAMS, recadam(1e-4).init({"a": {"w": jnp.ones(3)}}), PARAMS),
@@ -567,7 +570,10 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
             "anchor 'a/w' has values beyond float16; give another anchor_dtype",
         ),
         (lambda: recadam(1e-4, anchor_dtype="float99"), "recadam: anchor_dtype is float99; give a floating"),
-        (lambda: recadam(lambda count: None).init(PARAMS), "recadam, step 1: the schedule's learning rate is None; give a finite number"),
+        (
+            lambda: recadam(lambda count: None).init(PARAMS),
+            "recadam, step 1: the schedule's learning rate is None; give a finite number >= 0",
+        ),
         (
             lambda: recadam(1e-4, annealing=lambda count: jnp.nan).init(PARAMS),
             "Schedule, step 1: the task weight is nan; give a finite number >= 0",
@@ -610,6 +616,15 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
             lambda: recadam(1e-5, anchor={"a": {"w": jnp.array([1.0, jnp.nan])}}).init(PARAMS),
             "anchor 'a/w' holds NaN",
         ),
+        (
+            lambda: recadam(1e-4, anchor_mask=lambda params: None).init(PARAMS),
+            "anchor_mask: the function gives None; have it give a tree of bools",
+        ),
+        *[
+            (lambda x=x: recadam(1e-4, annealing=x), "recadam: annealing is ")
+            for x in (-1.0, 1.5, np.nan, True, np.ones(1), jnp.float32(-1.0))
+        ],
+        (lambda: recadam(1e-4, annealing="half"), "Hyperparameters: annealing is 'half'; give one"),
         (lambda: recadam(-1.0), "Hyperparameters: lr is -1.0; give a finite number >= 0"),
         (lambda: recadam(1e-4).init({"a": {"w": jnp.arange(2)}}), "parameter 'a/w' has dtype int32;"),
         (
@@ -632,3 +647,392 @@ def test_bad_input_is_named_in_one_line(act, message):
         act()
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def through_msgpack(state):
+    from flax import serialization
+
+    return serialization.from_bytes(state, serialization.to_bytes(state))
+
+
+def through_npz(state):
+    file = io.BytesIO()
+    leaves, structure = jax.tree.flatten(state)
+    np.savez(file, *map(np.asarray, leaves))
+    file.seek(0)
+    return structure.unflatten(list(np.load(file).values()))
+
+
+def through_orbax(state):
+    import orbax.checkpoint as ocp
+
+    with tempfile.TemporaryDirectory() as folder, ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(Path(folder) / "state", state)
+        kept = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), state)
+        return checkpointer.restore(Path(folder) / "state", item=state, restore_args=kept)
+
+
+def counting(kind):
+    return lambda state: state._replace(count=kind(state.count))
+
+
+RESTORED = {
+    "device_get": jax.device_get,
+    "msgpack": through_msgpack,
+    "npz": through_npz,
+    "orbax": through_orbax,
+    "count as int": counting(int),
+    "count as np.int32": counting(np.int32),
+    "count as np.int64": counting(np.int64),
+}
+HP = Hyperparameters(lr=1e-2, gamma=10.0, annealing=Constant(1.0, 1.0))
+STEPPED = {
+    "recadam": (from_hyperparameters(HP, importance={"w": np.ones(2, np.float32)}), {}),
+    "scale_by_recadam": (scale_by_recadam(gamma=10.0, annealing=HP.annealing), {}),
+    "host_coefficients": (from_hyperparameters(HP), {"coefficients": host_coefficients(1, HP)}),
+}
+
+
+@pytest.mark.parametrize("tx", STEPPED.values(), ids=STEPPED)
+@pytest.mark.parametrize("restored", RESTORED.values(), ids=RESTORED)
+@pytest.mark.filterwarnings("ignore")
+def test_a_restored_state_steps_alike(restored, tx):
+    tx, more = tx
+    params = {"w": jnp.ones(2)}
+    state, moved = tx.init(params), {"w": jnp.full(2, 2.0)}
+    wanted = tx.update(params, state, moved, **more)
+    for update in (tx.update, jax.jit(tx.update)):
+        whole = update(params, state, moved, **more)
+        found = update(params, restored(state), moved, **more)
+        assert_close(found, whole, rtol=0, atol=0)
+        assert_close(found, wanted, rtol=1e-6, atol=0)
+        assert jax.tree.map(lambda x: x.dtype, found[1]) == jax.tree.map(lambda x: x.dtype, whole[1])
+    with jax.disable_jit():
+        assert_close(tx.update(params, restored(state), moved, **more), wanted, rtol=0, atol=0)
+    scale = -1e2 if tx is STEPPED["scale_by_recadam"][0] else 1.0
+    np.testing.assert_allclose(wanted[0]["w"], (-0.01 - 0.1) * scale, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, np.float64, np.array])
+def test_a_leaf_that_is_a_number_steps_as_an_array_does(kind):
+    tx = recadam(1e-2, **SETTINGS)
+    for update in (tx.update, jax.jit(tx.update)):
+        results = []
+        for one in (kind, jnp.float32):
+            params, grads = {"w": one(1.5)}, {"w": one(0.3)}
+            results.append(update(grads, tx.init(params), params))
+        assert_close(*results, rtol=0, atol=0)
+        assert results[0][0]["w"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_mask_that_is_a_module_is_a_tree(compiled):
+    import equinox as eqx
+
+    net = eqx.filter(eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0)), eqx.is_inexact_array)
+    mask = jax.tree.map(lambda x: x.ndim == 2, net)
+    assert callable(mask)
+    init = recadam(1e-5, anchor_mask=mask).init
+    anchor = (jax.jit(init) if compiled else init)(net).anchor
+    assert [layer.bias for layer in anchor.layers] == [None, None]
+    assert [layer.weight.shape for layer in anchor.layers] == [(4, 2), (2, 4)]
+
+
+FULL = {"body": {"w": jnp.ones(2), "b": jnp.ones(1)}, "head": jnp.ones(3)}
+
+
+@pytest.mark.parametrize("branch", [True, False], ids=["branch", "leaves"])
+@pytest.mark.parametrize("frozen", ["body", "head"])
+def test_frozen_branches_take_no_anchor_of_a_whole_tree(frozen, branch):
+    trained = {name: jax.tree.map(lambda _, kept=name != frozen: kept, x) for name, x in FULL.items()}
+    if branch:
+        trained = {name: name != frozen for name in FULL}
+    label = jax.tree.map(lambda x: "trained" if x else "frozen", trained)
+    ours = recadam(1e-2, gamma=10.0, annealing=Constant(0.0, 1.0), anchor=FULL, importance=FULL)
+    moved = jax.tree.map(lambda x: x + 1, FULL)
+    zeros = jax.tree.map(jnp.zeros_like, FULL)
+    for tx in (
+        optax.partition({"trained": ours, "frozen": optax.set_to_zero()}, label),
+        optax.masked(ours, trained),
+    ):
+        for init, update in ((tx.init, tx.update), (jax.jit(tx.init), jax.jit(tx.update))):
+            updates, _ = update(zeros, init(FULL), moved)
+            for name in FULL:
+                pull = 0.0 if name == frozen else -0.1
+                assert_close(
+                    updates[name], jax.tree.map(lambda x, r=pull: x * r, FULL[name]), rtol=1e-6, atol=0
+                )
+
+
+def test_where_a_filtered_tree_has_nothing_a_whole_anchor_is_not_read():
+    state = recadam(1e-5, anchor=FULL).init({**FULL, "body": None})
+    assert state.anchor["body"] is None
+    assert state.anchor["head"].shape == (3,)
+
+
+@pytest.mark.parametrize("kind", [float, np.float16, np.float32, np.float64, np.array, jnp.float32])
+def test_each_kind_of_number_is_an_annealing_that_does_not_change(kind):
+    ours, _ = run(recadam(1e-2, gamma=10.0, annealing=kind(0.5)), tree(), 3)
+    named, _ = run(recadam(1e-2, gamma=10.0, annealing=Constant(0.5, 0.5)), tree(), 3)
+    assert_close(ours, named, rtol=0, atol=0)
+
+
+def test_a_schedule_may_end_a_rounding_above_one():
+    tx = recadam(1e-2, gamma=1.0, annealing=lambda count: jnp.float32(1 + 2e-7))
+    params = {"w": jnp.ones(2)}
+    for update in (tx.update, jax.jit(tx.update)):
+        updates, _ = update(params, tx.init(params), {"w": jnp.full(2, 5.0)})
+        np.testing.assert_allclose(updates["w"], -0.01, rtol=1e-5)
+
+
+# What an annealing may give, as a schedule and as an object of one's own, and what the host says of it.
+WRONG_WEIGHTS = {
+    "nan": (jnp.nan, "the task weight is nan"),
+    "infinite": (jnp.inf, "the task weight is inf"),
+    "negative": (-0.5, "the task weight is -0.5"),
+    "None": (None, "the task weight is None"),
+    "text": ("a lot", "the task weight is 'a lot'"),
+    "three": ((1.0, 1.0, 1.0), "weights(1) gives (1.0, 1.0, 1.0)"),
+    "recall of nan": ((1.0, jnp.nan), "the recall weight is nan"),
+    "recall below 0": ((1.0, -1.0), "the recall weight is -1.0"),
+    "recall below 0 by the task": (1.5, "the recall weight is -0.5"),
+    "a vector": (np.ones(1), "the task weight is array([1.])"),
+    "a truth": (True, "the task weight is True"),
+}
+
+
+@pytest.mark.parametrize("form", ["decoupled", "proximal"])
+@pytest.mark.parametrize(("weights", "message"), WRONG_WEIGHTS.values(), ids=WRONG_WEIGHTS)
+def test_wrong_weights_of_an_annealing_are_refused(weights, message, form):
+    class Own:
+        def weights(self, t, xp=None):
+            return weights
+
+    pair = isinstance(weights, tuple)
+    for annealing, name in ((lambda count: weights, "Schedule"), (Own(), "Own"))[: 1 + pair]:
+        tx = recadam(1e-3, gamma=1.0, annealing=annealing, form=form)
+        with pytest.raises(RecAdamError) as caught:
+            tx.init(PARAMS)
+        assert str(caught.value).startswith(name)
+        assert message in str(caught.value)
+        state = recadam(1e-3, gamma=1.0).init(PARAMS)
+        for update in (tx.update, jax.jit(tx.update)):
+            with pytest.raises(RecAdamError):
+                update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("weight", [jnp.nan, jnp.inf, -0.5])
+def test_wrong_weights_in_arrays_are_refused_in_the_step_that_is_not_compiled(weight):
+    tx = recadam(1e-3, gamma=1.0, annealing=lambda c: (jnp.where(c < 1, 0.5, weight), jnp.float32(0.5)))
+    _, state = tx.update(PARAMS, recadam(1e-3, gamma=1.0).init(PARAMS), PARAMS)
+    with pytest.raises(
+        RecAdamError, match=r"^recadam, step 2: the learning rate or the annealing is negative"
+    ):
+        tx.update(PARAMS, state, PARAMS)
+
+
+def test_a_schedule_that_falls_below_zero_is_refused():
+    with pytest.raises(RecAdamError, match=r"^Schedule, step 1\d\d: the task weight is -0\.\d*; give"):
+        recadam(1e-3, gamma=1.0, annealing=lambda count: 1 - count / 100).init(PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("gamma", jnp.float32(-1.0), "gamma is Array(-1., dtype=float32)"),
+        ("eps", jnp.float32(jnp.nan), "eps is Array(nan, dtype=float32)"),
+        ("weight_decay", np.array(-1.0), "weight_decay is array(-1.)"),
+        ("b1", jnp.float32(1.0), "betas[0] is Array(1., dtype=float32)"),
+        ("b2", np.float16(1.0), "betas[1] is np.float16(1.0)"),
+        ("learning_rate", jnp.ones(1), "lr is Array([1.], dtype=float32)"),
+        ("learning_rate", "1e-3", "lr is '1e-3'"),
+    ],
+)  # fmt: skip
+def test_concrete_settings_are_checked_whatever_they_are_made_of(setting, value, message):
+    with pytest.raises(RecAdamError) as caught:
+        recadam(**{setting: value})
+    assert str(caught.value).startswith(f"Hyperparameters: {message}; give a finite number >= 0")
+
+
+INJECTED = {"b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "gamma": 10.0}
+CURVES = [(0.1, 250.0, 0.0), (1e-8, 250.0, 0.0), (0.1, 3e9, 0.0), (0.1, 250.0, 0.1), (1e-8, 3e9, 0.1)]
+
+
+@pytest.mark.parametrize(("k", "t0", "floor"), CURVES)
+def test_every_numeric_setting_can_be_injected(k, t0, floor):
+    @optax.inject_hyperparams
+    def make(learning_rate, b1, b2, eps, weight_decay, gamma, k, t0, weight, floor):
+        annealing = Sigmoid(k, t0, weight, floor)
+        return recadam(learning_rate, b1, b2, eps, weight_decay, gamma, annealing)
+
+    params = {"w": jnp.full(2, 0.5)}
+    grads = {"w": jnp.full(2, 0.25)}
+    plain = recadam(1e-2, annealing=Sigmoid(k, t0, 1.0, floor), **INJECTED)
+    wanted, _ = plain.update(grads, plain.init(params), {"w": jnp.full(2, 1.5)})
+    tx = make(1e-2, k=k, t0=t0, floor=floor, weight=1.0, **INJECTED)
+    for init, update in ((tx.init, tx.update), (jax.jit(tx.init), jax.jit(tx.update))):
+        updates, state = update(grads, init(params), {"w": jnp.full(2, 1.5)})
+        assert len(state.hyperparams) == 10
+        assert_close(updates, wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("make", [recadam, scale_by_recadam])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_injected_truth_is_named_in_one_line(make, compiled):
+    tx = optax.inject_hyperparams(make)(bias_correction=jnp.array(True))
+    with pytest.raises(RecAdamError) as caught:
+        (jax.jit(tx.init) if compiled else tx.init)(PARAMS)
+    assert str(caught.value) == (
+        f"{make.__name__}: bias_correction is Array(True, dtype=bool); give True or False, and name "
+        "bias_correction in static_args of inject_hyperparams"
+    )
+
+
+STRUCTS = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), FULL)
+
+
+@pytest.mark.parametrize("kept", [{}, {"anchor": FULL}, {"anchor_mask": False}], ids=str)
+def test_shapes_alone_make_the_shapes_of_a_state(kept):
+    tx = recadam(1e-5, **kept)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), tx.init(FULL))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(tx.init, STRUCTS)) == shapes
+
+
+def test_shapes_alone_make_a_state_where_no_values_are_needed():
+    for kept in ({"anchor": FULL}, {"anchor_mask": False}):
+        tx = recadam(1e-5, **kept)
+        assert_close(tx.init(STRUCTS), tx.init(FULL), rtol=0, atol=0)
+    with pytest.raises(RecAdamError) as caught:
+        recadam(1e-5).init(STRUCTS)
+    assert str(caught.value) == (
+        "anchor 'body/b' is a ShapeDtypeStruct, which has no values; give arrays, or trace: "
+        "jax.eval_shape(tx.init, params)"
+    )
+
+
+class Foreign:
+    shape, dtype = (2,), "float32"
+
+
+UNFIT = {
+    "masked": (np.ma.masked_array([1.0, np.nan], [False, True]), "is a MaskedArray"),
+    "complex": (np.ones(2, np.complex64), "has dtype complex64"),
+    "float8": (jnp.ones(2, jnp.float8_e4m3fn), "has dtype float8_e4m3fn"),
+    "integers": (np.ones(2, np.int32), "has dtype int32"),
+    "truths": (np.ones(2, bool), "has dtype bool"),
+    "long double": (np.ones(2, np.longdouble), "has dtype float128"),
+    "another byte order": (np.ones(2, ">f4"), "has dtype >f4"),
+    "foreign": (Foreign(), "is a Foreign"),
+    "text": ("ones", "is a str"),
+    "function": (jnp.sin, "is a "),
+    "key": (jax.random.key(0), "has dtype key<fry>"),
+}
+
+
+@pytest.mark.parametrize("what", ["parameter", "gradient", "anchor", "importance", "first moment"])
+@pytest.mark.parametrize(("leaf", "message"), UNFIT.values(), ids=UNFIT)
+def test_a_leaf_that_is_no_floating_array_is_named(leaf, message, what):
+    good, bad = {"w": jnp.ones(2)}, {"w": leaf}
+    tx = recadam(1e-5)
+    acts = {
+        "parameter": lambda: tx.init(bad),
+        "gradient": lambda: tx.update(bad, tx.init(good), good),
+        "anchor": lambda: recadam(1e-5, anchor=bad).init(good),
+        "importance": lambda: recadam(1e-5, importance=bad).init(good),
+        "first moment": lambda: tx.update(good, tx.init(good)._replace(mu=bad), good),
+    }
+    with pytest.raises(RecAdamError) as caught:
+        acts[what]()
+    assert str(caught.value).startswith(f"{what} 'w' {message}")
+    assert "; give floating arrays of 16 to 64 bits" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_whole_model_is_told_what_to_filter():
+    import equinox as eqx
+
+    net = eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0))
+    tx = recadam(1e-5)
+    arrays = eqx.filter(net, eqx.is_inexact_array)
+    for act in (lambda: tx.init(net), lambda: tx.update(arrays, tx.init(arrays), net)):
+        with pytest.raises(
+            RecAdamError, match=r"^parameter 'activation' .*eqx\.filter\(model, eqx\.is_inexact"
+        ):
+            act()
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "complex64", "int8"])
+@pytest.mark.parametrize("name", ["mu_dtype", "anchor_dtype"])
+def test_a_dtype_that_others_cannot_be_promoted_to_is_refused_at_once(name, dtype):
+    with pytest.raises(RecAdamError) as caught:
+        recadam(1e-5, **{name: getattr(jnp, dtype)})
+    assert str(caught.value).endswith("; give a floating dtype of 16 to 64 bits")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_anchor_that_would_become_infinite_is_refused(compiled):
+    for anchor, dtype in ((np.array([1.0, 1e300]), None), (jnp.array([1.0, 1e5]), "float16")):
+        init = recadam(1e-5, anchor={"w": anchor}, anchor_dtype=dtype).init
+        with pytest.raises(
+            RecAdamError, match=r"^anchor 'w' has values beyond float\d\d; give another anchor_d"
+        ):
+            (jax.jit(init) if compiled else init)({"w": jnp.ones(2)})
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"w": "../m.safetensors"}, "index ('../m.safetensors' is outside of its folder); fetch it again"),
+        ({"w": "/m.safetensors"}, "index ('/m.safetensors' is outside of its folder); fetch it again"),
+        ({"w": "m.safetensors", "v": "m.safetensors"}, "lacks 'v', which m.safetensors.index.json says is"),
+        ({"v": "m.safetensors"}, "lacks 'v', which m.safetensors.index.json says is there; fetch it again"),
+        ({"w": "n.safetensors"}, "n.safetensors: damaged, or not there (no such file); fetch it again"),
+        ({"w": "pipe"}, "pipe: damaged, or not there (no such file); fetch it again"),
+        ({"w": "."}, "damaged, or not there (no such file); fetch it again"),
+        ({"w": 3}, "damaged index (TypeError"),
+        ({"w": ["m.safetensors"]}, "damaged index (TypeError"),
+    ],
+)
+def test_an_index_reads_the_files_of_its_folder_alone(tmp_path, weights, message):
+    from safetensors.numpy import save_file
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe")
+    for place in (tmp_path, folder):
+        save_file({"w": np.ones(2, np.float32)}, place / "m.safetensors")
+    index = folder / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weights}))
+    with pytest.raises(RecAdamError) as caught:
+        load_anchor(index, {"w": jnp.zeros(2)})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_index_may_be_a_link_as_in_a_cache_of_files(tmp_path):
+    from safetensors.numpy import save_file
+
+    for folder in ("blobs", "snapshot"):
+        (tmp_path / folder).mkdir()
+    save_file({"w": np.full(2, 3.0, np.float32)}, tmp_path / "blobs" / "a")
+    (tmp_path / "blobs" / "b").write_text(json.dumps({"weight_map": {"w": "m.safetensors"}}))
+    (tmp_path / "snapshot" / "m.safetensors").symlink_to("../blobs/a")
+    (tmp_path / "snapshot" / "m.safetensors.index.json").symlink_to("../blobs/b")
+    anchor = load_anchor(tmp_path / "snapshot" / "m.safetensors.index.json", {"w": jnp.zeros(2)})
+    assert anchor["w"].tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("source", ["", None, 3, "a\0b", "pipe", "/dev/null"])
+def test_what_is_no_path_of_a_checkpoint_is_named(tmp_path, source):
+    if source == "pipe":
+        source = tmp_path / source
+        os.mkfifo(source)
+    with pytest.raises(RecAdamError, match=r"^anchors: .*; give the pretrained checkpoint"):
+        load_anchor(source, {"w": jnp.zeros(2)})
+
+
+@pytest.mark.parametrize("count", [-1, 1.0, None, 10**12, np.zeros(2, int)], ids=str)
+def test_a_count_that_is_none_is_refused(count):
+    tx = recadam(1e-5)
+    with pytest.raises(RecAdamError, match=r"^recadam: the state's count is .*; give what init returned"):
+        tx.update(PARAMS, tx.init(PARAMS)._replace(count=count), PARAMS)

@@ -466,6 +466,8 @@ def test_a_step_while_weights_are_interpolated_is_refused():
         with optimizer.interpolated(0.0):
             pass
         assert_refused(optimizer, "the weights are interpolated")
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert_refused(optimizer, "the weights are interpolated")
     assert torch.equal(params[0], tuned)
     optimizer.step()
     assert not torch.equal(params[0], tuned)

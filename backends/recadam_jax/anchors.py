@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterable
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 from recadam_core import Annealing, RecAdamError, release_step
+from recadam_core.errors import shown
 
 from .transformation import RecAdamState, Released, paths, place
 
@@ -65,8 +67,8 @@ def load_anchor(
                 f"anchors: new names {path!r}, which is no parameter{_nearest(path, ours)}; give a path"
             )
     wanted = {x: leaf for x, leaf in zip(ours, leaves, strict=True) if not _below(x, heads)}
-    file = Path(source).resolve()
-    if not file.exists():
+    file = _path(source)
+    if not (file.is_dir() or file.is_file()):  # and no pipe, which would wait
         raise RecAdamError(f"anchors: {file}: no such file or folder; give the pretrained checkpoint")
     if file.is_dir() and transpose is not None:
         raise RecAdamError(f"anchors: {file}: transpose is for .safetensors files; leave it out")
@@ -139,6 +141,13 @@ def release(state: Any, annealing: Annealing) -> Any:
     return found
 
 
+def _path(source: Any) -> Path:
+    """Where the checkpoint is; by the name that was given, since a cache of files names them by links."""
+    if isinstance(source, (str, PathLike)) and str(source) and "\0" not in str(source):
+        return Path(source).absolute()
+    raise RecAdamError(f"anchors: {shown(source)} is no path; give the pretrained checkpoint's")
+
+
 def _below(path: str, roots: Any) -> bool:
     return any(f"{path}/".startswith(f"{root}/") for root in roots)
 
@@ -179,11 +188,22 @@ def _files(path: Path) -> dict[str, Any]:
     if path.name.endswith(".index.json"):
         try:
             weights = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            shards = {shard: _open(path.parent / shard) for shard in sorted(set(weights.values()))}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, RecAdamError):
-                raise
+            names = sorted(set(weights.values()))
+            outside = [shown(x) for x in names if Path(x).is_absolute() or ".." in Path(x).parts]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RecAdamError(f"anchors: {path}: damaged index ({error!r}); fetch it again") from error
+        if outside:
+            raise RecAdamError(
+                f"anchors: {path}: damaged index ({outside[0]} is outside of its folder); fetch it again"
+            )
+        shards = {name: _open(path.parent / name) for name in names}
+        for name, file in shards.items():
+            lacking = {x for x, shard in weights.items() if shard == name} - set(file.keys())
+            if lacking:
+                raise RecAdamError(
+                    f"anchors: {path.parent / name} lacks {min(lacking)!r}, which {path.name} says is there; "
+                    "fetch it again"
+                )
         return {tensor: shards[shard] for tensor, shard in weights.items()}
     file = _open(path)
     return dict.fromkeys(file.keys(), file)
@@ -195,6 +215,8 @@ def _open(path: Path) -> Any:
     except ModuleNotFoundError:
         raise RecAdamError(f"anchors: {path} needs 'safetensors'; pip install safetensors") from None
     try:
+        if not path.is_file():
+            raise FileNotFoundError("no such file")
         return safe_open(path, framework="numpy")
     except Exception as error:
         raise RecAdamError(f"anchors: {path}: damaged, or not there ({error}); fetch it again") from error

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from recadam_core import RecAdamError, importance_from
 
-from .transformation import paths
+from .transformation import paths, unfit
 
 __all__ = ["feature_importance", "importance_of"]
 
@@ -49,9 +49,9 @@ def importance_of(loss: Callable[[Any, Any], Any], params: Any, batches: Iterabl
     if len(set(names)) < len(names):
         raise RecAdamError("importance: two parameters have one path; rename one of them")
     for name, p in zip(names, leaves, strict=True):
-        if not hasattr(p, "dtype") or not jnp.issubdtype(p.dtype, jnp.floating):
-            what = f"has dtype {p.dtype}" if hasattr(p, "dtype") else f"is a {type(p).__name__}"
-            raise RecAdamError(f"importance: {name!r} {what}; give the floating arrays alone")
+        wrong = unfit(p) or ("" if hasattr(p, "dtype") else f"is a {type(p).__name__}")
+        if wrong:
+            raise RecAdamError(f"importance: {name!r} {wrong}; give the floating arrays alone")
 
     def scalar(held: Any, batch: Any) -> Any:
         told = loss(held, batch)

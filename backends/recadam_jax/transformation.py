@@ -46,6 +46,7 @@ __all__ = [
     "place",
     "recadam",
     "scale_by_recadam",
+    "unfit",
 ]
 
 
@@ -355,7 +356,7 @@ class _Kept:
             except TypeError:
                 wide = False
             if not wide:
-                raise RecAdamError(f"recadam: {name} is {dtype}; give a floating dtype of 16 bits or more")
+                raise RecAdamError(f"recadam: {name} is {dtype}; give a floating dtype of 16 to 64 bits")
         if self.anchor_memory not in (None, "device", "pinned_host"):
             raise RecAdamError(
                 f"recadam: anchor_memory is {self.anchor_memory!r}; give 'pinned_host' or 'device'"
@@ -392,7 +393,7 @@ class _Kept:
                 x = jnp.asarray(x)
             with jax.ensure_compile_time_eval():  # within a trace, too
                 check_importance(path, x, p.shape)
-            placed.append(self._placed(path, x, p))
+            placed.append(self._placed(x, p, jnp.result_type(x)))
         return placed
 
     def _mask(self, params: Any, names: list[str]) -> list[Any]:
@@ -426,36 +427,33 @@ class _Kept:
                 "give the pretrained array of that parameter, or None for a new head"
             )
         star = _portable(path, star, p)
-        if not isinstance(star, jax.core.Tracer) and not _is_finite(star):
-            raise RecAdamError(f"anchor {path!r} holds NaN or infinity; give the pretrained values")
-        return self._placed(path, star, p, self.anchor_dtype)
+        dtype = jnp.result_type(star) if self.anchor_dtype is None else jnp.dtype(self.anchor_dtype)
+        if not isinstance(star, jax.core.Tracer):
+            if not _is_finite(star):
+                raise RecAdamError(f"anchor {path!r} holds NaN or infinity; give the pretrained values")
+            if dtype != getattr(star, "dtype", dtype) and not _is_finite(star, dtype):
+                raise RecAdamError(
+                    f"anchor {path!r} has values beyond {dtype}; give another anchor_dtype, or set "
+                    "JAX_ENABLE_X64=1"
+                )
+        return self._placed(star, p, dtype)
 
-    def _placed(self, path: str, star: Any, p: Any, dtype: Any = None) -> Any:
+    def _placed(self, star: Any, p: Any, dtype: Any) -> Any:
         """A copy of an anchor or an importance where its parameter is, part by part."""
-        dtype = jnp.result_type(star) if dtype is None else dtype
-        memory = self.anchor_memory
-        if isinstance(p, jax.core.Tracer):
-            star = _alike(jnp.array(_fetched(star), dtype=dtype, copy=True), p)
-            space = jax.typeof(p).memory_space if memory is None else _space(memory)
-            return star if space == jax.memory.Space.Device else jax.device_put(star, space)
-        where = place(p)
-        if where is None:
-            here = jax.default_device(next(iter(p.devices()))) if isinstance(p, jax.Array) else nullcontext()
-            with here:
-                placed = jnp.array(star, dtype=dtype, copy=True)
-        else:
-            placed = jnp.array(jax.device_put(star, _on_device(where)), dtype=dtype, copy=True)
-            memory = memory or where.memory_kind
-        if isinstance(placed, jax.core.Tracer):
-            return placed
-        if placed.dtype != getattr(star, "dtype", None) and not _is_finite(placed):
-            raise RecAdamError(
-                f"anchor {path!r} has values beyond {placed.dtype}; give another anchor_dtype, or set "
-                "JAX_ENABLE_X64=1"
-            )
-        if memory in (None, placed.sharding.memory_kind):
-            return placed
-        return jax.device_put(placed, placed.sharding.with_memory_kind(memory))
+        traced = isinstance(p, jax.core.Tracer)
+        where = None if traced else place(p)
+        here = p.devices() if where is None and isinstance(p, jax.Array) and not traced else ()
+        star = _fetched(star) if where is None else jax.device_put(star, _on_device(where))
+        with jax.default_device(next(iter(here))) if here else nullcontext():
+            star = jnp.array(star, dtype=dtype, copy=True)
+        if traced:
+            star = _alike(star, p)
+        away = _is_away(p) if self.anchor_memory is None else self.anchor_memory == "pinned_host"
+        if not away:
+            return star
+        if isinstance(star, jax.core.Tracer):
+            return jax.device_put(star, jax.memory.Space.Host)
+        return jax.device_put(star, star.sharding.with_memory_kind("pinned_host"))
 
 
 def _portable(path: str, x: Any, p: Any) -> Any:
@@ -464,13 +462,13 @@ def _portable(path: str, x: Any, p: Any) -> Any:
         return x
     if isinstance(p, jax.core.Tracer) or p.committed:
         mesh = jax.sharding.get_abstract_mesh()
-        if not x.committed or AxisType.Explicit not in mesh.axis_types or jax.typeof(x).sharding.mesh == mesh:
-            return x
-    elif not x.committed and x.devices() == p.devices():
-        return x
-    if not x.is_fully_addressable:
+        bound = AxisType.Explicit in mesh.axis_types and jax.typeof(x).sharding.mesh != mesh
+        stays = x.committed and (bound or (isinstance(p, jax.core.Tracer) and _is_away(x)))
+    else:
+        stays = x.committed or x.devices() != p.devices()
+    if stays and not x.is_fully_addressable:
         raise RecAdamError(f"anchor {path!r} is spread over processes, its parameter is not; place it alike")
-    return np.asarray(x)
+    return np.asarray(x) if stays else x
 
 
 def place(p: Any) -> Any:
@@ -483,14 +481,17 @@ def _on_device(where: Any) -> Any:
     return where.with_memory_kind(next(iter(where.device_set)).default_memory().kind)
 
 
-def _space(memory: str) -> Any:
-    return jax.memory.Space.Host if "host" in memory else jax.memory.Space.Device
+def _is_away(x: Any) -> bool:
+    """Whether an array is kept in the host's memory."""
+    return isinstance(x, jax.Array) and jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
 def _fetched(x: Any) -> Any:
     """An array in the device's memory, wherever it is kept."""
-    kept = isinstance(x, jax.Array) and jax.typeof(x).memory_space == jax.memory.Space.Host
-    return jax.device_put(x, jax.memory.Space.Device) if kept else x
+    if not _is_away(x):
+        return x
+    traced = isinstance(x, jax.core.Tracer)
+    return jax.device_put(x, jax.memory.Space.Device if traced else _on_device(x.sharding))
 
 
 def _typed(x: Any, p: Any) -> Any:
@@ -521,27 +522,32 @@ def _zeros_like(p: Any) -> Moments:
 
 
 def _is_wide(dtype: Any) -> bool:
-    """Whether it is a floating dtype to which others may be promoted."""
-    return bool(jnp.issubdtype(dtype, jnp.floating) and cast(Any, jnp.finfo)(dtype).bits >= 16)
+    """Whether JAX has this floating dtype and may promote others to it."""
+    if not jnp.issubdtype(dtype, jnp.floating) or not jnp.dtype(dtype).isnative:
+        return False
+    bits: int = cast(Any, jnp.finfo)(dtype).bits
+    return 16 <= bits <= 64
+
+
+def unfit(x: Any) -> str:
+    """What is wrong with a leaf; nothing if it is a number, or a floating array of JAX or NumPy."""
+    if x is None:
+        return "is None"
+    known = isinstance(x, (jax.Array, np.ndarray, np.generic, float)) or hasattr(x, "__jax_array__")
+    if not known or isinstance(x, np.ma.MaskedArray):  # whose mask would be lost
+        return f"is a {type(x).__name__}"
+    dtype = getattr(x, "dtype", jnp.float32)
+    return "" if _is_wide(dtype) else f"has dtype {dtype}"
 
 
 def _check_array(what: str, path: str, x: Any) -> None:
-    """Raise unless it is a floating array of JAX or NumPy, or a number."""
-    wrong = f"is a {type(x).__name__}"
-    if x is None:
-        wrong = "is None"
-    elif (
-        isinstance(x, (jax.Array, np.ndarray, np.generic, float)) or hasattr(x, "__jax_array__")
-    ) and not isinstance(x, np.ma.MaskedArray):  # whose mask would be lost
-        dtype = jnp.result_type(x) if isinstance(x, float) else x.dtype
-        if _is_wide(dtype):
-            return
-        wrong = f"has dtype {dtype}"
-    remedy = {
-        "parameter": " alone, as eqx.filter(model, eqx.is_inexact_array) does",
-        "gradient": ", or freeze the parameter by optax.masked",
-    }.get(what, "")
-    raise RecAdamError(f"{what} {path!r} {wrong}; give floating arrays of 16 bits or more{remedy}")
+    wrong = unfit(x)
+    if wrong:
+        remedy = {
+            "parameter": " alone, as eqx.filter(model, eqx.is_inexact_array) does",
+            "gradient": ", or freeze the parameter by optax.masked",
+        }.get(what, "")
+        raise RecAdamError(f"{what} {path!r} {wrong}; give floating arrays of 16 to 64 bits{remedy}")
 
 
 def _array(what: str, path: str, x: Any, p: Any = None) -> Any:
@@ -565,10 +571,13 @@ def _beside(what: str, path: str, x: Any, p: Any) -> Any:
     return x if what == "gradient" else _typed(x, p)
 
 
-def _is_finite(star: Any) -> bool:
-    with jax.ensure_compile_time_eval():  # within a trace, too
-        finite = np.isfinite(star) if isinstance(star, np.ndarray) else jnp.isfinite(star)
-        return bool(finite.all())
+def _is_finite(star: Any, dtype: Any = None) -> bool:
+    """Whether all of its values are finite, as another dtype has them if one is given."""
+    with jax.ensure_compile_time_eval(), np.errstate(over="ignore"):  # within a trace, too
+        if not isinstance(star, np.ndarray):
+            star = jnp.asarray(star, dtype)
+            return bool(jnp.isfinite(star).all())
+        return bool(np.isfinite(star if dtype is None else star.astype(dtype)).all())
 
 
 def _kind(x: Any) -> str:
@@ -764,7 +773,7 @@ def _leaves(params: Any, other: Any, what: str, spread: bool | None = None) -> l
         unknown = [y for y in theirs if y not in ours and not any(x.startswith(f"{y}/") for x in ours)]
         reason = " ".join(str(error).split())
         if unknown:
-            reason = f"it has {unknown[0]!r}, which they have not"
+            reason = f"it has {unknown[0]!r}, which they have not" if unknown[0] else "it is a single leaf"
         elif lacking:
             reason = f"it lacks {lacking[0]!r}; None stands for a new head"
         raise RecAdamError(

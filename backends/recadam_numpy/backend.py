@@ -76,7 +76,7 @@ class NumpyBackend(Specification):
         return self.step_groups([Shared(names, params, grads, moments, anchors, c, importances)])[0]
 
     def step_groups(self, groups: Sequence[Shared]) -> list[tuple[list[Array], list[Moments]]]:
-        """One step of several groups: all are checked, and copied where they must be, before one is written."""
+        """One step of several groups: all are checked, and copied where they must be, before one changes."""
         numbers = [scalars("NumpyBackend", group.c) for group in groups]
         laid = [self._laid(group, c.recall != 0) for group, c in zip(groups, numbers, strict=True)]
         runs = [(c, columns) for c, (_, lists) in zip(numbers, laid, strict=True) for columns in lists]

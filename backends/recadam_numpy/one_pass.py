@@ -69,25 +69,29 @@ class Table:
         ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
         self.addresses = np.zeros((len(COLUMNS), len(ends)), dtype=np.int64)
         """Of the first element of each array, by column and parameter: to be filled in before `run`."""
-        self.sizes = np.multiply.outer([CODES[name].itemsize for name in dtypes], np.diff(ends, prepend=0))
-        """Of each array, in bytes."""
+        self._sizes, self._dtypes = sizes, dtypes
         total = int(ends[-1]) if len(ends) else 0
         workers = max(1, min(workers, total // LEAST))
         # Long runs suit the memory best: a tensor is cut only where one thread ends and the next begins.
         cuts = np.arange(1, workers) * total // workers // 1024 * 1024
-        stops = np.union1d(ends, cuts)
+        stops = np.sort(np.concatenate((ends, cuts))) if workers > 1 else ends
         starts = np.concatenate([[0], stops[:-1]])
         starts, stops = starts[stops > starts], stops[stops > starts]
         owner = np.searchsorted(ends, starts, side="right")
         first = np.concatenate([[0], ends[:-1]])[owner]
-        self._pieces = np.stack([owner, starts - first, stops - starts]).astype(np.int64)
+        self._pieces = np.array([owner, starts - first, stops - starts], dtype=np.int64)
         self._shares = np.searchsorted(starts, np.concatenate([[0], cuts, [total]])).astype(np.int64)
         self._scalars = np.zeros(8, dtype=CODES[dtypes[2]])
         self._entry = _compiled(*dtypes)
         held = (self.addresses, self._pieces, self._shares, self._scalars)
-        places = [x.ctypes.data for x in held]
+        places = [x.__array_interface__["data"][0] for x in held]
         words = [0, len(ends), len(starts), 0, 0, *places, len(self._shares) - 1]
         self._words = np.array(words, dtype=np.int64)
+
+    def bytes(self) -> Array:
+        """The size of each array, as `addresses` has them."""
+        itemsizes = [CODES[name].itemsize for name in self._dtypes]
+        return np.multiply.outer(itemsizes, np.asarray(self._sizes, dtype=np.int64))
 
     def run(self, c: Coefficients, pulls: bool, team: Team | None = None) -> None:
         """One step, in place on theta, m and v.
@@ -244,7 +248,10 @@ def check_apart(tables: Sequence[Table], names: Sequence[Any], where: str) -> No
         recadam_core.errors.RecAdamError: step: theta of 'w' and m of 'w' share memory; give a copy of one
     """
     starts = np.concatenate([table.addresses for table in tables], axis=1)
-    stops = starts + np.concatenate([table.sizes for table in tables], axis=1)
+    stops = starts + np.concatenate([table.bytes() for table in tables], axis=1)
+    order = starts.argsort(axis=None)
+    if (stops.take(order[:-1]) <= starts.take(order[1:])).all():
+        return  # as nearly always, told quickly; else two that are only read may be the same
 
     def spans(rows: list[int]) -> tuple[Array, Array, Array]:
         index = np.add.outer(np.multiply(rows, len(names)), np.arange(len(names))).ravel()

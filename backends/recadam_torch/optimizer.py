@@ -41,7 +41,7 @@ from .kernel import kernel_
 from .prepared import Prepared
 from .settings import FLAGS, FROM, Policies, Policy, check_parameter, named, rate_of, settled
 from .shards import in_memory, is_sharded, is_wrapper, like, local, summed
-from .sources import Mapped, mapped_files
+from .sources import Mapped, is_wide, mapped_files
 from .stepping import Work, check_alike, check_memory, check_place, execute
 from .telemetry import Drift, drift_of, squares
 from .zero import forget, is_flat_part, joined
@@ -166,6 +166,7 @@ class RecAdam(Optimizer):
         # Anchors that are copies of their parameters, until these are stepped.
         self._own: dict[Tensor, Tensor] = {}
         self._mapped: set[Mapped] | None = None  # files whose pages are anchors; None to look for them
+        self._interpolates = False  # whether the weights are others for now
         self._forget()
         super().__init__(params, defaults)
         self._anchors = self._importance = None
@@ -187,6 +188,7 @@ class RecAdam(Optimizer):
         # Loading a state, which calls this too, changes nothing of these.
         self._parts = self.__dict__.get("_parts", {})
         self._own = self.__dict__.get("_own", {})
+        self._interpolates = self.__dict__.get("_interpolates", False)
         self._files = self.__dict__.get("_files", {g.get("anchor_source", "") for g in self.param_groups})
         self._names, self._lent, self._mapped = {}, False, None
         self._held = {p: self.state[p] for g in self.param_groups for p in g["params"] if p in self.state}
@@ -206,7 +208,6 @@ class RecAdam(Optimizer):
         self._prepared: dict[int, Prepared] = {}
         self._states: list[Any] = []
         self._kernels: dict[Any, Callable[..., None]] = {}
-        self._interpolates = False
 
     @torch.inference_mode(False)  # what is made here outlives it
     @torch.no_grad()
