@@ -42,11 +42,10 @@ PIP_FLAGS = ["-qq", "--disable-pip-version-check", *shlex.split(os.environ.get("
 nox.options.error_on_missing_interpreters = False
 nox.options.download_python = "never"
 
-# The shims of pyenv find what is on the path, too.
-for version in PYTHONS:
-    pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"
-    found = [str(folder) for folder in sorted(pyenv.glob(f"{version}.*/bin"), reverse=True)]
-    os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *found])
+# Behind the path, all that pyenv has, chosen there or not.
+PYENV = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"
+FOLDERS = [str(folder) for python in PYTHONS for folder in sorted(PYENV.glob(f"{python}.*/bin"))[::-1]]
+os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *FOLDERS])
 
 
 @nox.session(python=PYTHONS)
@@ -90,10 +89,12 @@ def run(session: nox.Session, which: str, constraints: Sequence[str] = ()) -> No
         packages.append("torch")
         wanted.append(TORCH)
     packages = [f"recadam_{name}" for name in packages]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    held = RESULTS / f"{which}.txt"
+    held.write_text("\n".join(constraints), encoding="utf-8")
+    # Two times quiet: of what pip says of its indexes nothing is about the packages.
+    session.install(*PIP_FLAGS, "-c", str(held), *wanted, f"{wheel()}[{','.join(extras)}]")
     with tempfile.TemporaryDirectory() as folder:
-        held = Path(folder) / "constraints"
-        held.write_text("\n".join(constraints), encoding="utf-8")
-        session.install(*PIP_FLAGS, "-c", str(held), *wanted, f"{wheel()}[{','.join(extras)}]")
         copy_without_sources(Path(folder))
         session.chdir(folder)
         env = {"PYTHONPATH": None}
@@ -106,7 +107,6 @@ def run(session: nox.Session, which: str, constraints: Sequence[str] = ()) -> No
             env=env,
         )
         figures = counted(report)
-    RESULTS.mkdir(parents=True, exist_ok=True)
     result.write_text(json.dumps({"which": which, **about, **figures}, indent=1), encoding="utf-8")
     session.log(" ".join(row(json.loads(result.read_text(encoding="utf-8")))))
 

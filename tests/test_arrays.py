@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import importlib
+from importlib.util import find_spec
 
 import array_api_strict as strict
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("jax")
+pytest.importorskip("numba")
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
-import numpy as np
-import pytest
-import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from recadam_core import (
     Coefficients,
@@ -30,6 +35,8 @@ from recadam_core import (
 )
 from recadam_numpy import NumpyBackend, kernel
 from recadam_numpy.one_pass import one_pass
+
+torch = importlib.import_module("torch") if find_spec("torch") else None
 
 W = np.array([[0.5, 1.0], [0.25, 0.0]])
 HP = Hyperparameters(lr=1e-2, gamma=10.0, annealing=Constant(1.0, 1.0))
@@ -92,15 +99,16 @@ NO_ARRAYS = {
     "a number": 0.5,
     "a string": "w",
     "a class": np.ndarray,
-    "of torch, float8": torch.tensor(W).to(torch.float8_e4m3fn),
     "of JAX, float8": jnp.asarray(W, jnp.float8_e4m3fn),
     "a key": jax.random.key(0),
 }
 OF_ANOTHER = {
-    "of torch": torch.tensor(W),
     "of JAX": jnp.asarray(W),
     "of array-api-strict": strict.asarray(W),
 }
+if torch:
+    NO_ARRAYS["of torch, float8"] = torch.tensor(W).to(torch.float8_e4m3fn)
+    OF_ANOTHER["of torch"] = torch.tensor(W)
 ALONE = {"init: parameter", "Moments", "importance_from"}
 
 
@@ -123,17 +131,20 @@ def test_what_is_no_plain_array_of_this_library_is_refused(place):
             "anchors: 'w' is MaskedArray, of which a step keeps the bare numbers; give a plain NumPy array, "
             "or leave the name out for a new head",
         ),
-        (
+        pytest.param(
             lambda: RecAdam(HP).init({"a": W, "b": torch.ones(2)}, {}),
             "parameter 'b' is of torch beside arrays of numpy; give all of one library",
+            marks=pytest.mark.needs("torch"),
         ),
-        (
+        pytest.param(
             lambda: RecAdam(HP).step({"w": W}, {"w": torch.ones(2, 2)}, state()),
             "gradient of 'w' is of torch beside arrays of numpy; give all of one library",
+            marks=pytest.mark.needs("torch"),
         ),
-        (
+        pytest.param(
             lambda: RecAdam(HP).init({"w": torch.ones(2, dtype=torch.float8_e5m2)}, {}),
             "parameter 'w' has dtype torch.float8_e5m2; give a real floating array of 16 bits or more",
+            marks=pytest.mark.needs("torch"),
         ),
         (lambda: RecAdam(HP).init({3: W}, {}), "parameters: the name 3 is no string; give one"),
         (lambda: RecAdam(HP).init({}, {}), "parameters: there is none; give a dict of arrays by name"),
@@ -141,9 +152,10 @@ def test_what_is_no_plain_array_of_this_library_is_refused(place):
             lambda: RecAdam(HP, "numpy"),
             "RecAdam: backend is 'numpy'; give one, as get_backend('numpy'), or leave it out",
         ),
-        (
+        pytest.param(
             lambda: RecAdam(HP, get_backend("numpy")).init({"w": torch.ones(2)}, {}),
             "parameter 'w' is none of the backend 'numpy'; give its arrays, or no backend",
+            marks=pytest.mark.needs("torch"),
         ),
         (
             lambda: RecAdam(HP).step({"w": W}, {"w": W}, {"step": 0}),
@@ -233,11 +245,11 @@ def test_plain_numbers_in_any_memory_are_stepped_alike(tmp_path):
         assert new["w"] == wanted[0, 0]
 
 
-@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, np.asarray, torch.tensor, jnp.float32])
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, np.asarray, "torch", jnp.float32])
 def test_scalars_of_any_library_are_their_numbers_to_the_kernel(kind):
     """Bit for bit: 1 - beta is taken of the number, not in the scalar's precision."""
     plain = Coefficients(0.9, 0.999, 1e-2, 1e-3, 0.25, 0.125)
-    given = Coefficients(*map(kind, plain))
+    given = Coefficients(*map(torch.tensor if kind == "torch" else kind, plain))
     plain = Coefficients(*map(float, given))
     for xp in (np, strict):
         theta, grad, anchor = (
@@ -264,9 +276,6 @@ NUMBERS = {
         lambda x: x.astype(np.float32)[()],
     ],
     "strict": [lambda x: strict.asarray(x), lambda x: strict.asarray(x, dtype=strict.float32)],
-    "torch": [
-        lambda x, d=d: torch.tensor(x, dtype=d) for d in (torch.float64, torch.float32, torch.bfloat16)
-    ],
     "jax": [lambda x, d=d: jnp.asarray(x, d) for d in (jnp.float32, jnp.bfloat16, jnp.float16)],
 }
 OTHERS = [
@@ -279,10 +288,16 @@ OTHERS = [
     lambda x: x.astype(object),
     lambda x: x.astype(ml_dtypes.bfloat16),
     lambda x: x[None],
-    lambda x: torch.tensor(x * 1j),
     lambda x: jnp.asarray(x, jnp.float8_e5m2),
     *(makers[0] for makers in NUMBERS.values()),
 ]
+RATES = [None, None, 1e-2, np.float16(0.02), jnp.float32(1e-3), np.nan, "1e-2", 3.0]
+if torch:
+    NUMBERS["torch"] = [
+        lambda x, d=d: torch.tensor(x, dtype=d) for d in (torch.float64, torch.float32, torch.bfloat16)
+    ]
+    OTHERS += [lambda x: torch.tensor(x * 1j), NUMBERS["torch"][0]]
+    RATES.append(torch.tensor(3e-2))
 BACKENDS = [None, NumpyBackend(), NumpyBackend(fused=True), NumpyBackend(fused=True, in_place=True)]
 
 
@@ -306,8 +321,7 @@ def draws(draw):
     weighs = draw(st.integers(0, 3)) == 0
     importance = {n: array("importance", shapes[n]) for n in anchored} if weighs else None
     changes = {n: {k: array(k, s) for k in ("m", "v", "star") if k == odd} for n, s in shapes.items()}
-    rates = [None, None, 1e-2, np.float16(0.02), jnp.float32(1e-3), torch.tensor(3e-2), np.nan, "1e-2", 3.0]
-    lr = draw(st.sampled_from(rates))
+    lr = draw(st.sampled_from(RATES))
     backend = draw(st.sampled_from(BACKENDS if library == "numpy" else [None] * 7 + BACKENDS[1:2]))
     if draw(st.integers(0, 5)) == 0 and len(shapes) == 2:  # two names, one memory
         params["b"] = params["a"]
@@ -316,7 +330,7 @@ def draws(draw):
 
 def told(x):
     """A copy in NumPy, of anything."""
-    if isinstance(x, torch.Tensor):
+    if torch and isinstance(x, torch.Tensor):
         x = x.to(torch.complex128 if x.is_complex() else torch.float64).numpy()
     if isinstance(x, jax.Array) and x.dtype.itemsize < 4:
         x = x.astype(jnp.float32)

@@ -10,6 +10,8 @@ import array_api_strict
 import numpy as np
 import pytest
 
+pytest.importorskip("mpmath")
+
 from recadam_core import (
     Backend,
     Coefficients,
@@ -108,7 +110,7 @@ def test_a_library_of_the_standard_is_served_by_the_specification():
         ("jax.numpy", "jax"),
         ("array_api_compat.numpy", "numpy"),
         ("array_api_compat.torch", "torch"),
-        ("dask.array", "dask.array"),
+        pytest.param("dask.array", "dask.array", marks=pytest.mark.needs("dask")),
     ],
 )
 def test_a_module_that_makes_arrays_stands_for_what_serves_them(name, serves):

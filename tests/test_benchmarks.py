@@ -11,6 +11,8 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "asv_benchmarks"
 
+pytestmark = [pytest.mark.tree, pytest.mark.needs("torch", "jax", "asv")]
+
 
 @pytest.fixture
 def suite(monkeypatch):

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("mpmath")
+
 from recadam_core import get_backend
 from recadam_core.conformance.run import plan
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BACKENDS = ("jax", "numpy", "torch")
+
+pytestmark = [pytest.mark.tree, pytest.mark.needs("torch", "jax")]
 
 
 def read(name):

@@ -165,7 +165,7 @@ def test_a_head_of_another_task_is_not_taken(folder, encoders, tmp_path):
     from transformers import AutoModelForSequenceClassification
 
     shutil.copytree(encoders["bert"], tmp_path, dirs_exist_ok=True)
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
+    model = AutoModelForSequenceClassification.from_pretrained(encoders["bert"], num_labels=2)
     torch.nn.init.constant_(model.classifier.weight, 7.0)
     model.save_pretrained(tmp_path)
     torch.manual_seed(0)

@@ -9,6 +9,9 @@ import pickle
 import warnings
 
 import pytest
+
+pytest.importorskip("torch")
+
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
