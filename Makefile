@@ -68,7 +68,7 @@ test-heavy: $(VENV)/.development
 	$(THREADS) $(BIN)/python -m pytest -n auto -m heavy $(PYTEST_FLAGS)
 
 versions: $(VENV)/.development
-	@rm -rf runs/versions
+	@$(if $(PYTHONS),,rm -rf runs/versions)
 	@$(THREADS) TORCH="$(TORCH)" TORCH_ON="$(TORCH_ON)" PIP_FLAGS="$(PIP_FLAGS)" \
 	  $(BIN)/nox -s $(or $(PYTHONS:%=versions-%),versions lowest table)
 
