@@ -368,7 +368,8 @@ def test_any_draw_is_refused_unchanged_or_stepped_as_the_specification_has_it(dr
         return
     assert new_state.step == 1
     for n, theta in start.items():
-        inner = np.float64 if "64" in str(theta.dtype) else np.float32
+        summed = [theta, *(changes[n][k] for k in "mv" if k in changes[n])]  # in the widest of these
+        inner = np.float64 if any("64" in str(y.dtype) for y in summed) else np.float32
         x, g, star, weight = (
             None if y is None else told(y).astype(inner)
             for y in (theta, grads[n], anchors.get(n), (importance or {}).get(n))

@@ -122,11 +122,13 @@ def test_a_worst_case_is_shown_alone_by_its_command(recadam):
 
 def test_a_miss_exits_with_1_and_says_how_to_see_it(recadam, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
-        "from recadam_numpy import backend, kernel as right\n"
+        "import sys, recadam_numpy\n"
+        "module = sys.modules['recadam_numpy.backend']\n"
+        "right = module.unchecked\n"
         "def wrong(theta, *rest):\n"
         "    right(theta, *rest)\n"
         "    theta *= 1.5\n"
-        "backend._kernel = wrong\n"
+        "module.unchecked = wrong\n"
     )
     arguments = ["--backend", "numpy", "--variant", "functional", "--claim", "exact", "--jobs", "1"]
     result = recadam("conformance", *arguments, env={"PYTHONPATH": str(tmp_path)})

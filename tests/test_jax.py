@@ -650,7 +650,7 @@ def test_bad_input_is_named_in_one_line(act, message):
 
 
 def through_msgpack(state):
-    from flax import serialization
+    serialization = pytest.importorskip("flax.serialization")
 
     return serialization.from_bytes(state, serialization.to_bytes(state))
 
@@ -664,7 +664,7 @@ def through_npz(state):
 
 
 def through_orbax(state):
-    import orbax.checkpoint as ocp
+    ocp = pytest.importorskip("orbax.checkpoint")
 
     with tempfile.TemporaryDirectory() as folder, ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(Path(folder) / "state", state)
@@ -725,9 +725,10 @@ def test_a_leaf_that_is_a_number_steps_as_an_array_does(kind):
         assert results[0][0]["w"].dtype == jnp.float32
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of JAX, by equinox where that is newer
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_mask_that_is_a_module_is_a_tree(compiled):
-    import equinox as eqx
+    eqx = pytest.importorskip("equinox")
 
     net = eqx.filter(eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0)), eqx.is_inexact_array)
     mask = jax.tree.map(lambda x: x.ndim == 2, net)
@@ -948,8 +949,9 @@ def test_a_leaf_that_is_no_floating_array_is_named(leaf, message, what):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of JAX, by equinox where that is newer
 def test_a_whole_model_is_told_what_to_filter():
-    import equinox as eqx
+    eqx = pytest.importorskip("equinox")
 
     net = eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0))
     tx = recadam(1e-5)
@@ -994,7 +996,7 @@ def test_an_anchor_that_would_become_infinite_is_refused(compiled):
     ],
 )
 def test_an_index_reads_the_files_of_its_folder_alone(tmp_path, weights, message):
-    from safetensors.numpy import save_file
+    save_file = pytest.importorskip("safetensors.numpy").save_file
 
     folder = tmp_path / "model"
     folder.mkdir()
@@ -1010,7 +1012,7 @@ def test_an_index_reads_the_files_of_its_folder_alone(tmp_path, weights, message
 
 
 def test_an_index_may_be_a_link_as_in_a_cache_of_files(tmp_path):
-    from safetensors.numpy import save_file
+    save_file = pytest.importorskip("safetensors.numpy").save_file
 
     for folder in ("blobs", "snapshot"):
         (tmp_path / folder).mkdir()

@@ -16,7 +16,7 @@ import numpy as np
 
 PROFILE = os.environ.get("RECADAM_BENCH", "fast")
 ROUNDS = {"quick": 2, "fast": 5, "regular": 9}[PROFILE]
-AT_LEAST = {"quick": 0.0, "fast": 0.5, "regular": 0.5}[PROFILE]
+AT_LEAST = {"quick": 0.0, "fast": 1.0, "regular": 1.0}[PROFILE]
 """Seconds that turns last: short steps take up to twenty times the rounds."""
 
 

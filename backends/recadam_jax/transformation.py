@@ -31,6 +31,7 @@ from recadam_core import (
     update,
 )
 from recadam_core.annealing import ANNEALINGS, Constant, annealed_weights
+from recadam_core.arrays import PLAIN
 from recadam_core.coefficients import check_stable, is_zero
 from recadam_core.errors import check_number, shown
 from recadam_core.importance import check_importance, check_weighable
@@ -534,7 +535,7 @@ def unfit(x: Any) -> str:
     if x is None:
         return "is None"
     known = isinstance(x, (jax.Array, np.ndarray, np.generic, float)) or hasattr(x, "__jax_array__")
-    if not known or isinstance(x, np.ma.MaskedArray):  # whose mask would be lost
+    if not known or (isinstance(x, np.ndarray) and type(x) not in PLAIN):  # whose mask would be lost
         return f"is a {type(x).__name__}"
     dtype = getattr(x, "dtype", jnp.float32)
     return "" if _is_wide(dtype) else f"has dtype {dtype}"
