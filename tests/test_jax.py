@@ -580,7 +580,7 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
         ),
         (
             lambda: recadam(1e-4, annealing=lambda count: (1.0, 2.0, 3.0)).init(PARAMS),
-            "Schedule: weights(1) gives (1.0, 2.0, 3.0); have it give two numbers, (task, recall)",
+            "Schedule, step 1: weights gives (1.0, 2.0, 3.0); have it give two numbers, (task, recall)",
         ),
         (
             lambda: recadam(1e-4).update(PARAMS, (), PARAMS),
@@ -793,7 +793,7 @@ WRONG_WEIGHTS = {
     "negative": (-0.5, "the task weight is -0.5"),
     "None": (None, "the task weight is None"),
     "text": ("a lot", "the task weight is 'a lot'"),
-    "three": ((1.0, 1.0, 1.0), "weights(1) gives (1.0, 1.0, 1.0)"),
+    "three": ((1.0, 1.0, 1.0), "weights gives (1.0, 1.0, 1.0)"),
     "recall of nan": ((1.0, jnp.nan), "the recall weight is nan"),
     "recall below 0": ((1.0, -1.0), "the recall weight is -1.0"),
     "recall below 0 by the task": (1.5, "the recall weight is -0.5"),
