@@ -256,17 +256,13 @@ def annealed_weights(annealing: Annealing, t: Any, xp: Any = None) -> tuple[Any,
         0.0
     """
     found = annealing.weights(t, xp)
+    place = type(annealing).__name__ + (f", step {shown(t)}" if xp is None else "")
     if not isinstance(found, (tuple, list)) or len(found) != 2:
-        raise RecAdamError(
-            f"{type(annealing).__name__}: weights({shown(t)}) gives {shown(found)}; "
-            "have it give two numbers, (task, recall)"
-        )
+        raise RecAdamError(f"{place}: weights gives {shown(found)}; have it give two numbers, (task, recall)")
     task, recall = (
         weight
         if xp is not None and hasattr(weight, "dtype")
-        else check_number(
-            f"{type(annealing).__name__}, step {shown(t)}", f"the {what} weight", weight, low=0.0
-        )
+        else check_number(place, f"the {what} weight", weight, low=0.0)
         for what, weight in zip(("task", "recall"), found, strict=True)
     )
     where = xp.where if hasattr(recall, "dtype") else host.where

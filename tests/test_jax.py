@@ -580,7 +580,7 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
         ),
         (
             lambda: recadam(1e-4, annealing=lambda count: (1.0, 2.0, 3.0)).init(PARAMS),
-            "Schedule: weights(1) gives (1.0, 2.0, 3.0); have it give two numbers, (task, recall)",
+            "Schedule, step 1: weights gives (1.0, 2.0, 3.0); have it give two numbers, (task, recall)",
         ),
         (
             lambda: recadam(1e-4).update(PARAMS, (), PARAMS),
@@ -793,7 +793,7 @@ WRONG_WEIGHTS = {
     "negative": (-0.5, "the task weight is -0.5"),
     "None": (None, "the task weight is None"),
     "text": ("a lot", "the task weight is 'a lot'"),
-    "three": ((1.0, 1.0, 1.0), "weights(1) gives (1.0, 1.0, 1.0)"),
+    "three": ((1.0, 1.0, 1.0), "weights gives (1.0, 1.0, 1.0)"),
     "recall of nan": ((1.0, jnp.nan), "the recall weight is nan"),
     "recall below 0": ((1.0, -1.0), "the recall weight is -1.0"),
     "recall below 0 by the task": (1.5, "the recall weight is -0.5"),
@@ -1038,3 +1038,35 @@ def test_a_count_that_is_none_is_refused(count):
     tx = recadam(1e-5)
     with pytest.raises(RecAdamError, match=r"^recadam: the state's count is .*; give what init returned"):
         tx.update(PARAMS, tx.init(PARAMS)._replace(count=count), PARAMS)
+
+
+ONES = jax.tree.map(jnp.ones_like, PARAMS)
+
+
+def within_scan(tx, state):
+    steps = jax.lax.scan(lambda p, _: (p, tx.update(ONES, state, p)[0]), PARAMS, None, length=1)[1]
+    return jax.tree.map(lambda x: x[0], steps)
+
+
+def wrapped(tx):
+    return tx.update(ONES, tx.init(PARAMS), PARAMS)[0]
+
+
+TRACED_WITH_A_CONCRETE_STATE = {
+    "jit": lambda tx, state: jax.jit(lambda g: tx.update(g, state, PARAMS)[0])(ONES),
+    "scan": within_scan,
+    "apply_if_finite": lambda tx, _: wrapped(optax.apply_if_finite(tx, 3)),
+    "conditionally_mask": lambda tx, _: wrapped(optax.conditionally_mask(tx, lambda step, **_: step >= 0)),
+}
+
+
+@pytest.mark.parametrize("way", TRACED_WITH_A_CONCRETE_STATE)
+@pytest.mark.parametrize("count", [jnp.asarray, np.int32, int])
+def test_a_state_with_values_is_stepped_within_a_trace(way, count):
+    tx = recadam(1e-2, gamma=10.0, annealing=Constant(1.0, 0.5))
+    state = tx.init(PARAMS)
+    expected = tx.update(ONES, state, PARAMS)[0]
+    found = TRACED_WITH_A_CONCRETE_STATE[way](tx, state._replace(count=count(state.count)))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-8), found, expected)
+    shapes = jax.eval_shape(lambda p: tx.update(ONES, state, p)[0], PARAMS)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, expected)

@@ -584,3 +584,14 @@ def test_a_state_without_data_is_refused():
     ):
         optimizer.load_state_dict(state)
     assert_equal(optimizer.state_dict(), before)
+
+
+def test_a_copy_from_before_the_first_step_is_anchored_where_its_training_starts():
+    model = nn.Linear(3, 2)
+    optimizer = RecAdam(model.named_parameters(), lr=1e-2, gamma=10.0)
+    for twin, other in (copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))):
+        twin.load_state_dict({name: x + 1 for name, x in twin.state_dict().items()})
+        twin(torch.ones(1, 3)).sum().backward()
+        with pytest.warns(UserWarning, match="overwritten after the optimizer was made"):
+            other.step()
+        assert torch.equal(other.state[twin.weight]["anchor"], model.weight + 1)

@@ -349,6 +349,13 @@ CHANGES = {
     "a moment without data": lambda b, state: state.update(exp_avg=torch.zeros(4, 2, device="meta")),
     "an anchor without data": lambda b, state: state.update(anchor=torch.zeros(4, 2, device="meta")),
     "freed": lambda b, state: b.data.untyped_storage().resize_(0),
+    "expanded": lambda b, state: setattr(b, "data", torch.ones(2).expand(4, 2)),
+    "negative": lambda b, state: setattr(b, "data", torch._neg_view(torch.ones(4, 2))),
+    "an expanded moment": lambda b, state: state.update(exp_avg=torch.zeros(2).expand(4, 2)),
+    "an expanded second moment": lambda b, state: state.update(exp_avg_sq=torch.zeros(()).expand(4, 2)),
+    "a complex moment": lambda b, state: state.update(exp_avg=torch.zeros(4, 2, dtype=torch.complex64)),
+    "an integer moment": lambda b, state: state.update(exp_avg_sq=torch.zeros(4, 2, dtype=torch.int64)),
+    "a sparse moment": lambda b, state: state.update(exp_avg=torch.zeros(4, 2).to_sparse()),
     "a freed anchor": lambda b, state: state["anchor"].untyped_storage().resize_(0),
     "a freed gradient": lambda b, state: b.grad.untyped_storage().resize_(0),
     "a sparse gradient": lambda b, state: setattr(b, "grad", torch.ones(4, 2).to_sparse()),
@@ -360,7 +367,8 @@ CHANGES = {
 @every_way
 def test_what_changed_in_the_second_group_is_found_before_the_first_is_stepped(way, change, warm):
     a, b = parameters((3, 2), (4, 2))
-    optimizer = RecAdam([{"params": [("a", a)], "lr": 1e-3}, {"params": [("b", b)]}], **K, **way)
+    groups = [{"params": [("a", a)], "lr": 1e-3}, {"params": [("b", b)]}]
+    optimizer = RecAdam(groups, anchors={"a": a.detach(), "b": b.detach()}, **K, **way)
     for t in range(warm):
         give_gradients([a, b], t)
         optimizer.step()
@@ -553,3 +561,11 @@ def test_triton_is_for_those_who_name_it(device):
         assert chosen_fused({**settings, flag: True}, torch.device(device)) == ""
     named = chosen_fused({**settings, "fused": True}, torch.device(device))
     assert named == ("numba" if device == "cpu" else "triton")
+
+
+@every_way
+def test_an_expanded_parameter_is_refused_and_nothing_is_stepped(way):
+    q, p = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(1).expand(4))
+    optimizer = RecAdam([("q", q), ("p", p)], anchors={"q": torch.zeros(4)}, **K, **way)
+    q.grad = p.grad = torch.ones(4)
+    assert_refused(optimizer, r"'p': its data is a view that cannot be written to")

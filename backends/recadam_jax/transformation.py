@@ -681,7 +681,8 @@ def _count(name: str, count: Any) -> jax.Array:
         found = jnp.asarray(count, jnp.int32) if fits else None
     except (TypeError, ValueError, OverflowError):
         found = None
-    if found is None or (not isinstance(found, jax.core.Tracer) and found < 0):
+    # Its own value: while something else is traced, a comparison would be traced, too.
+    if found is None or (not isinstance(count, jax.core.Tracer) and int(count) < 0):
         raise RecAdamError(f"{name}: the state's count is {shown(count)}; give what init returned")
     return found
 

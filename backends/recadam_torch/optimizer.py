@@ -42,7 +42,7 @@ from .prepared import Prepared
 from .settings import FLAGS, FROM, Policies, Policy, check_parameter, named, rate_of, settled
 from .shards import in_memory, is_sharded, is_wrapper, like, local, summed
 from .sources import Mapped, is_wide, mapped_files
-from .stepping import Work, check_alike, check_memory, check_place, execute
+from .stepping import Work, check_alike, check_memory, check_written, execute
 from .telemetry import Drift, drift_of, squares
 from .zero import forget, is_flat_part, joined
 
@@ -179,6 +179,12 @@ class RecAdam(Optimizer):
                 raise RecAdamError(f"anchors: two parameters are named {twice!r}; give the groups full names")
             if not isinstance(anchors, Anchors):
                 check_anchors(dict(zip(names, shapes, strict=True)), anchors)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickles and copies hold."""
+        self._check_files()
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, "_own": self._own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle."""
@@ -460,7 +466,7 @@ class RecAdam(Optimizer):
                 together=bool(fused or traced or lists_of_all),
             )
             check_alike(work)
-            check_place(work)
+            check_written(work)
             if not fused:
                 check_memory(work)
             if len(lists) == 1 and Prepared.may_be(groups, work):

@@ -44,6 +44,7 @@ class Prepared:
         ]
         self._held.append((_residual, list(map(_residual, states))))
         self._kind = {(p.dtype, p.device) for p in work.params}
+        self._strides = list(map(Tensor.stride, work.params))
         self._groups, self._policy, self._states = list(groups), policy, states
         self._work = work._replace(grads=[])
 
@@ -80,6 +81,8 @@ class Prepared:
             and len(params) == len(work.params)
             and all(map(is_, params, work.params))
             and set(map(_dtype_and_device, params)) == self._kind
+            and list(map(Tensor.stride, params)) == self._strides
+            and not any(map(Tensor.is_neg, params))
             and (state is None or all(map(is_, map(state.get, params), self._states)))
             and all(all(map(is_, map(get, self._states), held)) for get, held in self._held)
         )

@@ -15,7 +15,7 @@ from recadam_core import Coefficients, Hyperparameters, Moments, RecAdamError, a
 from .rounding import key_of, noise, round_, widened
 from .shards import in_memory, is_sharded
 
-__all__ = ["Work", "check_alike", "check_memory", "check_place", "execute"]
+__all__ = ["Work", "check_alike", "check_memory", "check_written", "execute"]
 
 
 class Work(NamedTuple):
@@ -62,18 +62,31 @@ def check_alike(work: Work) -> None:
             )
 
 
-def check_place(work: Work) -> None:
-    """Raise unless each parameter's moments are where it is.
+def check_written(work: Work) -> None:
+    """Raise unless what a step writes can be written, and lies where its parameter does.
 
     Raises:
-        RecAdamError: naming the parameter; as after the model was moved.
+        RecAdamError: naming the parameter; as after the model was moved, or of an expanded tensor.
     """
     for name, theta, *moments in zip(work.names, work.thetas, work.ms, work.vs, strict=True):
-        for m in moments:
-            if m.device != theta.device:
+        for what, x in (("data", theta), *zip(("first moment", "second moment"), moments, strict=True)):
+            if x.device != theta.device:
                 raise RecAdamError(
-                    f"parameter {name!r} is on {theta.device}, its moments on {m.device}: it was moved; make "
+                    f"parameter {name!r} is on {theta.device}, its moments on {x.device}: it was moved; make "
                     "a new optimizer and load the state into it"
+                )
+            wrong = ""
+            if not x.is_floating_point():
+                wrong = f"has dtype {x.dtype}"
+            elif x.layout != torch.strided:
+                wrong = f"has layout {x.layout}"
+            elif x.is_neg() or any(step == 0 and n > 1 for step, n in zip(x.stride(), x.shape, strict=True)):
+                wrong = "is a view that cannot be written to (expanded, or negative)"
+            elif x.is_inference() and not work.fused and not torch.is_inference_mode_enabled():
+                wrong = "was made in inference mode"
+            if wrong:
+                raise RecAdamError(
+                    f"parameter {name!r}: its {what} {wrong}; give a copy, as clone() makes it"
                 )
 
 
