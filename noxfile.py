@@ -162,7 +162,8 @@ def table(session: nox.Session) -> None:
     rows = sorted((row(result) for result in results), key=lambda r: (r[0].split(".")[1], r[1]))
     head = ["Python", "versions", *SHOWN, "passed", "skipped", "for lack of"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
-    on = f"`make versions` on {platform.system()} {platform.machine()}, {date.today()}:"
+    command = f'make versions TORCH_ON="{" ".join(TORCH_ON)}"'
+    on = f"`{command}` on {platform.system()} {platform.machine()}, {date.today()}:"
     text, end = PAGE.read_text(encoding="utf-8"), "<!-- end of what it wrote -->"
     before, after = text.split("<!-- make versions writes from here -->")[0], text.split(end)[1]
     written = "\n".join(["<!-- make versions writes from here -->", on, "", *lines, "", end])
