@@ -569,3 +569,53 @@ def test_an_expanded_parameter_is_refused_and_nothing_is_stepped(way):
     optimizer = RecAdam([("q", q), ("p", p)], anchors={"q": torch.zeros(4)}, **K, **way)
     q.grad = p.grad = torch.ones(4)
     assert_refused(optimizer, r"'p': its data is a view that cannot be written to")
+
+
+@pytest.mark.parametrize(
+    "anchors", [5, True, b"x", "w", torch.ones(2), [("w", torch.ones(2))], len, {3: torch.ones(2)}]
+)
+@pytest.mark.parametrize("where", ["constructor", "group"])
+def test_anchors_that_are_no_dict_by_name_are_named(anchors, where):
+    named = [("w", nn.Parameter(torch.ones(2)))]
+    params = [{"params": named, "anchors": anchors}] if where == "group" else named
+    with pytest.raises(RecAdamError, match=r"^anchors: "):
+        RecAdam(params, **({} if where == "group" else {"anchors": anchors}))
+
+
+def test_figures_of_a_parameter_whose_shape_was_changed_are_refused():
+    w = nn.Parameter(torch.ones(1, 4))
+    optimizer = RecAdam([("w", w)], **K)
+    give_gradients([w])
+    optimizer.step()
+    for shape in ((2, 4), (1, 1)):
+        w.grad, w.data = None, torch.zeros(shape)
+        for act in (
+            optimizer.drift,
+            lambda: optimizer.interpolate(0.5),
+            optimizer.interpolated(0.5).__enter__,
+        ):
+            assert_refused(optimizer, "'w' has shape .* its anchor", act)
+
+
+@pytest.mark.parametrize("flag", [np.array([1, 2]), torch.ones(2), torch.ones((), device="meta"), "x"])
+def test_a_flag_that_has_no_truth_is_refused_between_steps(flag):
+    params = parameters((2,))
+    optimizer = RecAdam(params, **K)
+    give_gradients(params)
+    optimizer.step()
+    optimizer.param_groups[0]["capturable"] = flag
+    with pytest.raises(RecAdamError, match="capturable is"):
+        optimizer.step()
+
+
+def test_a_group_without_a_rate_or_with_more_parameters_is_refused():
+    params = parameters((2,), (3,))
+    optimizer = RecAdam([("a", params[0])], **K)
+    give_gradients(params)
+    optimizer.param_groups[0]["params"].append(params[1])
+    for act in (optimizer.step, optimizer.drift, lambda: optimizer.interpolate(0.5)):
+        with pytest.raises(RecAdamError, match="parameters"):
+            act()
+    optimizer.param_groups[0]["params"].pop()
+    del optimizer.param_groups[0]["lr"]
+    assert_refused(optimizer, "a group has no 'lr'")

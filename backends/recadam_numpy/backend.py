@@ -11,6 +11,7 @@ import numpy as np
 from recadam_core import Capabilities, Coefficients, Hyperparameters, Moments, RecAdamError
 from recadam_core.arrays import check_arrays
 from recadam_core.backends import Functional, Shared, Specification, Stepper, Variant
+from recadam_core.errors import check_flag
 from recadam_core.update import scalars
 
 from .kernel import unchecked
@@ -47,6 +48,8 @@ class NumpyBackend(Specification):
 
     def __init__(self, fused: bool = False, in_place: bool = False) -> None:
         super().__init__(np)
+        for name, flag in (("fused", fused), ("in_place", in_place)):
+            check_flag("NumpyBackend", name, flag)
         self._one_pass: Any = None
         self._in_place = in_place
         if in_place and not fused:

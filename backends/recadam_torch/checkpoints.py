@@ -379,6 +379,13 @@ def checked(where: str, index: Any, p: Tensor, saved: Any) -> dict[str, Any]:
             raise _none(where, index, p, f"its {key} {why}")
     if p.dtype == torch.float64 != state["exp_avg"].dtype:
         raise _none(where, index, p, f"its moments are {state['exp_avg'].dtype}, the parameter is {p.dtype}")
+    if not p.is_meta and bool((local(state["exp_avg_sq"]) < 0).any()):
+        raise _none(where, index, p, "its exp_avg_sq has numbers below 0")
+    for key in state.keys() - _KNOWN:
+        if isinstance(state[key], Tensor) and state[key].is_meta and not p.is_meta:
+            raise _none(where, index, p, f"its {shown(key)} is without data")
+    if state.get("importance") is not None and (why := _misfit(state["importance"], p)):
+        raise _none(where, index, p, f"its importance {why}")
     for key in ("anchor_hash", "anchor_rows"):
         number = state.get(key, no_hash()["anchor_hash"])
         if not isinstance(number, Tensor) or number.dtype != torch.int64 or number.ndim or number.is_meta:
@@ -386,6 +393,9 @@ def checked(where: str, index: Any, p: Tensor, saved: Any) -> dict[str, Any]:
     if "anchor_rows" in state and not 0 < int(state["anchor_rows"]) < p.shape[0]:
         raise _none(where, index, p, f"its anchor_rows is {shown(state['anchor_rows'])}")
     return state
+
+
+_KNOWN = {"step", "exp_avg", "exp_avg_sq", "residual", "anchor", "anchor_hash", "anchor_rows", "importance"}
 
 
 def _counts(step: Tensor) -> bool:

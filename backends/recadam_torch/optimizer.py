@@ -20,6 +20,7 @@ from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
 from recadam_core import Hyperparameters, RecAdamError, Sigmoid, coefficients
 from recadam_core.annealing import annealed_weights
+from recadam_core.arrays import check_named
 from recadam_core.errors import check_number
 from recadam_core.optimizer import check_anchors
 
@@ -235,6 +236,8 @@ class RecAdam(Optimizer):
             if given is not None and not settings["anchored"]:
                 raise RecAdamError(f"RecAdam: a group has {what} and says 'anchored': False; leave one out")
         anchors = self._anchors if own is None else own
+        if anchors is not None:
+            check_named("anchors", anchors)
         super().add_param_group(group)
         group = self.param_groups[-1]
         try:
@@ -782,6 +785,7 @@ class RecAdam(Optimizer):
             state = self.state[p]
             if state.get("anchor") is None:
                 continue
+            _check_shape(name, p, state["anchor"])
             c, figure = None, nothing
             if p in last:
                 t, (hp, lr, anchored) = int(state["step"]), last[p]
@@ -870,6 +874,7 @@ class RecAdam(Optimizer):
                     )
                 new = p.detach().clone()
                 if anchor is not None:
+                    _check_shape(name, p, anchor)
                     mine, star = local(new), local(anchor).to(p.device)
                     wide = torch.promote_types(p.dtype, torch.float32)
                     if alpha != 1:  # at the ends exactly, whatever is at the other
@@ -911,6 +916,14 @@ def _comparable(own: Tensor | None, state: Mapping[str, Any], p: Tensor) -> bool
     if own is None or not kept or own.shape != p.shape or not (in_memory(p) and in_memory(own)):
         return False
     return local(own).device == local(p).device and not int(state["step"])
+
+
+def _check_shape(name: str, p: Tensor, anchor: Tensor) -> None:
+    if anchor.shape != p.shape:
+        raise RecAdamError(
+            f"parameter {name!r} has shape {tuple(p.shape)}, its anchor {tuple(anchor.shape)}: its shape was "
+            "changed; make a new optimizer"
+        )
 
 
 @torch.no_grad()

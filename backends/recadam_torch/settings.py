@@ -165,7 +165,7 @@ class Policies:
             values = _values(group)
             seen = self._seen.get(id(group))
             if seen is None or len(seen[1]) != len(values) or not all(map(is_, seen[1], values)):
-                plain, policy = _checked(group, reads=not group.get("capturable"))
+                plain, policy = _checked(group, reads=group.get("capturable") is not True)
                 changed.append((group, plain))
                 seen = self._seen[id(group)] = group, _values(plain), self._one(plain, policy)
             found.append(seen[2])
@@ -190,6 +190,7 @@ def _values(group: Mapping[str, Any]) -> tuple[Any, ...]:
     """The objects that a group's settings are, those within an annealing and betas too."""
     try:
         values: tuple[Any, ...] = _stepped(group)
+        group["lr"]
     except KeyError:
         return ()  # something is missing
     annealing, betas = group["annealing"], group["betas"]
@@ -210,6 +211,11 @@ def _typed(x: Any) -> Any:
 def named(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     """The group's parameters with their names, or their places for want of those."""
     names = group.get("param_names") or [f"params[{i}]" for i in range(len(group["params"]))]
+    if len(names) != len(group["params"]):
+        raise RecAdamError(
+            f"RecAdam: a group has {len(names)} names and {len(group['params'])} parameters; "
+            "use add_param_group for more"
+        )
     return list(zip(names, group["params"], strict=True))
 
 
