@@ -131,12 +131,13 @@ def theirs(kind, **options):
 
 
 sparse = torch.zeros(4, 3).to_sparse()
+nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
 DAMAGES = {
     "nothing": (lambda s: {}, "a state has a dict 'state' and a list 'param_groups'"),
     "negative second moments": (of_state("exp_avg_sq", torch.full((4, 3), -1.0)), "has numbers below 0"),
     "an entry without data": (of_state("more", torch.ones(2, device="meta")), "its 'more' is without data"),
     "a nested importance": (
-        of_state("importance", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)),
+        of_state("importance", nested),
         "its importance is sparse or nested",
     ),
     "no groups": (without("param_groups"), "a state has a dict 'state' and a list 'param_groups'"),
