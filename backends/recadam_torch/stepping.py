@@ -80,7 +80,9 @@ def check_written(work: Work) -> None:
                 wrong = f"has dtype {x.dtype}"
             elif x.layout != torch.strided:
                 wrong = f"has layout {x.layout}"
-            elif x.is_neg() or any(step == 0 and n > 1 for step, n in zip(x.stride(), x.shape, strict=True)):
+            elif x.is_neg() or any(
+                x.numel() and step == 0 and n > 1 for step, n in zip(x.stride(), x.shape, strict=True)
+            ):
                 wrong = "is a view that cannot be written to (expanded, or negative)"
             elif x.is_inference() and not work.fused and not torch.is_inference_mode_enabled():
                 wrong = "was made in inference mode"
