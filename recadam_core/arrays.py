@@ -15,14 +15,14 @@ __all__ = ["check_arrays", "check_named", "fault", "kind_of", "library", "not_pl
 PLAIN = (np.ndarray, np.memmap)
 """Kinds of NumPy array that are their numbers and nothing else: no mask, unit or product of their own."""
 
-_kinds: dict[tuple[type, Any], tuple[Any, str]] = {}
+_kinds: dict[tuple[type, Any, Any], tuple[Any, str]] = {}
 
 
 def kind_of(array: Any) -> tuple[Any, str]:
     """The namespace of an array, and what keeps it from being stepped.
 
     Args:
-        array: any object. Looked at once for each type and dtype.
+        array: any object. Looked at once for each type, dtype and (as PyTorch has it) layout.
 
     Returns:
         Its namespace, None where it is no array; and the fault and its remedy, empty where there is none.
@@ -31,7 +31,7 @@ def kind_of(array: Any) -> tuple[Any, str]:
         >>> kind_of(np.ones(2, dtype=int))[1]
         'has dtype int64; give a real floating array of 16 bits or more'
     """
-    key = type(array), getattr(array, "dtype", None)
+    key = type(array), getattr(array, "dtype", None), getattr(array, "layout", None)
     try:
         known = _kinds.get(key)
     except TypeError:  # what calls itself a dtype there is none
@@ -45,6 +45,9 @@ def _look(array: Any) -> tuple[Any, str]:
     if wrong := not_plain(array):
         return None, wrong
     xp = array_namespace(array)
+    layout = str(getattr(array, "layout", "strided"))
+    if not layout.endswith("strided"):
+        return xp, f"has layout {layout}; give a dense array"
     try:
         fits = xp.isdtype(array.dtype, "real floating") and xp.finfo(array.dtype).bits >= 16
     except Exception:  # a dtype from outside of the library, as each library says it

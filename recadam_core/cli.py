@@ -56,7 +56,10 @@ def _run() -> None:
         # Usage errors; typer's releases differ in which package their classes are of.
         if not hasattr(error, "format_message"):
             raise
-        _fail(error.format_message().replace("\n", " "))
+        message = error.format_message().replace("\n", " ")
+        if not message:  # the help was shown, for want of a command
+            sys.exit(2)
+        _fail(message)
     if code == 130:  # typer swallows the interrupt
         raise KeyboardInterrupt
     sys.exit(code)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ._scalars import host
 from .annealing import annealed_weights
-from .errors import RecAdamError, check_number
+from .errors import RecAdamError, check_number, shown
 from .hyperparameters import Hyperparameters
 
 __all__ = ["Coefficients", "InstabilityWarning", "check_stable", "coefficients", "is_zero"]
@@ -137,6 +137,8 @@ def coefficients(
 
     Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12; `released` after the authors' code.
     """
+    if not isinstance(hp, Hyperparameters):
+        raise RecAdamError(f"coefficients: hp is {shown(hp)}; give Hyperparameters")
     lr = hp.lr if lr is None else lr
     traced = xp is not None
     if not traced:

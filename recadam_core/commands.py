@@ -560,7 +560,7 @@ def experiment(
 
 @app.command()
 def schedule(
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the training.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, max=10_000_000, help="Steps of the training.")] = 1000,
     annealing: Annotated[str, typer.Option(help=f"One of {', '.join(ANNEALINGS)}.")] = "sigmoid",
     k: Annotated[float | None, typer.Option(help="Slope of the sigmoid, per step.")] = None,
     t0: Annotated[
@@ -586,7 +586,7 @@ def schedule(
         table.add_column(name, justify="right")
     for t in marks:
         task, recall = annealed_weights(curve, t)
-        table.add_row(str(t), f"{task:.4g}", f"{recall:.4g}", f"{lr * gamma * recall:.4g}")
+        table.add_row(str(t), f"{task:.4g}", f"{recall:.4g}", f"{recall and lr * gamma * recall:.4g}")
     _show(table)
     released = release_step(curve)
     if released is None:

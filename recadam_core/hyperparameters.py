@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Set
+import inspect
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from .annealing import Annealing, Sigmoid, annealing_from_dict, annealing_to_dict
+from .annealing import ANNEALINGS, Annealing, Sigmoid, annealing_from_dict, annealing_to_dict
 from .errors import RecAdamError, check_flag, check_number, shown, unknown
 
 __all__ = ["FORMS", "Hyperparameters"]
@@ -73,6 +74,11 @@ class Hyperparameters:
             raise RecAdamError(
                 f"{where}: annealing is {shown(self.annealing)}; give one, as Sigmoid(k=0.1, t0=250)"
             )
+        if type(self.annealing) not in ANNEALINGS.values() and not _takes(weights, 1, None):
+            raise RecAdamError(
+                f"{where}: weights of {type(self.annealing).__name__} takes other arguments; define it as "
+                "weights(self, t, xp=None)"
+            )
         if not isinstance(self.form, str) or self.form not in FORMS:
             raise unknown("form", self.form, FORMS)
         for name, value in settled.items():
@@ -118,3 +124,14 @@ class Hyperparameters:
         if "annealing" in values:
             values["annealing"] = annealing_from_dict(values["annealing"])
         return cls(**values)
+
+
+def _takes(function: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether a function can be called so, as far as it says."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    except ValueError:  # a compiled one that has no signature
+        pass
+    return True

@@ -134,7 +134,7 @@ MUTATIONS = [
     ),
     *_kernel(
         "torch", "recadam_torch.optimizer", "foreach",
-        ("t is off by one", 'int(state["step"]) + 1', 'int(state["step"]) + 2'),
+        ("t is off by one", '_taken(name, state["step"]) + 1', '_taken(name, state["step"]) + 2'),
         ("heads and bodies are one list", 'anchored = "anchor" in state and', "anchored ="),
     ),
     *_kernel(

@@ -108,6 +108,7 @@ OF_ANOTHER = {
 if torch:
     NO_ARRAYS["of torch, float8"] = torch.tensor(W).to(torch.float8_e4m3fn)
     OF_ANOTHER["of torch"] = torch.tensor(W)
+    NO_ARRAYS["of torch, sparse"] = torch.tensor(W).to_sparse()
 ALONE = {"init: parameter", "Moments", "importance_from"}
 
 

@@ -166,6 +166,26 @@ def test_schedule_advice(hp, steps, warning):
     assert advice[0].startswith(warning)
 
 
+def test_no_recall_weight_is_no_pull_however_strong(recadam):
+    result = recadam("schedule", "--lr", "1e300", "--gamma", "1e300")
+    assert result.returncode == 0
+    assert result.stdout.splitlines()[-3].split()[-2:] == ["0", "0"]
+    assert "warning: lr * gamma = inf diverges from step 1 on" in result.stdout
+
+
+def test_more_steps_than_can_be_shown_are_refused(recadam):
+    result = recadam("schedule", "--steps", 10**12)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+
+
+def test_without_a_command_there_is_the_help_and_no_more(recadam):
+    result = recadam()
+    assert result.returncode == 2
+    assert "schedule" in result.stdout
+    assert "recadam:" not in result.stderr
+
+
 @pytest.mark.heavy
 def test_demo_of_the_quick_task(recadam, tmp_path):
     result = recadam("demo", "--only", "digits", "--out", tmp_path / "demo")

@@ -520,6 +520,26 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
         (lambda: recadam(1e-5, mu_dtype=jnp.int32), "recadam: mu_dtype is"),
         (lambda: recadam(1e-5, anchor_dtype=jnp.int8), "recadam: anchor_dtype is"),
         (lambda: recadam(1e-5, anchor_memory="disk"), "recadam: anchor_memory is 'disk'; give 'pinned"),
+        (lambda: recadam(1e-5, anchor_memory=np.ones(2)), "recadam: anchor_memory is array([1., 1.]); give"),
+        (lambda: recadam(1e-5, anchor_memory=10**5000), "recadam: anchor_memory is a int that cannot be"),
+        (lambda: recadam(1e-5, anchor_memory=["device"]), "recadam: anchor_memory is ['device']; give"),
+        (lambda: from_hyperparameters(5), "from_hyperparameters: hp is 5; give Hyperparameters"),
+        (lambda: host_coefficients(1, None), "coefficients: hp is None; give Hyperparameters"),
+        (lambda: load_anchor("there", PARAMS, new=5), "anchors: new is 5; give paths of parameters"),
+        (lambda: load_anchor("there", PARAMS, new=[5]), "anchors: new is [5]; give paths of parameters"),
+        *(
+            (
+                lambda given=given: recadam(1e-5).update(
+                    PARAMS, recadam(1e-5).init(PARAMS), PARAMS, coefficients=given
+                ),
+                "recadam: coefficients are HostCoefficients(",
+            )
+            for given in (
+                HostCoefficients((1.0,), (1.0,)),
+                HostCoefficients(1.0, 2.0),
+                HostCoefficients("abcd", "abcd"),
+            )
+        ),
         (lambda: recadam(1e-5, annealing=Sigmoid), "Hyperparameters: annealing is"),
         (
             lambda: recadam(1e-4, anchor={"a": {"w": jnp.arange(2)}}).init(PARAMS),
@@ -551,7 +571,7 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
         ),
         (
             lambda: recadam(1e-4).update(PARAMS, recadam(1e-4).init(PARAMS), PARAMS, coefficients=(1.0,)),
-            "recadam: coefficients are tuple; give those of host_coefficients(t, hp)",
+            "recadam: coefficients are (1.0,); give those of host_coefficients(t, hp)",
         ),
         (
             lambda: recadam(1e-4, anchor={"a": jnp.ones(2)}).init({"a": {**PARAMS["a"], "v": jnp.ones(2)}}),
@@ -569,7 +589,7 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
             lambda: recadam(1e-4, anchor={"a": {"w": jnp.full(2, 1e5)}}, anchor_dtype="float16").init(PARAMS),
             "anchor 'a/w' has values beyond float16; give another anchor_dtype",
         ),
-        (lambda: recadam(1e-4, anchor_dtype="float99"), "recadam: anchor_dtype is float99; give a floating"),
+        (lambda: recadam(1e-4, anchor_dtype="float99"), "recadam: anchor_dtype is 'float99'; give a"),
         (
             lambda: recadam(lambda count: None).init(PARAMS),
             "recadam, step 1: the schedule's learning rate is None; give a finite number >= 0",
@@ -969,6 +989,14 @@ def test_a_dtype_that_others_cannot_be_promoted_to_is_refused_at_once(name, dtyp
     with pytest.raises(RecAdamError) as caught:
         recadam(1e-5, **{name: getattr(jnp, dtype)})
     assert str(caught.value).endswith("; give a floating dtype of 16 to 64 bits")
+
+
+@pytest.mark.parametrize("dtype", [{}, 5, "whole", [1], True, 10**5000, int], ids=type)
+@pytest.mark.parametrize("name", ["mu_dtype", "anchor_dtype"])
+def test_what_is_no_dtype_is_refused_at_once(name, dtype):
+    with pytest.raises(RecAdamError, match=f"recadam: {name} is ") as caught:
+        recadam(1e-5, **{name: dtype})
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -395,6 +395,24 @@ def test_what_is_no_annealing_is_refused(annealing):
         Hyperparameters(annealing=annealing)
 
 
+class OfTheStep:
+    def weights(self, t):
+        return 1.0, 1.0
+
+
+class OfTheNamespaceByName:
+    def weights(self, t, *, xp=None):
+        return 1.0, 1.0
+
+
+@pytest.mark.parametrize("annealing", [OfTheStep(), OfTheNamespaceByName()])
+def test_an_annealing_that_cannot_be_called_as_one_is_refused_when_it_is_given(annealing):
+    with pytest.raises(
+        RecAdamError, match=r"takes other arguments; define it as weights\(self, t, xp=None\)"
+    ):
+        Hyperparameters(annealing=annealing)
+
+
 @pytest.mark.parametrize("flag", ["False", 0, 1, None, np.array(True), [True]])
 def test_a_flag_is_true_or_false(flag):
     with pytest.raises(RecAdamError, match=r"bias_correction is .*; give True or False"):

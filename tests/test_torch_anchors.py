@@ -623,10 +623,14 @@ def test_quantized_weights_are_left_alone(dtype):
 @pytest.mark.parametrize("form", [as_dict, as_file])
 def test_values_without_their_scales_are_no_anchors(dtype, form, tmp_path):
     stored = {"weight": torch.ones(2, 2).to(dtype), "bias": torch.ones(2)}
+    try:
+        source = form(stored, tmp_path)
+    except KeyError:
+        pytest.skip("this safetensors writes no such numbers")
     with pytest.warns(
         CoverageWarning, match=r"no anchor for weight \(is \w+ in the source, no floating numb"
     ):
-        anchors = Anchors.of(nn.Linear(2, 2), form(stored, tmp_path))
+        anchors = Anchors.of(nn.Linear(2, 2), source)
     assert list(anchors) == ["bias"]
     with pytest.raises(RecAdamError, match="anchors: 'weight' is torch"):
         RecAdam(nn.Linear(2, 2).named_parameters(), anchors=stored)

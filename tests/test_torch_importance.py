@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 import torch
 
 import recadam_core as rc
-from recadam_torch import RecAdam, feature_importance, importance_of
+from recadam_torch import Anchors, RecAdam, feature_importance, importance_of, lora_anchors, param_groups
 
 SETTINGS = {"lr": 1e-2, "gamma": 20.0, "annealing": rc.Sigmoid(k=0.3, t0=10)}
 WAYS = ({}, {"foreach": True}, {"foreach": False}, {"exact": True}, {"capturable": True})
@@ -245,3 +245,28 @@ def test_parameters_are_weighed_by_name():
         feature_importance(model.named_parameters(), model(torch.ones(1, 2)))
     with pytest.raises(rc.RecAdamError, match="importance: the losses of batch 0 are a float; give a tensor"):
         importance_of(model.named_parameters(), [1.0])
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda m: importance_of(m.named_parameters(), None), "importance: the losses are None; give a list"),
+        (
+            lambda m: feature_importance(m.named_parameters(), 5),
+            "importance: the features are 5; give a list",
+        ),
+        (lambda m: importance_of(5, []), "importance: the parameters are a int; give"),
+        (lambda m: lora_anchors(5), "lora_anchors: the model is a int; give the module"),
+        (lambda m: param_groups(5), "param_groups: the model is a int; give the module"),
+        (lambda m: Anchors.of([]), "anchors: the model is a list; give the module"),
+        (lambda m: RecAdam(m.named_parameters()).interpolate(0.5, anchors=5), "anchors: int; give a dict"),
+        (
+            lambda m: RecAdam(m.to("meta").named_parameters()).drift(),
+            "drift: parameter 'weight' is on the me",
+        ),
+    ],
+)
+def test_what_a_helper_cannot_take_is_named(act, message):
+    with pytest.raises(rc.RecAdamError) as caught:
+        act(torch.nn.Linear(2, 2))
+    assert str(caught.value).startswith(message)

@@ -60,8 +60,10 @@ def load_anchor(
         (True, [1.0, 1.0])
     """
     ours, leaves = paths(params), jax.tree.leaves(params)
-    heads = [new] if isinstance(new, str) else list(new)
+    heads = [new] if isinstance(new, str) else list(new) if isinstance(new, Iterable) else [new]
     for path in heads:
+        if not isinstance(path, str):
+            raise RecAdamError(f"anchors: new is {shown(new)}; give paths of parameters, as ['head']")
         if not any(_below(x, [path]) for x in ours):
             raise RecAdamError(
                 f"anchors: new names {path!r}, which is no parameter{_nearest(path, ours)}; give a path"

@@ -290,6 +290,8 @@ def from_hyperparameters(
         >>> tx.init(jnp.ones(2)).anchor is None
         True
     """
+    if not isinstance(hp, Hyperparameters):
+        raise RecAdamError(f"from_hyperparameters: hp is {shown(hp)}; give Hyperparameters")
     rate = hp.lr if learning_rate is None else learning_rate
     hp = hp.replace(lr=0.0 if callable(rate) else rate)
     return _transformation("recadam", hp, rate if callable(rate) else hp.lr, _Kept(**kept))
@@ -354,14 +356,15 @@ class _Kept:
             dtype = getattr(self, name)
             try:
                 wide = dtype is None or _is_wide(jnp.dtype(dtype))
-            except TypeError:
+            except (TypeError, ValueError):
                 wide = False
             if not wide:
-                raise RecAdamError(f"recadam: {name} is {dtype}; give a floating dtype of 16 to 64 bits")
-        if self.anchor_memory not in (None, "device", "pinned_host"):
-            raise RecAdamError(
-                f"recadam: anchor_memory is {self.anchor_memory!r}; give 'pinned_host' or 'device'"
-            )
+                raise RecAdamError(
+                    f"recadam: {name} is {shown(dtype)}; give a floating dtype of 16 to 64 bits"
+                )
+        memory = self.anchor_memory
+        if not (memory is None or (isinstance(memory, str) and memory in ("device", "pinned_host"))):
+            raise RecAdamError(f"recadam: anchor_memory is {shown(memory)}; give 'pinned_host' or 'device'")
 
     def anchors(self, params: Any, names: list[str], leaves: list[Any]) -> list[Any]:
         """An anchor or None for each parameter, checked and copied."""
@@ -708,9 +711,11 @@ def _coefficients(
         for c in by_anchored.values():
             _check_coefficients(name, t, c, hp.form)
         return by_anchored
-    if not isinstance(given, HostCoefficients):
+    if not isinstance(given, HostCoefficients) or any(
+        not isinstance(row, (tuple, list)) or len(row) != 4 for row in given
+    ):
         raise RecAdamError(
-            f"recadam: coefficients are {type(given).__name__}; give those of host_coefficients(t, hp)"
+            f"recadam: coefficients are {shown(given)}; give those of host_coefficients(t, hp)"
         )
     by_anchored = {}
     for anchored, (step, eps, recall, decay) in ((True, given.anchored), (False, given.new)):

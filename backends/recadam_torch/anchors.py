@@ -232,10 +232,7 @@ class Anchors(Mapping[str, Tensor]):
             >>> sorted(anchors)
             ['0.bias', '0.weight']
         """
-        if not isinstance(model, nn.Module):
-            raise RecAdamError(
-                f"anchors: the model is a {type(model).__name__}; give the module to be trained"
-            )
+        check_module("anchors", model)
         check_flag("anchors", "strict", strict)
         patterns = (new,) if isinstance(new, str) else tuple(new) if isinstance(new, Iterable) else (new,)
         if any(not isinstance(pattern, str) for pattern in patterns):
@@ -374,6 +371,12 @@ def check_made(name: str, p: Any) -> None:
         )
 
 
+def check_module(where: str, model: Any) -> None:
+    """Raise unless it is a module of torch."""
+    if not isinstance(model, nn.Module):
+        raise RecAdamError(f"{where}: the model is a {type(model).__name__}; give the module to be trained")
+
+
 def lora_anchors(model: nn.Module) -> dict[str, Tensor]:
     r"""Anchors of a model with LoRA adapters: zero for the factor that starts at zero.
 
@@ -400,6 +403,7 @@ def lora_anchors(model: nn.Module) -> dict[str, Tensor]:
 
     Source: LoRA is arXiv 2106.09685; that B starts at zero, its section 4.1.
     """
+    check_module("lora_anchors", model)
     found = {}
     for name, p in model.named_parameters():
         check_made(name, p)

@@ -443,7 +443,7 @@ def states_of(
     Raises:
         RecAdamError: when an anchor is not the one that the state was saved with, and is not to be had again.
     """
-    take_hashes(entry.mine for entry in entries)
+    take_hashes(entry.mine for entry in entries if "anchor_hash" in entry.mine)
     release = policy_of(group).release()
     found: dict[Tensor, dict[str, Any]] = {}
     given: list[tuple[Entry, Tensor, int]] = []

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from recadam_core.optimizer import check_anchors
 
-from .anchors import Anchors, check_made
+from .anchors import Anchors, check_made, check_module
 
 __all__ = ["param_groups"]
 
@@ -52,6 +52,7 @@ def param_groups(
         False 0.01 ['2.weight']
         False 0.0 ['2.bias']
     """
+    check_module("param_groups", model)
     norms = {
         id(p)
         for module in model.modules()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recadam_core import RecAdamError, importance_from
+from recadam_core.errors import shown
 
 from .anchors import check_made
 
@@ -134,6 +135,8 @@ def _by_name(params: Any) -> dict[str, Tensor]:
 def _tensors(given: Iterable[Any], what: str) -> Iterator[Tensor]:
     if isinstance(given, Tensor):
         raise RecAdamError(f"importance: the {what} are one tensor; give a list or generator of one a batch")
+    if not isinstance(given, Iterable):
+        raise RecAdamError(f"importance: the {what} are {shown(given)}; give a list or generator of tensors")
     for batch, x in enumerate(given):
         if not isinstance(x, Tensor):
             raise RecAdamError(

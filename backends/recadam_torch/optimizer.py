@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 from recadam_core import Hyperparameters, RecAdamError, Sigmoid, coefficients
 from recadam_core.annealing import annealed_weights
 from recadam_core.arrays import check_named
-from recadam_core.errors import check_number
+from recadam_core.errors import check_number, shown
 from recadam_core.optimizer import check_anchors
 
 from .anchors import Anchors, bare, check_made
@@ -409,7 +409,7 @@ class RecAdam(Optimizer):
                 raise RecAdamError(
                     f"parameter {name!r} is {p.dtype} and was {state['exp_avg'].dtype}; make a new optimizer"
                 )
-            t = None if ways["capturable"] else int(state["step"]) + 1
+            t = None if ways["capturable"] else _taken(name, state["step"]) + 1
             anchored = "anchor" in state and ways["anchored"]
             freed = anchored and state["anchor"] is None
             weighed = anchored and "importance" in state
@@ -786,6 +786,8 @@ class RecAdam(Optimizer):
             if state.get("anchor") is None:
                 continue
             _check_shape(name, p, state["anchor"])
+            if p.is_meta:
+                raise RecAdamError(f"drift: parameter {name!r} is on the meta device and has no values")
             c, figure = None, nothing
             if p in last:
                 t, (hp, lr, anchored) = int(state["step"]), last[p]
@@ -849,6 +851,8 @@ class RecAdam(Optimizer):
 
     def _between(self, alpha: float, anchors: Mapping[str, Tensor] | None) -> dict[Tensor, Tensor]:
         check_number("interpolate", "alpha", alpha)
+        if anchors is not None:
+            check_named("anchors", anchors)
         self._settle()
         if self._parts:
             raise RecAdamError(
@@ -950,7 +954,26 @@ _MOVING = ("step", "exp_avg", "exp_avg_sq", "residual")
 
 
 def _whole(state: Mapping[str, Any]) -> bool:
-    return "exp_avg" in state and ("anchor" in state) == ("anchor_hash" in state)
+    """Whether all entries are there, and of their kind; `checked` says what is wrong."""
+    anchor, number = state.get("anchor"), state.get("anchor_hash")
+    hashed = isinstance(number, Tensor) if "anchor" in state else number is None
+    moving = [state.get(key) for key in ("step", "exp_avg", "exp_avg_sq")]
+    others = [x for x in (anchor, state.get("importance"), state.get("residual")) if x is not None]
+    return hashed and all(map(_is_dense, moving + others)) and not moving[0].ndim
+
+
+def _is_dense(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.layout is torch.strided
+
+
+def _taken(name: str, step: Tensor) -> int:
+    """The steps that a parameter has taken."""
+    try:
+        return int(step)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise RecAdamError(
+            f"optimizer.state: the step of {name!r} is {shown(step)}, no count; make a new optimizer"
+        ) from None
 
 
 def _unstepped(state: Mapping[str, Any]) -> bool:

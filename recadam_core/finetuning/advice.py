@@ -25,10 +25,8 @@ def schedule_advice(hp: Hyperparameters, steps: int) -> list[str]:
         >>> schedule_advice(Hyperparameters(lr=1e-3, gamma=5000.0, annealing=Sigmoid(k=0.1, t0=250)), 1000)
         ['lr * gamma = 5 diverges from step 1 on (pull of 2 or more); lower either, or use form=proximal']
     """
-    t = np.arange(1.0, steps + 1)
-    weights = [hp.annealing.weights(int(step)) for step in t]
-    task = np.array([w for w, _ in weights])
-    pull = hp.lr * hp.gamma * np.array([r for _, r in weights])
+    task, recall = hp.annealing.weights(np.arange(1.0, steps + 1), np)
+    pull = np.where(recall > 0, hp.lr * hp.gamma, 0.0) * recall
     warnings = []
     frozen = int(np.sum(task < 0.05))
     if frozen > 0.4 * steps:
