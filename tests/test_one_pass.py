@@ -208,7 +208,7 @@ def test_nothing_that_changes_between_steps_goes_unseen(change):
                 change(opt, named)
             opt.step()
         freed = optimizer.state[ours[0][1]]["anchor"] is None
-        assert optimizer._prepared or freed or (change is no_grad and t > 2)
+        assert optimizer._prepared or freed or (change in (no_grad, other_flag) and t > 2)
         for (name, p), (_, q) in zip(ours, theirs, strict=True):
             assert torch.equal(p, q), (t, name)
             assert optimizer.state[p]["step"] == reference.state[q]["step"]

@@ -26,7 +26,7 @@ from recadam_core import Coefficients, RecAdamError
 
 from .kernel import kernel_
 
-__all__ = ["FUSED", "NumbaKernel", "chosen_fused", "fused_kernel", "regular"]
+__all__ = ["FUSED", "NumbaKernel", "chosen_fused", "fused_kernel", "is_writable", "regular"]
 
 
 def chosen_fused(group: Mapping[str, Any], device: torch.device) -> str:
@@ -120,46 +120,75 @@ class NumbaKernel:
         c: Coefficients,
     ) -> None:
         """As `kernel_`."""
+        run = self.lay(thetas, grads, ms, vs, anchors)
+        if run is None:  # moments of 16 bits, say
+            exact = ms[0].dtype in _walkable()
+            kernel_(thetas, grads, ms, vs, anchors, c, exact=exact)
+        else:
+            run(c)
+
+    def lay(
+        self,
+        thetas: list[Tensor],
+        grads: list[Tensor],
+        ms: list[Tensor],
+        vs: list[Tensor],
+        anchors: list[Tensor] | None,
+    ) -> Callable[[Coefficients], None] | None:
+        """Look at all that a step reads and writes; what then takes it, None for dtypes that are not walked.
+
+        Raises:
+            RecAdamError: when something cannot be stepped; which parameter it is, the checks of a step say.
+        """
         from recadam_numpy.one_pass import Table
 
-        if not thetas:
-            return
         wide = ms[0].dtype
         walkable = _walkable().get(wide)
-        if walkable is None or any(x.dtype != wide for x in ms) or any(x.dtype != wide for x in vs):
-            kernel_(thetas, grads, ms, vs, anchors, c, exact=walkable is not None)  # moments of 16 bits, say
-            return
-        written = thetas, ms, vs
-        host = torch.device("cpu")
-        thetas, grads, ms, vs = (regular(xs, wide, walkable, host) for xs in (thetas, grads, ms, vs))
-        stars = None if anchors is None else regular(anchors, wide, walkable, host)
-        columns = [thetas, grads, ms, vs, grads if stars is None else stars]
+        if walkable is None or {*map(_dtype, ms), *map(_dtype, vs)} - {wide}:
+            return None
+        shapes = list(map(_shape, thetas))
+        columns, places = [], []
+        # List by list: what is asked of a tensor a second time is in the caches then.
+        for xs, is_written in ((thetas, True), (grads, False), (ms, True), (vs, True), (anchors, False)):
+            if xs is not None:
+                columns.append(regular(xs, wide, walkable, shapes, _HOST, is_written))
+                places.append(list(map(Tensor.data_ptr, columns[-1])))
         sizes = list(map(Tensor.numel, thetas))
         names = [str(xs[0].dtype).removeprefix("torch.") for xs in columns]
+        if anchors is None:  # never read
+            places.append(places[1])
+            names.append(names[1])
         shape = names, torch.get_num_threads(), sizes
         if shape != self._shape:
             self._table, self._shape = Table(sizes, names, shape[1]), shape
             self._filled = np.array(sizes) > 0
-        for row, xs in zip(self._table.addresses, columns, strict=True):
-            row[:] = list(map(Tensor.data_ptr, xs))
-        if not self._table.addresses.all() and any(0 in row[self._filled] for row in self._table.addresses):
-            raise RecAdamError(
-                "a parameter, its gradient, moments or anchor has no memory (a freed storage, or the meta "
-                "device); make a new optimizer"
-            )
-        self._table.run(c, stars is not None, torch_team())
-        for old, new in zip(written, (thetas, ms, vs), strict=True):
-            if new is not old:
-                torch._foreach_copy_(old, new)
-        # Written behind autograd's back: say so, for graphs that still hold the old values.
-        torch.autograd.graph.increment_version(written[0])
+        table = self._table
+        table.addresses[:] = places
+        if not table.addresses.all() and not table.addresses[:, self._filled].all():
+            raise RecAdamError("there is no memory to step over (a freed storage, or the meta device)")
+
+        def run(c: Coefficients) -> None:
+            table.run(c, anchors is not None, torch_team())
+            for old, new in ((thetas, columns[0]), (ms, columns[2]), (vs, columns[3])):
+                if new is not old:
+                    torch._foreach_copy_(old, new)
+            # Written behind autograd's back: say so, for graphs that still hold the old values.
+            torch.autograd.graph.increment_version(thetas)
+
+        return run
 
 
-_dtype_and_device = attrgetter("dtype", "device")
+_HOST = torch.device("cpu")
+_dtype, _device, _shape = map(attrgetter, ("dtype", "device", "shape"))
 
 
 def regular(
-    tensors: list[Tensor], wide: torch.dtype, walkable: frozenset[torch.dtype], device: torch.device | None
+    tensors: list[Tensor],
+    wide: torch.dtype,
+    walkable: frozenset[torch.dtype],
+    shapes: list[torch.Size],
+    device: torch.device,
+    is_written: bool = False,
 ) -> list[Tensor]:
     """Tensors whose memory a one-pass kernel can walk: the very list where it can already, else copies.
 
@@ -167,26 +196,46 @@ def regular(
         tensors: of any dtypes and strides, on any devices.
         wide: the dtype of a copy.
         walkable: the dtypes that the kernel reads, if all have the same one.
-        device: where the kernel runs, if the tensors may be elsewhere.
+        shapes: what they must have.
+        device: where the kernel runs.
+        is_written: whether copies are to be written back.
+
+    Raises:
+        RecAdamError: when shapes are others, there are no values, or no copy could be written back.
 
     Example:
         >>> x = [torch.ones(2)]
-        >>> regular(x, torch.float32, frozenset([torch.float32]), None) is x
+        >>> regular(x, torch.float32, frozenset([torch.float32]), [(2,)], torch.device("cpu")) is x
         True
     """
-    kinds = set(map(_dtype_and_device, tensors))
-    dtypes = {dtype for dtype, _ in kinds}
-    if any(place.type == "meta" for _, place in kinds):
-        raise RecAdamError("a parameter, its gradient, moments or anchor is on meta; make a new optimizer")
-    if any(map(Tensor.is_neg, tensors)):  # which only say that they are negative
+    dtypes, devices = set(map(_dtype, tensors)), set(map(_device, tensors))
+    if list(map(_shape, tensors)) != shapes:
+        raise RecAdamError("a parameter, its gradient, moments and anchor have several shapes")
+    if any(place.type == "meta" for place in devices):
+        raise RecAdamError("a parameter, its gradient, moments or anchor is on the meta device")
+    negative = any(map(Tensor.is_neg, tensors))  # which only say that they are
+    if negative or not all(map(Tensor.is_contiguous, tensors)):
+        if is_written and not all(map(is_writable, tensors)):
+            raise RecAdamError("a parameter or moment is a view that cannot be written to")
         tensors = [x.resolve_neg() for x in tensors]
     if len(dtypes) > 1 or not dtypes <= walkable:
         tensors = [x.detach().to(device, wide, non_blocking=True) for x in tensors]
-    elif device is not None and any(place != device for _, place in kinds):
+    elif devices - {device}:
         tensors = [x.detach().to(device, non_blocking=True) for x in tensors]
     if all(map(Tensor.is_contiguous, tensors)):
         return tensors
     return [x.detach().contiguous() for x in tensors]
+
+
+def is_writable(x: Tensor) -> bool:
+    """Whether each element of a dense tensor has a place of its own to be written to.
+
+    Example:
+        >>> is_writable(torch.ones(2, 1).expand(2, 3))
+        False
+    """
+    shared = x.numel() and any(step == 0 and n > 1 for step, n in zip(x.stride(), x.shape, strict=True))
+    return not (shared or x.is_neg())
 
 
 @cache

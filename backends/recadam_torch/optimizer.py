@@ -43,7 +43,7 @@ from .prepared import Prepared
 from .settings import FLAGS, FROM, Policies, Policy, check_parameter, named, rate_of, settled
 from .shards import in_memory, is_sharded, is_wrapper, like, local, summed
 from .sources import Mapped, is_wide, mapped_files
-from .stepping import Work, check_alike, check_memory, check_written, execute
+from .stepping import Work, check_alike, check_written, execute, looked_at
 from .telemetry import Drift, drift_of, squares
 from .zero import forget, is_flat_part, joined
 
@@ -358,10 +358,7 @@ class RecAdam(Optimizer):
                 whole = True
                 found += self._planned(groups, policy, rate, compiling)
         self._states = list(self.state.values())
-        if len(found) > 1:  # of one alone the kernel finds it out before it writes
-            for work in found:
-                check_memory(work)
-        return found
+        return found if compiling else list(map(looked_at, found))
 
     @_disable_dynamo
     def _finish(self, work: list[Work]) -> None:
@@ -384,7 +381,7 @@ class RecAdam(Optimizer):
             self._last[some.params[0]] = some.params, some.hp, lr, some.anchored
 
     def _kernel(self, fused: str, key: Any) -> Callable[..., None]:
-        """One-pass kernels remember the lists that they have stepped: each list has its own."""
+        """One-pass kernels remember the list that they step: in one step each list has its own."""
         if (fused, key) not in self._kernels:
             self._kernels[fused, key] = fused_kernel(fused)
         return self._kernels[fused, key]
@@ -421,7 +418,9 @@ class RecAdam(Optimizer):
         if traced:
             lr = given.double() if isinstance(given, Tensor) else torch.tensor(given, dtype=F64, device="cpu")
         found = []
-        for (t, anchored, freed, _, device, weighed, wrapper), (names, params) in lists.items():
+        for i, ((t, anchored, freed, _, device, weighed, wrapper), (names, params)) in enumerate(
+            lists.items()
+        ):
             # On the host where that knows the step, also if the device computes its own: this raises.
             c = None if t is None else coefficients(t, hp, rate, anchored)
             if freed and c is not None and c.recall:
@@ -443,7 +442,7 @@ class RecAdam(Optimizer):
                 fused = ""
             kernel: Callable[..., None] = partial(kernel_, exact=ways["exact"] and not traced)
             if fused:
-                kernel = self._kernel(fused, (id(groups[0]), device, params[0].dtype, anchored, freed))
+                kernel = self._kernel(fused, (id(groups[0]), i))
             lists_of_all = ways["foreach"] or (ways["foreach"] is None and device.type == "cuda")
             states = [self.state[p] for p in params]
             work = Work(
@@ -470,8 +469,6 @@ class RecAdam(Optimizer):
             )
             check_alike(work)
             check_written(work)
-            if not fused:
-                check_memory(work)
             if len(lists) == 1 and Prepared.may_be(groups, work):
                 self._prepared[id(groups[0])] = Prepared(groups, policy, work, states)
             found.append(work)
@@ -957,7 +954,7 @@ def _whole(state: Mapping[str, Any]) -> bool:
     """Whether all entries are there, and of their kind; `checked` says what is wrong."""
     anchor, number = state.get("anchor"), state.get("anchor_hash")
     hashed = isinstance(number, Tensor) if "anchor" in state else number is None
-    moving = [state.get(key) for key in ("step", "exp_avg", "exp_avg_sq")]
+    moving: list[Any] = [state.get(key) for key in ("step", "exp_avg", "exp_avg_sq")]
     others = [x for x in (anchor, state.get("importance"), state.get("residual")) if x is not None]
     return hashed and all(map(_is_dense, moving + others)) and not moving[0].ndim
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from recadam_core import coefficients
 
 from .settings import Policy
-from .stepping import Work, check_alike
+from .stepping import Work
 
 __all__ = ["Prepared"]
 
-_dtype_and_device = attrgetter("dtype", "device")
+_dtype = attrgetter("dtype")
 _layout = attrgetter("layout")
 _grad = attrgetter("grad")
 _residual = lambda state: state.get("residual")  # noqa: E731
@@ -43,8 +43,7 @@ class Prepared:
             (methodcaller("get", key), [state[key] for state in states]) for key in keys
         ]
         self._held.append((_residual, list(map(_residual, states))))
-        self._kind = {(p.dtype, p.device) for p in work.params}
-        self._strides = list(map(Tensor.stride, work.params))
+        self._dtypes = {p.dtype for p in work.params}
         self._groups, self._policy, self._states = list(groups), policy, states
         self._work = work._replace(grads=[])
 
@@ -52,7 +51,10 @@ class Prepared:
     def may_be(groups: Sequence[Mapping[str, Any]], work: Work) -> bool:
         """Whether this is work that can be kept: one pass over all parameters of the groups, none sharded."""
         whole = len(work.params) == sum(len(group["params"]) for group in groups)
-        return whole and all(map(is_, work.params, work.thetas)) and bool(work.fused) and work.t is not None
+        # Kernels that look at all that they get, which are the tensors themselves.
+        looks = work.fused in ("numba", "triton") and work.ways["rounding"] == "nearest"
+        plain = looks and not work.ways["maximize"] and all(map(is_, work.params, work.thetas))
+        return whole and plain and work.t is not None
 
     def again(
         self,
@@ -70,7 +72,7 @@ class Prepared:
             state: the optimizer's, to look the parameters' up in; None when no entry is another one.
 
         Raises:
-            RecAdamError: when a shape is another, or the annealing or a coefficient is no good.
+            RecAdamError: when the annealing or a coefficient is no good.
         """
         work = self._work
         params = list(chain.from_iterable(group["params"] for group in groups))
@@ -80,9 +82,7 @@ class Prepared:
             and all(map(is_, groups, self._groups))
             and len(params) == len(work.params)
             and all(map(is_, params, work.params))
-            and set(map(_dtype_and_device, params)) == self._kind
-            and list(map(Tensor.stride, params)) == self._strides
-            and not any(map(Tensor.is_neg, params))
+            and set(map(_dtype, params)) == self._dtypes
             and (state is None or all(map(is_, map(state.get, params), self._states)))
             and all(all(map(is_, map(get, self._states), held)) for get, held in self._held)
         )
@@ -98,6 +98,4 @@ class Prepared:
         c = coefficients(t, policy.hp, rate, work.anchored)
         if c.recall and work.anchors is None:
             return None
-        work = work._replace(grads=grads, t=t, lr=rate, c=c, release=policy.release())
-        check_alike(work)
-        return work
+        return work._replace(grads=grads, t=t, lr=rate, c=c, release=policy.release())

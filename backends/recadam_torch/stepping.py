@@ -12,10 +12,11 @@ from torch import Tensor
 
 from recadam_core import Coefficients, Hyperparameters, Moments, RecAdamError, apply, coefficients, update
 
+from .fused import is_writable
 from .rounding import key_of, noise, round_, widened
 from .shards import in_memory, is_sharded
 
-__all__ = ["Work", "check_alike", "check_memory", "check_written", "execute"]
+__all__ = ["Work", "check_alike", "check_written", "execute", "looked_at"]
 
 
 class Work(NamedTuple):
@@ -41,6 +42,7 @@ class Work(NamedTuple):
     kernel: Callable[..., None]
     fused: str  # name of the one-pass kernel; Triton's takes what only the device knows, and rounds by chance
     together: bool  # whether the kernel gets all of them at once, or one by one
+    run: Callable[[Coefficients], None] | None = None  # of a kernel that has looked at them
 
 
 _shape = attrgetter("shape")
@@ -80,9 +82,7 @@ def check_written(work: Work) -> None:
                 wrong = f"has dtype {x.dtype}"
             elif x.layout != torch.strided:
                 wrong = f"has layout {x.layout}"
-            elif x.is_neg() or any(
-                x.numel() and step == 0 and n > 1 for step, n in zip(x.stride(), x.shape, strict=True)
-            ):
+            elif not is_writable(x):
                 wrong = "is a view that cannot be written to (expanded, or negative)"
             elif x.is_inference() and not work.fused and not torch.is_inference_mode_enabled():
                 wrong = "was made in inference mode"
@@ -117,6 +117,35 @@ def _columns(work: Work) -> list[tuple[str, list[Tensor]]]:
     return found + ([("residual", residuals)] if len(residuals) == len(work.thetas) else [])
 
 
+def looked_at(work: Work) -> Work:
+    """The work, when all that it reads and writes was looked at: before any of it is written.
+
+    Args:
+        work: what to step.
+
+    Returns:
+        The same; where the kernel has laid out where everything is, with what then takes the step.
+
+    Raises:
+        RecAdamError: as the three checks, naming the parameter.
+    """
+    lay = getattr(work.kernel, "lay", None)
+    narrow = work.thetas[0].dtype in (torch.bfloat16, torch.float16)
+    copied = work.ways["maximize"] or (narrow and work.ways["rounding"] != "nearest")
+    try:
+        run = None
+        if lay and work.c and not copied:
+            anchors = work.anchors if work.c.recall else None
+            run = lay(work.thetas, work.grads, work.ms, work.vs, anchors)
+        if run is None:
+            check_memory(work)
+        return work._replace(run=run)
+    except RecAdamError:
+        for check in (check_alike, check_written, check_memory):
+            check(work)
+        raise
+
+
 def execute(work: Work, scale: Tensor | None = None, found: Tensor | None = None) -> None:
     """Take the step, in place on parameters, moments, residuals and step counts.
 
@@ -131,7 +160,9 @@ def execute(work: Work, scale: Tensor | None = None, found: Tensor | None = None
     if c.recall == 0 if isinstance(c.recall, float) else anchors is None:
         anchors, c = None, c._replace(recall=0.0)
     rounding = ways["rounding"] if work.thetas[0].dtype in (torch.bfloat16, torch.float16) else "nearest"
-    if work.fused == "triton" and (
+    if work.run is not None:
+        work.run(c)
+    elif work.fused == "triton" and (
         rounding == "nearest" or (rounding == "stochastic" and not any(map(is_sharded, work.params)))
     ):
         keys = None

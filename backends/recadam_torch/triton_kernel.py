@@ -280,8 +280,9 @@ class TritonKernel:
         device = thetas[0].device
         wide = torch.float64 if ms[0].dtype == torch.float64 else torch.float32
         written = thetas, grads, ms, vs
-        thetas, grads, ms, vs = (regular(xs, wide, WALKABLE, device) for xs in written)
-        stars = grads if anchors is None else regular(anchors, wide, WALKABLE, device)
+        shapes = [x.shape for x in thetas]
+        thetas, grads, ms, vs = (regular(xs, wide, WALKABLE, shapes, device, True) for xs in written)
+        stars = grads if anchors is None else regular(anchors, wide, WALKABLE, shapes, device)
         if self._joins and len(thetas) > 1 and keys is None and not any(isinstance(x, Tensor) for x in c):
             sizes = list(map(Tensor.numel, thetas))
             theta, grad, m, v, star = (
