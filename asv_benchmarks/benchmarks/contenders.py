@@ -54,9 +54,8 @@ class Torch:
     def recadam(self, freed=False, anchor_dtype=None, **flags):
         from recadam_torch import RecAdam as TorchRecAdam
 
-        anchors = None
-        if anchor_dtype is not None:
-            anchors = {name: p.detach().to(anchor_dtype) for name, p in self.named}
+        # Named, since others step the same parameters before this optimizer does.
+        anchors = {name: p.detach().to(anchor_dtype) for name, p in self.named}
         curve = Constant(task=1.0, recall=0.0) if freed else CURVE
         optimizer = TorchRecAdam(self.named, lr=1e-5, gamma=GAMMA, annealing=curve, anchors=anchors, **flags)
         if freed:  # by the first step
