@@ -35,10 +35,10 @@ from benchmarks.common import (
 from benchmarks.contenders import JAX, NUMPY, TORCH, compiling, made
 from benchmarks.step import PEER, Memory, importing
 
-from recadam_core import Hyperparameters, get_backend
-from recadam_core.finetuning.engine import make_engine
-from recadam_core.finetuning.models import Bert
-from recadam_core.finetuning.models.bert import BertConfig
+from recadam_core import Hyperparameters
+from recadam_harness.engines import make_engine
+from recadam_harness.models import Bert
+from recadam_harness.models.bert import BertConfig
 
 BASE = 109_482_240
 TARGETS = (
@@ -219,8 +219,7 @@ def harness() -> None:
     }
     anchored = frozenset(bert.config.shapes())
     engines = {
-        name: make_engine(get_backend(name), bert, params, anchored, "recadam", hp, "float32")
-        for name in ("torch", "jax")
+        name: make_engine(name, bert, params, anchored, "recadam", hp, "float32") for name in ("torch", "jax")
     }
     seconds = turns({name: partial(engine.step, batch, 1e-5) for name, engine in engines.items()}, rounds=21)
     print("| step of the harness | ms | over torch (middle half) |\n|---|---|---|")

@@ -18,7 +18,7 @@ import importlib.util
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -82,9 +82,8 @@ class Variant:
         needs: modules that must be installed.
         programs: programs that must be on the path, one of each tuple.
         environment: variables that must be set before the process starts, whatever the level.
-        traced: whether its coefficients are computed in the parameters' precision, on the device. The
-            backend then has `traced_coefficients(t, hp, anchored, dtype)`, which gives those of an array
-            of steps in NumPy, for the claim on coefficients.
+        traced: where its coefficients are computed on the device, in the parameters' precision: a function
+            of (t, hp, anchored, dtype) that gives those of an array of steps in NumPy. None for the host's.
         rounds_update: whether the update is rounded to the parameter's dtype before it is added.
         weighs: whether it takes an importance, by which the pull is multiplied.
         misses: claims of the conformance kit that it is known to miss, and why; of a kind ("exact") or one
@@ -102,7 +101,7 @@ class Variant:
     needs: tuple[str, ...] = ()
     programs: tuple[tuple[str, ...], ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    traced: bool = False
+    traced: Callable[[Any, Hyperparameters, bool, str], Coefficients] | None = None
     rounds_update: bool = False
     weighs: bool = False
     misses: Mapping[str, str] = field(default_factory=dict)
@@ -134,7 +133,6 @@ class Capabilities:
         jit: whether the step can be traced and compiled with the user's own code.
         sharding: whether arrays may be spread over devices.
         variants: the ways to take a step; "functional" is `RecAdam` over this backend.
-        finetunes: model kinds that the backend's engine can train in the harness.
 
     Example:
         >>> Capabilities(dtypes=("float64",)).devices
@@ -146,7 +144,6 @@ class Capabilities:
     jit: bool = False
     sharding: bool = False
     variants: tuple[Variant, ...] = (Variant("functional"),)
-    finetunes: tuple[str, ...] = ()
 
     def variant(self, name: str) -> Variant:
         """The variant of this name.

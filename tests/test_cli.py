@@ -16,9 +16,9 @@ pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
 from recadam_core import Hyperparameters, Linear, RecAdamError, Sigmoid, commands
+from recadam_core.advice import schedule_advice
 from recadam_core.backends import Variant
-from recadam_core.finetuning import load_run
-from recadam_core.finetuning.advice import schedule_advice
+from recadam_harness import load_run
 
 GOLDEN = Path(__file__).parent / "golden"
 

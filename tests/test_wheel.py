@@ -32,7 +32,7 @@ def test_the_wheel_holds_the_four_packages_and_nothing_else(wheel):
         "recadam_torch",
         "recadam_jax",
     }
-    assert {"recadam_core/py.typed", "recadam_core/finetuning/templates/report.html.j2"} <= set(names)
+    assert {"recadam_core/py.typed", "recadam_harness/templates/report.html.j2"} <= set(names)
 
 
 def test_the_wheel_works_away_from_the_sources(wheel, tmp_path):

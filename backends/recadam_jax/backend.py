@@ -67,6 +67,14 @@ def _contracts(dtype: str) -> bool:
         return bool(jnp.any(jax.jit(lambda x, y, z: x * y - z)(a, a, a * a) != 0))
 
 
+def _traced(t: np.ndarray[Any, Any], hp: Hyperparameters, anchored: bool, dtype: str) -> Coefficients:
+    """The coefficients of many steps as compiled code computes them, as arrays or numbers in NumPy."""
+    with backend.precision(dtype):
+        compiled = jax.jit(lambda x: coefficients(x, hp, None, anchored, jnp)[2:])
+        values = compiled(jnp.asarray(t, dtype=dtype))
+        return Coefficients(*hp.betas, *(np.asarray(x) for x in values))
+
+
 class JaxBackend:
     """The backend of JAX arrays.
 
@@ -112,7 +120,7 @@ class JaxBackend:
                 "optax",
                 "recadam_jax.recadam",
                 Exact("never", "give it host_coefficients, as optax-host does"),
-                traced=True,
+                traced=_traced,
                 rounds_update=True,
                 misses={"exact": TRACED, "denormals": TRACED},
                 weighs=True,
@@ -130,7 +138,6 @@ class JaxBackend:
                 weighs=True,
             ),
         ),
-        finetunes=("mlp", "bert"),
     )
 
     def __init__(self, jit: bool = True, exact: bool = False) -> None:
@@ -186,15 +193,6 @@ class JaxBackend:
             JaxBackend(jit=variant == "functional", exact=exact), params, anchors, hp, importance
         )
 
-    def traced_coefficients(
-        self, t: np.ndarray[Any, Any], hp: Hyperparameters, anchored: bool, dtype: str
-    ) -> Coefficients:
-        """The coefficients of many steps as compiled code computes them, as arrays or numbers in NumPy."""
-        with self.precision(dtype):
-            compiled = jax.jit(lambda x: coefficients(x, hp, None, anchored, jnp)[2:])
-            values = compiled(jnp.asarray(t, dtype=dtype))
-            return Coefficients(*hp.betas, *(np.asarray(x) for x in values))
-
     def from_numpy(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> jax.Array:
         """A copy on the default device; refuses float64 while JAX would silently make it float32."""
         dtype = dtype or array.dtype.name
@@ -214,13 +212,6 @@ class JaxBackend:
     def precision(self, dtype: str) -> contextlib.AbstractContextManager[Any]:
         """64-bit types on for float64, as they are otherwise."""
         return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
-
-    @property
-    def engine(self) -> Any:
-        """The engine that trains the harness's models with JAX."""
-        from .engine import JaxEngine
-
-        return JaxEngine
 
 
 class _OptaxStepper:

@@ -43,7 +43,6 @@ class NumpyBackend(Specification):
             Variant("specification", "recadam_core.update", weighs=True),
             Variant("fused", "RecAdam(hp, NumpyBackend(fused=True))", needs=("numba",)),
         ),
-        finetunes=("mlp",),
     )
 
     def __init__(self, fused: bool = False, in_place: bool = False) -> None:
@@ -177,13 +176,6 @@ class NumpyBackend(Specification):
         self.capabilities.variant(variant)
         serving = {"functional": self, "specification": Specification(np)}
         return Functional(serving.get(variant) or NumpyBackend(fused=True), params, anchors, hp, importance)
-
-    @property
-    def engine(self) -> Any:
-        """The engine that trains the harness's models with NumPy."""
-        from .engine import NumpyEngine
-
-        return NumpyEngine
 
 
 def _as_was(old: Array, new: Array) -> Array:

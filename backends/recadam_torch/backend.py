@@ -59,7 +59,6 @@ class TorchBackend:
                 environment={"TRITON_INTERPRET": "1"},
             ),
         ),
-        finetunes=("mlp", "bert"),
     )
 
     def __init__(self, exact: bool = False) -> None:
@@ -126,19 +125,6 @@ class TorchBackend:
     def precision(self, dtype: str) -> contextlib.AbstractContextManager[Any]:
         """Nothing to switch."""
         return contextlib.nullcontext()
-
-    @property
-    def engine(self) -> Any:
-        """The engine that trains the harness's models with PyTorch."""
-        from .engine import TorchEngine
-
-        return TorchEngine
-
-    def trial(self, trial: Any) -> dict[str, Any]:
-        """One training of the experiments; see `recadam_core.experiments.run_trial`."""
-        from .trials import run
-
-        return run(trial)
 
 
 class _Stepper:

@@ -508,8 +508,8 @@ def _expected(hp: Hyperparameters, anchored: bool, dtype: str) -> tuple[Any, lis
 def _computed(
     backend: Any, variant: Variant, t: Any, hp: Hyperparameters, anchored: bool, dtype: str
 ) -> list[Any]:
-    if variant.traced:
-        c = backend.traced_coefficients(t, hp, anchored, dtype)
+    if variant.traced is not None:
+        c = variant.traced(t, hp, anchored, dtype)
         return [np.broadcast_to(np.asarray(x, dtype=np.float64), t.shape) for x in c[2:]]
     rows = [coefficients(int(x), hp, None, anchored)[2:] for x in t]
     return [np.array(column) for column in zip(*rows, strict=True)]

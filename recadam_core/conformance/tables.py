@@ -169,7 +169,6 @@ def support(backends: Iterable[Backend]) -> str:
             ", ".join(c.dtypes),
             ", ".join(c.devices),
             *("yes" if able else "no" for able in (c.jit, c.sharding)),
-            ", ".join(c.finetunes),
         ]
         for b in loaded
         for c in [b.capabilities]
@@ -195,6 +194,6 @@ def support(backends: Iterable[Backend]) -> str:
             for claim, why in v.misses.items():
                 misses.setdefault((b.name, claim, why), []).append(v.name)
     third = [[name, claim, ", ".join(variants), why] for (name, claim, why), variants in misses.items()]
-    head = ("backend", "dtypes", "devices", "inside the user's jit", "sharding", "trains in the harness")
+    head = ("backend", "dtypes", "devices", "inside the user's jit", "sharding")
     known = _table(("backend", "claim", "missed by", "because"), third)
     return "\n\n".join((_table(head, first), _table(SUPPORT, second), known))
