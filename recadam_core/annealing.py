@@ -344,7 +344,13 @@ def release_step(annealing: Annealing, horizon: int = 2**48) -> int | None:
     """
     if type(annealing) not in ANNEALINGS.values():
         own = getattr(annealing, "release_step", None)
-        return None if own is None else own()
+        found = None if own is None else own()
+        if found is not None and (isinstance(found, bool) or not isinstance(found, int) or found < 1):
+            raise RecAdamError(
+                f"{type(annealing).__name__}: release_step gives {shown(found)}; have it give a step from 1, "
+                "or None"
+            )
+        return found
 
     def released(t: int) -> bool:
         return bool(annealing.weights(float(t))[1] < RECALL_FLOOR)  # an array may hold no such int

@@ -243,6 +243,8 @@ class RecAdam:
         held = ((f"{what} in the state", getattr(state, what)) for what in State._fields[1:])
         for what, arrays in (("parameters", params), ("gradients", grads), *held):
             check_named(what, arrays)
+        if state.importance:
+            check_weighable(self.hp.form)
         taken = check_number("state", "step", state.step, low=0)
         if not isinstance(taken, int | float) or taken % 1:
             raise RecAdamError(f"state: step is {shown(state.step)}; give a whole number, not traced")

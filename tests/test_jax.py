@@ -26,6 +26,7 @@ from recadam_jax import (
     HostCoefficients,
     from_hyperparameters,
     host_coefficients,
+    importance_of,
     load_anchor,
     recadam,
     release,
@@ -365,6 +366,17 @@ def test_released_anchors_change_no_bit(annealing, settings):
     assert_close(params, whole, rtol=0, atol=0)
 
 
+def test_released_anchors_that_are_read_again_are_refused_where_the_step_is_known():
+    params = {"w": jnp.ones(2)}
+    state = recadam(1e-3, gamma=100.0, annealing=Linear(t0=2)).init(params)
+    state = release(state._replace(count=jnp.asarray(5)), Linear(t0=2))
+    longer = recadam(1e-3, gamma=100.0, annealing=Linear(t0=200))
+    with pytest.raises(RecAdamError, match="recadam, step 6: the anchors are released, and Linear"):
+        longer.update(params, state, params)
+    updates, _ = recadam(1e-3, gamma=100.0, annealing=Linear(t0=2)).update(params, state, params)
+    assert float(updates["w"][0]) < 0
+
+
 def test_anchors_keep_a_dtype_and_a_memory_of_their_own():
     params = tree()
     kept = {"anchor_dtype": jnp.bfloat16, "anchor_memory": "pinned_host"}
@@ -523,6 +535,22 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
         (lambda: recadam(1e-5, anchor_memory=np.ones(2)), "recadam: anchor_memory is array([1., 1.]); give"),
         (lambda: recadam(1e-5, anchor_memory=10**5000), "recadam: anchor_memory is a int that cannot be"),
         (lambda: recadam(1e-5, anchor_memory=["device"]), "recadam: anchor_memory is ['device']; give"),
+        (
+            lambda: from_hyperparameters(Hyperparameters(), anchr=PARAMS),
+            "unknown argument of from_hyperparameters: 'anchr': did you mean 'anchor'?",
+        ),
+        (lambda: load_anchor("there", PARAMS, name={"a/w": "w"}), "anchors: name is {'a/w': 'w'}; give a"),
+        (lambda: load_anchor("there", PARAMS, transpose=True), "anchors: transpose is True; give a function"),
+        (
+            lambda: importance_of(lambda p, b: 0.0, PARAMS, None),
+            "importance: the batches are None; give a list or generator",
+        ),
+        (
+            lambda: recadam(1e-5, form="proximal").update(
+                PARAMS, recadam(1e-5, importance=PARAMS).init(PARAMS), PARAMS
+            ),
+            "importance needs form='decoupled', not 'proximal'",
+        ),
         (lambda: from_hyperparameters(5), "from_hyperparameters: hp is 5; give Hyperparameters"),
         (lambda: host_coefficients(1, None), "coefficients: hp is None; give Hyperparameters"),
         (lambda: load_anchor("there", PARAMS, new=5), "anchors: new is 5; give paths of parameters"),

@@ -395,6 +395,28 @@ def test_what_is_no_annealing_is_refused(annealing):
         Hyperparameters(annealing=annealing)
 
 
+@pytest.mark.parametrize("step", ["a", -1, 0, True, 2.5])
+def test_a_release_step_that_is_none_is_refused_when_it_is_given(step):
+    class Given:
+        def weights(self, t, xp=None):
+            return 1.0, 1.0
+
+        def release_step(self):
+            return step
+
+    with pytest.raises(RecAdamError, match=r"Given: release_step gives .*; have it give a step from 1"):
+        RecAdam(Hyperparameters(annealing=Given()))
+
+
+@pytest.mark.parametrize("form", ["proximal", "released"])
+def test_a_state_with_importances_is_stepped_in_the_form_that_takes_them(form):
+    params = {"w": np.zeros(2)}
+    hp = Hyperparameters(lr=0.01, gamma=1.0)
+    state = RecAdam(hp).init(params, params, params)
+    with pytest.raises(RecAdamError, match="importance needs form='decoupled'"):
+        RecAdam(hp.replace(form=form)).step(params, params, state)
+
+
 class OfTheStep:
     def weights(self, t):
         return 1.0, 1.0

@@ -68,6 +68,9 @@ def load_anchor(
             raise RecAdamError(
                 f"anchors: new names {path!r}, which is no parameter{_nearest(path, ours)}; give a path"
             )
+    for what, function in (("name", name), ("transpose", transpose)):
+        if not (function is None or callable(function)):
+            raise RecAdamError(f"anchors: {what} is {shown(function)}; give a function of a path")
     wanted = {x: leaf for x, leaf in zip(ours, leaves, strict=True) if not _below(x, heads)}
     file = _path(source)
     if not (file.is_dir() or file.is_file()):  # and no pipe, which would wait

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from recadam_core import RecAdamError, importance_from
+from recadam_core.errors import shown
 
 from .transformation import paths, unfit
 
@@ -67,6 +68,8 @@ def importance_of(loss: Callable[[Any, Any], Any], params: Any, batches: Iterabl
         finite = jnp.stack([jnp.isfinite(g).all() for g in found])
         return [x + jnp.square(g.astype(x.dtype)) for x, g in zip(sums, found, strict=True)], told, finite
 
+    if not isinstance(batches, Iterable):
+        raise RecAdamError(f"importance: the batches are {shown(batches)}; give a list or generator of them")
     # At least float32: squares leave the range of float16.
     sums: list[Any] = [jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)) for p in leaves]
     for number, batch in enumerate(batches):

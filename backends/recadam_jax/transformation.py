@@ -33,7 +33,7 @@ from recadam_core import (
 from recadam_core.annealing import ANNEALINGS, Constant, annealed_weights
 from recadam_core.arrays import PLAIN
 from recadam_core.coefficients import check_stable, is_zero
-from recadam_core.errors import check_number, shown
+from recadam_core.errors import check_number, shown, unknown
 from recadam_core.importance import check_importance, check_weighable
 from recadam_core.update import accumulator_dtype
 
@@ -292,6 +292,9 @@ def from_hyperparameters(
     """
     if not isinstance(hp, Hyperparameters):
         raise RecAdamError(f"from_hyperparameters: hp is {shown(hp)}; give Hyperparameters")
+    for given in kept:
+        if given not in _Kept.__dataclass_fields__:
+            raise unknown("argument of from_hyperparameters:", given, _Kept.__dataclass_fields__)
     rate = hp.lr if learning_rate is None else learning_rate
     hp = hp.replace(lr=0.0 if callable(rate) else rate)
     return _transformation("recadam", hp, rate if callable(rate) else hp.lr, _Kept(**kept))
@@ -643,7 +646,10 @@ def _transformation(
             if state.importance is None
             else _leaves(params, state.importance, "the state's importance"),
         }
-        if any(isinstance(star, Released) for star in parts["anchor"]) and _never_ends(hp.annealing):
+        released = any(isinstance(star, Released) for star in parts["anchor"])
+        if state.importance is not None:
+            check_weighable(hp.form)
+        if released and _never_ends(hp.annealing):
             raise RecAdamError(
                 f"{name}: the anchors are released, and {hp.annealing!r} reads them in every step"
             )
@@ -653,6 +659,12 @@ def _transformation(
             ]
         count = _count(name, state.count)
         by_anchored = _coefficients(name, hp, learning_rate, count, coefficients)
+        recall = by_anchored[True].recall
+        if released and not isinstance(recall, jax.core.Tracer) and recall > 0:
+            raise RecAdamError(
+                f"{name}, step {int(count) + 1}: the anchors are released, and {hp.annealing!r} still "
+                "reads them"
+            )
         new = []
         for theta, grad, m, v, star, weight in zip(thetas, *parts.values(), strict=True):
             c = by_anchored[star is not None]

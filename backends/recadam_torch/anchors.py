@@ -246,6 +246,8 @@ class Anchors(Mapping[str, Tensor]):
             opened: Source = Tensors(copies)
         else:
             opened = open_source(source)
+            if isinstance(opened, Tensors):
+                opened.part_from(model.parameters())
         names: dict[int, list[str]] = {}
         for name, p in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(p), []).append(name)

@@ -512,7 +512,9 @@ def _moments(where: str, group: Mapping[str, Any], entry: Entry) -> dict[str, An
             continue
         if key == "importance":
             check_importance(name, x, p.shape)
-        if key == "step":
+        if key in ("exp_avg", "exp_avg_sq"):
+            state[key] = x.detach().to(p.device, torch.promote_types(x.dtype, torch.float32), copy=True)
+        elif key == "step":
             state[key] = x.detach().to(p.device if group["capturable"] else "cpu", torch.float32, copy=True)
         elif isinstance(x, Tensor):  # in its own dtype: the base class would round it to the parameter's
             state[key] = x.detach().to(p.device, copy=True)

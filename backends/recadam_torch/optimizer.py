@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import math
 import warnings
 from collections import Counter
@@ -21,7 +22,8 @@ from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 from recadam_core import Hyperparameters, RecAdamError, Sigmoid, coefficients
 from recadam_core.annealing import annealed_weights
 from recadam_core.arrays import check_named
-from recadam_core.errors import check_number, shown
+from recadam_core.errors import check_flag, check_number, shown, unknown
+from recadam_core.importance import check_weighable
 from recadam_core.optimizer import check_anchors
 
 from .anchors import Anchors, bare, check_made
@@ -40,7 +42,7 @@ from .checkpoints import (
 from .fused import chosen_fused, fused_kernel
 from .kernel import kernel_
 from .prepared import Prepared
-from .settings import FLAGS, FROM, Policies, Policy, check_parameter, named, rate_of, settled
+from .settings import FLAGS, FROM, SETTINGS, Policies, Policy, check_parameter, named, rate_of, settled
 from .shards import in_memory, is_sharded, is_wrapper, like, local, summed
 from .sources import Mapped, is_wide, mapped_files
 from .stepping import Work, check_alike, check_written, execute, looked_at
@@ -50,6 +52,7 @@ from .zero import forget, is_flat_part, joined
 __all__ = ["RecAdam"]
 
 F32, F64 = torch.float32, torch.float64
+_KNOWN = {"params", "param_names", "anchors", "importance", *SETTINGS}
 
 
 class RecAdam(Optimizer):
@@ -166,6 +169,7 @@ class RecAdam(Optimizer):
         self._files: set[str] = set()  # that the user took anchors from
         # Anchors that are copies of their parameters, until these are stepped.
         self._own: dict[Tensor, Tensor] = {}
+        self._hashed: dict[Tensor, tuple[Any, ...]] = {}  # what each anchor was when it got its hash
         self._mapped: set[Mapped] | None = None  # files whose pages are anchors; None to look for them
         self._interpolates = False  # whether the weights are others for now
         self._forget()
@@ -199,6 +203,7 @@ class RecAdam(Optimizer):
         self._files = self.__dict__.get("_files", {g.get("anchor_source", "") for g in self.param_groups})
         self._names, self._lent, self._mapped = {}, False, None
         self._held = {p: self.state[p] for g in self.param_groups for p in g["params"] if p in self.state}
+        self._hashed = {p: _identity(held.get("anchor")) for p, held in self._held.items()}
         for held in self._held.values():
             if "anchor" in held:
                 held.setdefault("anchor_hash", no_hash()["anchor_hash"])
@@ -228,7 +233,14 @@ class RecAdam(Optimizer):
         Raises:
             RecAdamError: as the constructor; then nothing is added.
         """
+        if not isinstance(param_group, Mapping) or "params" not in param_group:
+            raise RecAdamError(
+                f"RecAdam: a group is {shown(param_group)}; give a dict with its parameters under 'params'"
+            )
         group = dict(param_group)
+        for name in group.keys() - _KNOWN:  # others may keep words of their own in a group
+            if isinstance(name, str) and difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.8):
+                raise unknown("setting of a group:", name, _KNOWN)
         own, importance = group.pop("anchors", None), group.pop("importance", self._importance)
         settings = settled({**self.defaults, **group})
         group.update({name: settings[name] for name in group})
@@ -251,8 +263,8 @@ class RecAdam(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
-        self._held.update(zip(group["params"], states, strict=True))
-        self.state.update(zip(group["params"], states, strict=True))
+        for p, state in zip(group["params"], states, strict=True):
+            self._put(p, state)
         self._files.add(group["anchor_source"])
         self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
         self._mapped = None
@@ -332,13 +344,22 @@ class RecAdam(Optimizer):
         """The parameters that have a gradient, in lists that share their coefficients; all of it checked."""
         if self._interpolates:
             raise RecAdamError("RecAdam: the weights are interpolated; step after the context has ended")
-        if self._own:
-            self._anchor_anew()
+        before = self._own and self._anchor_anew()
+        try:
+            return self._checked(compiling)
+        except BaseException:
+            if before:  # so that what is overwritten until the next is still seen
+                self._own, anchors = before
+                for p, (anchor, number) in anchors.items():
+                    self._put(p, {**self.state[p], "anchor": anchor, "anchor_hash": number})
+            raise
+
+    def _checked(self, compiling: bool) -> list[Work]:
         self._check_files()
         same = len(self.state) == len(self._states) and all(map(is_, self.state.values(), self._states))
         alike: dict[Any, tuple[Policy, float | None, list[dict[str, Any]]]] = {}
         for group, policy in zip(self.param_groups, self._policies.of(self.param_groups), strict=True):
-            rate = None if policy.ways["capturable"] else rate_of(group["lr"])
+            rate = rate_of(group["lr"], reads=not policy.ways["capturable"])
             learned = isinstance(group["lr"], Tensor) and group["lr"].requires_grad
             # Groups of one policy and rate are stepped as one; a rate that is on the device is a group's own.
             key = (id(policy), id(group) if rate is None or learned else rate)
@@ -402,6 +423,11 @@ class RecAdam(Optimizer):
                 what = "sparse" if p.grad.is_sparse else f"of layout {p.grad.layout}"
                 raise RecAdamError(f"gradient of {name!r} is {what}; RecAdam needs dense gradients")
             state = self.state[p]
+            if ways["differentiable"] and p.is_leaf and p.requires_grad and torch.is_grad_enabled():
+                raise RecAdamError(
+                    f"parameter {name!r} is a leaf, which autograd lets nobody step; give what clone() "
+                    "makes of it, or leave differentiable out"
+                )
             if p.dtype == torch.float64 != state["exp_avg"].dtype or not p.is_floating_point():
                 raise RecAdamError(
                     f"parameter {name!r} is {p.dtype} and was {state['exp_avg'].dtype}; make a new optimizer"
@@ -409,7 +435,9 @@ class RecAdam(Optimizer):
             t = None if ways["capturable"] else _taken(name, state["step"]) + 1
             anchored = "anchor" in state and ways["anchored"]
             freed = anchored and state["anchor"] is None
-            weighed = anchored and "importance" in state
+            weighed = anchored and state.get("importance") is not None
+            if weighed:
+                check_weighable(hp.form)
             key = (t, anchored, freed, p.dtype, p.device, weighed, is_wrapper(p))
             names, params = lists.setdefault(key, ([], []))
             names.append(bare(name))
@@ -477,22 +505,32 @@ class RecAdam(Optimizer):
     # What others do to parameters and files between the making of the optimizer and its steps.
 
     @torch.no_grad()
-    def _anchor_anew(self) -> None:
-        """At the first step, anchor where they are now the parameters that were overwritten until then."""
+    def _anchor_anew(self) -> Any:
+        """At the first step, anchor where they are now the parameters that were overwritten until then.
+
+        Returns what a step that is refused puts back: the anchors that were their parameters', and those that
+        were taken anew, with their hashes.
+        """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return
+            return None
         self._settle()
         pairs = [pair for group in self.param_groups for pair in named(group)]
-        held = [(name, p) for name, p in pairs if _comparable(self._own.get(p), self.state[p], p)]
+        kept = [(n, p) for n, p in pairs if self._hashed[p] == _identity(self.state[p].get("anchor"))]
+        held = [(name, p) for name, p in kept if _comparable(name, self._own.get(p), self.state[p], p)]
         counts = [(local(self.state[p]["anchor"]).to(p.dtype) != local(p)).sum() for _, p in held]
         # Of a parameter that is spread over processes all have to say the same.
         totals = summed(counts, [p for _, p in held])
         moved = [pair for pair, total in zip(held, totals, strict=True) if int(total)]
         anchors = {p: anchor_of(None, name, p) for name, p in moved}
+        before = (
+            dict(self._own),
+            {p: (self.state[p]["anchor"], self.state[p]["anchor_hash"]) for p in anchors},
+        )
         for p, anchor in anchors.items():
             del self.state[p]["anchor"], self.state[p]["anchor_hash"]
             if anchor is not None:
                 self.state[p].update({"anchor": anchor, **no_hash()})
+            self._hashed[p] = _identity(anchor)
         take_hashes([self.state[p] for p in anchors if is_sharded(p)])
         for _, p in pairs:
             self._own.pop(p, None)
@@ -503,11 +541,12 @@ class RecAdam(Optimizer):
                 "loading), and anchored anew at the first step; to pull elsewhere give anchors=...",
                 stacklevel=2,
             )
+        return before
 
     def _check_files(self) -> None:
         """Raise if a file whose pages are anchors was written to."""
         if self._mapped is None or not all(file.intact() for file in self._mapped):
-            groups = (group for group in self.param_groups if group["anchor_place"] == "file")
+            groups = (group for group in self.param_groups if group.get("anchor_place") == "file")
             states = (self.state.get(p, {}) for group in groups for p in group["params"])
             self._mapped = mapped_files(s["anchor"] for s in states if s.get("anchor") is not None)
             for file in self._mapped:
@@ -550,7 +589,8 @@ class RecAdam(Optimizer):
             if "param_names" in group and len(group["param_names"]) != len(group["params"]):
                 raise RecAdamError(
                     f"a group was made of {len(group['param_names'])} parameters and has "
-                    f"{len(group['params'])}: a wrapper flattened them; use one that does not (FSDP2, ZeRO)"
+                    f"{len(group['params'])}: add some by add_param_group; or, if a wrapper flattened them, "
+                    "use one that does not (FSDP2, ZeRO)"
                 )
             for name, p in named(group):
                 if p in self._held or self.state.get(p):
@@ -572,10 +612,12 @@ class RecAdam(Optimizer):
 
     def _put(self, p: Tensor, state: dict[str, Any]) -> None:
         self.state[p] = self._held[p] = state
+        self._hashed[p] = _identity(state.get("anchor"))
 
     def _drop(self, p: Tensor) -> dict[str, Any]:
         self.state.pop(p, None)
         self._names.pop(p, None)
+        self._hashed.pop(p, None)
         return self._held.pop(p)
 
     def _complete(self) -> None:
@@ -624,6 +666,7 @@ class RecAdam(Optimizer):
             >>> optimizer.state[w]["anchor"]
             tensor([2.])
         """
+        check_flag("reset_moments", "reanchor", reanchor)
         if self._interpolates:
             raise RecAdamError(
                 "reset_moments: the weights are interpolated; call it after the context has ended"
@@ -677,6 +720,11 @@ class RecAdam(Optimizer):
 
     def _ready(self) -> None:
         self._settle()
+        for p, state in self._held.items():
+            now = _identity(state.get("anchor"))
+            if now and now != self._hashed[p]:  # set by hand
+                state["anchor_hash"].zero_()
+                self._hashed[p] = now
         take_hashes(self._held.values())
 
     def _lend(self, saved: dict[str, Any]) -> None:
@@ -911,12 +959,21 @@ class RecAdam(Optimizer):
             self._interpolates = outer
 
 
-def _comparable(own: Tensor | None, state: Mapping[str, Any], p: Tensor) -> bool:
+def _identity(anchor: Tensor | None) -> tuple[Any, ...]:
+    """What changes when an anchor is set by hand, in place or otherwise; empty without one."""
+    if anchor is None or anchor.is_meta:
+        return ()
+    mine = local(anchor)
+    version = 0 if mine.is_inference() else mine._version
+    return id(anchor), version, 0 if is_wrapper(anchor) else mine.data_ptr()
+
+
+def _comparable(name: str, own: Tensor | None, state: Mapping[str, Any], p: Tensor) -> bool:
     """Whether a parameter has its own anchor still, was not stepped, and can be held against it."""
     kept = own is not None and own is state.get("anchor")
     if own is None or not kept or own.shape != p.shape or not (in_memory(p) and in_memory(own)):
         return False
-    return local(own).device == local(p).device and not int(state["step"])
+    return local(own).device == local(p).device and not _taken(name, state["step"])
 
 
 def _check_shape(name: str, p: Tensor, anchor: Tensor) -> None:
@@ -956,7 +1013,8 @@ def _whole(state: Mapping[str, Any]) -> bool:
     hashed = isinstance(number, Tensor) if "anchor" in state else number is None
     moving: list[Any] = [state.get(key) for key in ("step", "exp_avg", "exp_avg_sq")]
     others = [x for x in (anchor, state.get("importance"), state.get("residual")) if x is not None]
-    return hashed and all(map(_is_dense, moving + others)) and not moving[0].ndim
+    dense = hashed and all(map(_is_dense, moving + others)) and not moving[0].ndim
+    return dense and min(x.element_size() for x in moving) >= 4
 
 
 def _is_dense(x: Any) -> bool:

@@ -20,7 +20,6 @@ __all__ = ["Prepared"]
 _dtype = attrgetter("dtype")
 _layout = attrgetter("layout")
 _grad = attrgetter("grad")
-_residual = lambda state: state.get("residual")  # noqa: E731
 
 
 class Prepared:
@@ -38,11 +37,9 @@ class Prepared:
     def __init__(
         self, groups: Sequence[Mapping[str, Any]], policy: Policy, work: Work, states: list[dict[str, Any]]
     ) -> None:
-        keys = ["step", "exp_avg", "exp_avg_sq", *(["anchor"] if work.anchored else [])]
-        self._held: list[tuple[Any, list[Any]]] = [
-            (methodcaller("get", key), [state[key] for state in states]) for key in keys
-        ]
-        self._held.append((_residual, list(map(_residual, states))))
+        keys = ("step", "exp_avg", "exp_avg_sq", "anchor", "importance", "residual")
+        entries = [methodcaller("get", key) for key in keys]
+        self._held: list[tuple[Any, list[Any]]] = [(entry, list(map(entry, states))) for entry in entries]
         self._dtypes = {p.dtype for p in work.params}
         self._groups, self._policy, self._states = list(groups), policy, states
         self._work = work._replace(grads=[])

@@ -20,6 +20,7 @@ from .sources import is_wide
 __all__ = [
     "FLAGS",
     "FROM",
+    "SETTINGS",
     "Policies",
     "Policy",
     "check_parameter",
@@ -57,6 +58,8 @@ _TRUTHS = (
 )
 _WAYS = ("anchored", "foreach", "fused", "exact", "maximize", "capturable", "differentiable", "rounding")
 _STEPPED = (*_POLICY, *_WAYS, "save_anchors")
+SETTINGS = ("lr", *_STEPPED)
+"""What a group says of a step."""
 
 
 class Policy(NamedTuple):
@@ -126,8 +129,8 @@ def _checked(settings: Mapping[str, Any], reads: bool = True) -> tuple[dict[str,
         found["annealing"] = annealing_from_dict(found["annealing"])
     if not isinstance(found["lr"], Tensor):
         found["lr"] = rate_of(found["lr"])
-    elif reads:
-        rate_of(found["lr"])
+    else:
+        rate_of(found["lr"], reads)
     hp = Hyperparameters(**{name: found[name] for name in _POLICY})
     found.update({name: getattr(hp, name) for name in _POLICY})
     if type(hp.annealing) in ANNEALINGS.values():
@@ -243,8 +246,13 @@ def _items(x: Any) -> tuple[Any, ...]:
     return tuple(x) if isinstance(x, (tuple, list)) else ()
 
 
-def rate_of(lr: Any) -> float:
-    """A learning rate as a checked number; a tensor's is read from its device."""
-    value = lr.detach() if isinstance(lr, Tensor) else lr
-    rate: float = check_number("Hyperparameters", "lr", value, low=0.0)
+def rate_of(lr: Any, reads: bool = True) -> float | None:
+    """A learning rate as a checked number; None for a tensor that is to stay on its device."""
+    if isinstance(lr, Tensor):
+        if not reads:
+            if lr.ndim or lr.is_complex():
+                raise RecAdamError(f"RecAdam: lr is {shown(lr)}; give a number, or a real 0-d tensor")
+            return None
+        lr = lr.detach()
+    rate: float = check_number("Hyperparameters", "lr", lr, low=0.0)
     return rate

@@ -18,6 +18,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from recadam_core import RecAdamError
 from recadam_core.errors import shown
 
+from .shards import is_wrapper, local
+
 __all__ = ["Files", "Mapped", "Source", "Tensors", "is_wide", "mapped_files", "open_source"]
 
 Where = tuple[slice, ...]
@@ -106,6 +108,11 @@ class Tensors:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": []}  # copies are in memory
 
+    def part_from(self, params: Iterable[Tensor]) -> None:
+        """Copy what shares memory with parameters, which training will overwrite."""
+        theirs = set(map(_storage, params)) - {0}
+        self._tensors = {n: x.clone() if _storage(x) in theirs else x for n, x in self._tensors.items()}
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
@@ -127,6 +134,11 @@ class Tensors:
         for file in self._files:
             file.check()
         return self._tensors[name][where]
+
+
+def _storage(x: Tensor) -> int:
+    """The address of a tensor's memory; 0 where it has none of its own."""
+    return 0 if is_wrapper(x) or x.layout != torch.strided else local(x).untyped_storage().data_ptr()
 
 
 class Files:
