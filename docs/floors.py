@@ -1,6 +1,6 @@
 """The import graph of the packages, read from the sources; as a script it draws docs/images/floors.svg.
 
-    python docs/floors.py
+python docs/floors.py
 """
 
 from __future__ import annotations
@@ -59,12 +59,17 @@ def floor(module: str) -> int:
     return next(i for i, names in enumerate(FLOORS) if package in names)
 
 
+SHARED = {("recadam_torch", "recadam_numpy")}
+"""The one step aside: PyTorch's tensors on the CPU are stepped by NumPy's loop, over the same memory."""
+
+
 def upward(edges: dict[str, set[str]]) -> list[str]:
     """Imports that lead up, or from one backend into another."""
     wrong = []
     for module, targets in edges.items():
         for target in targets:
-            beside = floor(module) == floor(target) and module.split(".")[0] != target.split(".")[0]
+            packages = module.split(".")[0], target.split(".")[0]
+            beside = floor(module) == floor(target) and len(set(packages)) > 1 and packages not in SHARED
             if floor(target) > floor(module) or beside:
                 wrong.append(f"{module} -> {target}")
     return sorted(wrong)

@@ -14,8 +14,9 @@ from .errors import RecAdamError, check_number, shown
 from .hyperparameters import Hyperparameters
 from .importance import check_importance, check_weighable
 from .update import Moments
+from .variants import Stepper, Variant
 
-__all__ = ["RecAdam", "State", "check_anchors"]
+__all__ = ["Functional", "RecAdam", "State", "check_anchors", "stepper_of"]
 
 
 class State(NamedTuple):
@@ -286,3 +287,75 @@ def _step(backend: Backend, group: Shared) -> tuple[list[Any], list[Moments]]:
     """One group's step. A backend that takes no importance need not know the argument."""
     more = {} if group.importances is None else {"importances": group.importances}
     return backend.step(group.params, group.grads, group.moments, group.anchors, group.c, **more)
+
+
+class Functional:
+    """`recadam_core.RecAdam` over a backend, as a `Stepper`.
+
+    Args:
+        backend: the backend.
+        params: starting values by name.
+        anchors: pretrained values by name.
+        hp: the settings.
+        importance: by which the pulls are multiplied, by name; None for 1.
+
+    Example:
+        >>> import numpy as np
+        >>> step = Functional(backend_for(np.ones(1)), {"w": np.ones(1)}, {}, Hyperparameters(lr=0.5))
+        >>> step({"w": np.ones(1)}, 0.25)["w"]
+        array([0.75])
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        params: dict[str, Any],
+        anchors: dict[str, Any],
+        hp: Hyperparameters,
+        importance: dict[str, Any] | None = None,
+    ) -> None:
+        self.backend = backend
+        self.optimizer = RecAdam(hp, backend)
+        self.params, self.state = params, self.optimizer.init(params, anchors, importance)
+
+    def __call__(self, grads: dict[str, Any], lr: float) -> dict[str, Any]:
+        """Take one step; parameters by name after it."""
+        self.params, self.state = self.optimizer.step(self.params, grads, self.state, lr)
+        return self.params
+
+    def moments(self) -> dict[str, Moments]:
+        """The moments by name."""
+        return self.state.moments
+
+
+def stepper_of(
+    backend: Backend,
+    variant: Variant,
+    params: dict[str, Any],
+    anchors: dict[str, Any],
+    hp: Hyperparameters,
+    exact: bool = False,
+    importance: dict[str, Any] | None = None,
+) -> Stepper:
+    """An optimizer of one of a backend's variants, as users meet it.
+
+    Args:
+        backend: the backend.
+        variant: one of its variants.
+        params: starting values by name.
+        anchors: pretrained values by name.
+        hp: the settings.
+        exact: whether it is to be in the setting in which it gives the specification's bits.
+        importance: by which the pulls are multiplied, by name; None for 1.
+
+    Example:
+        >>> import numpy as np
+        >>> backend = backend_for(np.ones(1))
+        >>> step = stepper_of(backend, Variant("functional"), {"w": np.ones(1)}, {}, Hyperparameters(lr=0.5))
+        >>> step({"w": np.ones(1)}, 0.25)["w"]
+        array([0.75])
+    """
+    more: Any = {} if importance is None else {"importance": importance}
+    if variant.make is None:
+        return Functional(backend, params, anchors, hp, **more)
+    return variant.make(params, anchors, hp, exact, **more)

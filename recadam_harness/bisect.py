@@ -233,8 +233,8 @@ def _kernel(run: Run, t: int, before: Inputs, after: Inputs) -> Kernel:
     anchored = before.anchor is not None
     choices = {"": coefficients(t, hp, lr, anchored)}
     for variant in get_backend(config.backend).capabilities.variants:
-        if variant.traced is not None:
-            traced = variant.traced(np.array(float(t)), hp.replace(lr=lr), anchored, config.dtype)
+        if variant.traced and variant.coefficients is not None:
+            traced = variant.coefficients(np.array(float(t)), hp.replace(lr=lr), anchored, config.dtype)
             choices["the coefficients, computed traced"] = Coefficients(*map(float, traced))
     operations, explained = explain(before, after, choices)
     return Kernel(run.label, operations, explained, before.theta.size)

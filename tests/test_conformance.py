@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recadam_core import Coefficients, Hyperparameters, RecAdamError, Sigmoid, get_backend
-from recadam_core.backends import Capabilities, Exact, Specification, Variant
+from recadam_core.backends import Specification
 from recadam_core.conformance import Case, walk
 from recadam_core.conformance import claims as claims_module
 from recadam_core.conformance.cases import ARRAYS, DENORMALS, EXACT, FAST
@@ -33,6 +33,8 @@ from recadam_core.conformance.oracle import Spread, exact_coefficients, exact_st
 from recadam_core.conformance.replay import to_bfloat16
 from recadam_core.conformance.run import Job, _elsewhere, certify, plan
 from recadam_core.conformance.tables import cells, grouped, markdown, support
+from recadam_core.optimizer import Functional
+from recadam_core.variants import Capabilities, Exact, Variant
 
 GOLDEN = Path(__file__).parent / "golden"
 NUMPY = get_backend("numpy")
@@ -384,15 +386,19 @@ class WritesLate(Faulty):
 
 
 class ByOrder(Faulty):
-    def stepper(self, variant, params, anchors, hp, exact=False):
-        inner = super().stepper("functional", params, anchors, hp)
+    def __init__(self):
+        super().__init__()
 
-        class Zips(type(inner)):
+        class Zips(Functional):
             def __call__(self, grads, lr):
                 return super().__call__(dict(zip(self.params, grads.values(), strict=True)), lr)
 
-        inner.__class__ = Zips
-        return inner
+        def make(params, anchors, hp, exact=False, importance=None):
+            return Zips(self, params, anchors, hp, importance)
+
+        self.capabilities = Capabilities(
+            ("float16", "float32", "float64"), variants=(Variant("functional", make=make),)
+        )
 
 
 class HidesNaN(Faulty):
@@ -423,11 +429,6 @@ class WidensMoments(Faulty):
         return new, [type(s)(s.m.astype(np.float64), s.v.astype(np.float64)) for s in states]
 
 
-class Untouched(Faulty):
-    def stepper(self, variant, params, anchors, hp, exact=False):
-        return Specification(np).stepper(variant, params, anchors, hp)
-
-
 class LargeWrong(Faulty):
     def step(self, params, grads, moments, anchors, c):
         new, states = super().step(params, grads, moments, anchors, c)
@@ -455,7 +456,6 @@ class Misreads(Faulty):
         (OneDtype, "manners", "beside others a float32 parameter came back as float16"),
         (SharesMoments, "manners", "gradients in another order change 'head'"),
         (WidensMoments, "step", "m of 'scalar' is float64; keep the moments of float32 in float32"),
-        (Untouched, "step", "is not recadam_core.backends.Functional over this backend"),
         (LargeWrong, "step", "wide/float32/2, embedding"),
         (Misreads, "step", "transposed (m), step 1"),
     ],

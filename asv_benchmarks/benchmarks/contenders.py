@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from recadam_core import Constant, Hyperparameters, RecAdam
-from recadam_core.backends import Variant
+from recadam_core.variants import Variant
 
 from .common import arrays
 

@@ -22,7 +22,9 @@ from recadam_core import (
     coefficients,
     update,
 )
-from recadam_core.backends import Exact, Functional, Specification, Stepper, Variant
+from recadam_core.backends import Specification
+from recadam_core.optimizer import Functional
+from recadam_core.variants import Exact, Stepper, Variant
 
 from .transformation import from_hyperparameters, host_coefficients
 
@@ -75,6 +77,17 @@ def _traced(t: np.ndarray[Any, Any], hp: Hyperparameters, anchored: bool, dtype:
         return Coefficients(*hp.betas, *(np.asarray(x) for x in values))
 
 
+def _functional(
+    jit: bool,
+    params: dict[str, Any],
+    anchors: dict[str, Any],
+    hp: Hyperparameters,
+    exact: bool = False,
+    importance: dict[str, Any] | None = None,
+) -> Stepper:
+    return Functional(JaxBackend(jit, exact), params, anchors, hp, importance)
+
+
 class JaxBackend:
     """The backend of JAX arrays.
 
@@ -106,6 +119,7 @@ class JaxBackend:
                     "no AVX2 in the whole process; to be set before JAX starts",
                     {"XLA_FLAGS": FLAG},
                 ),
+                make=lambda *given, **more: _functional(True, *given, **more),
                 misses=FLUSHED,
                 weighs=True,
             ),
@@ -113,6 +127,7 @@ class JaxBackend:
                 "eager",
                 "RecAdam(hp, JaxBackend(jit=False))",
                 Exact(price="one dispatch an operation"),
+                make=lambda *given, **more: _functional(False, *given, **more),
                 misses=FLUSHED,
                 weighs=True,
             ),
@@ -120,7 +135,9 @@ class JaxBackend:
                 "optax",
                 "recadam_jax.recadam",
                 Exact("never", "give it host_coefficients, as optax-host does"),
-                traced=_traced,
+                traced=True,
+                coefficients=_traced,
+                make=lambda *given, **more: _OptaxStepper(False, *given, **more),
                 rounds_update=True,
                 misses={"exact": TRACED, "denormals": TRACED},
                 weighs=True,
@@ -133,6 +150,7 @@ class JaxBackend:
                     "no AVX2 in the whole process; to be set before JAX starts",
                     {"XLA_FLAGS": FLAG},
                 ),
+                make=lambda *given, **more: _OptaxStepper(True, *given, **more),
                 rounds_update=True,
                 misses=FLUSHED,
                 weighs=True,
@@ -176,23 +194,6 @@ class JaxBackend:
         )
         return stepped
 
-    def stepper(
-        self,
-        variant: str,
-        params: dict[str, Any],
-        anchors: dict[str, Any],
-        hp: Hyperparameters,
-        exact: bool = False,
-        importance: dict[str, Any] | None = None,
-    ) -> Stepper:
-        """`recadam_jax.recadam` in one compiled step, or `recadam_core.RecAdam`."""
-        self.capabilities.variant(variant)
-        if variant.startswith("optax"):
-            return _OptaxStepper(params, anchors, hp, importance, host=variant == "optax-host")
-        return Functional(
-            JaxBackend(jit=variant == "functional", exact=exact), params, anchors, hp, importance
-        )
-
     def from_numpy(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> jax.Array:
         """A copy on the default device; refuses float64 while JAX would silently make it float32."""
         dtype = dtype or array.dtype.name
@@ -219,11 +220,12 @@ class _OptaxStepper:
 
     def __init__(
         self,
+        host: bool,
         params: dict[str, Any],
         anchors: dict[str, Any],
         hp: Hyperparameters,
-        importance: dict[str, Any] | None,
-        host: bool,
+        exact: bool = False,
+        importance: dict[str, Any] | None = None,
     ) -> None:
         stars = {name: anchors.get(name) for name in params}
         weights = importance and {name: importance.get(name) for name in params}

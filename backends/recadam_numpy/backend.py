@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from recadam_core import Capabilities, Coefficients, Hyperparameters, Moments, RecAdamError
+from recadam_core import Backend, Capabilities, Coefficients, Hyperparameters, Moments, RecAdamError
 from recadam_core.arrays import check_arrays
-from recadam_core.backends import Functional, Shared, Specification, Stepper, Variant
+from recadam_core.backends import Shared, Specification
+from recadam_core.coefficients import coefficients_of
 from recadam_core.errors import check_flag
+from recadam_core.optimizer import Functional
 from recadam_core.update import scalars
+from recadam_core.variants import Variant
 
 from .kernel import unchecked
 
@@ -40,8 +43,19 @@ class NumpyBackend(Specification):
         dtypes=("float16", "float32", "float64"),
         variants=(
             Variant("functional", "recadam_core.RecAdam", weighs=True),
-            Variant("specification", "recadam_core.update", weighs=True),
-            Variant("fused", "RecAdam(hp, NumpyBackend(fused=True))", needs=("numba",)),
+            Variant(
+                "specification",
+                "recadam_core.update",
+                weighs=True,
+                make=lambda *given, **more: _over(Specification(np), *given, **more),
+                coefficients=coefficients_of,
+            ),
+            Variant(
+                "fused",
+                "RecAdam(hp, NumpyBackend(fused=True))",
+                needs=("numba",),
+                make=lambda *given, **more: _over(NumpyBackend(fused=True), *given, **more),
+            ),
         ),
     )
 
@@ -163,19 +177,17 @@ class NumpyBackend(Specification):
                     f"NumpyBackend: {what} of {name!r} is read-only; give a copy, or leave in_place out"
                 )
 
-    def stepper(
-        self,
-        variant: str,
-        params: dict[str, Any],
-        anchors: dict[str, Any],
-        hp: Hyperparameters,
-        exact: bool = False,
-        importance: dict[str, Any] | None = None,
-    ) -> Stepper:
-        """`recadam_core.RecAdam` over one of the kernels, or over the specification itself; all are exact."""
-        self.capabilities.variant(variant)
-        serving = {"functional": self, "specification": Specification(np)}
-        return Functional(serving.get(variant) or NumpyBackend(fused=True), params, anchors, hp, importance)
+
+def _over(
+    backend: Backend,
+    params: dict[str, Any],
+    anchors: dict[str, Any],
+    hp: Hyperparameters,
+    exact: bool,
+    importance: dict[str, Any] | None = None,
+) -> Functional:
+    """`recadam_core.RecAdam` over a kernel; all are exact."""
+    return Functional(backend, params, anchors, hp, importance)
 
 
 def _as_was(old: Array, new: Array) -> Array:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recadam_core import Coefficients, Hyperparameters, Moments, RecAdamError, apply, coefficients, update
 
-from .fused import is_writable
+from .memory import is_writable
 from .rounding import key_of, noise, round_, widened
 from .shards import in_memory, is_sharded
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recadam_core import Coefficients
 
-from .fused import regular
+from .memory import regular
 from .shards import FIRST, SECOND
 
 __all__ = ["CHUNK", "TritonKernel"]

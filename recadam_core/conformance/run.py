@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..backends import Backend, Variant, get_backend
+from ..backends import Backend, get_backend
 from ..errors import RecAdamError, unknown
+from ..variants import Variant
 from .cases import Case
 from .claims import LEVELS, MEASURES, Claim, Result, check, claims
 

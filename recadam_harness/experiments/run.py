@@ -18,10 +18,11 @@ from recadam_core.errors import RecAdamError
 
 from ..archives import fetch, model_folder
 from ..processes import settle, shares, thread_limits
+from . import run_trial
 from .data import archives, target_of
 from .grids import Experiment, Options
 from .table import Entry, Results, Row
-from .trial import Trial, run_trial
+from .trial import Trial
 
 __all__ = ["run_experiment"]
 

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from recadam_core.annealing import Annealing, Constant, Sigmoid
-from recadam_core.backends import get_backend
 from recadam_core.errors import RecAdamError, check_number, unknown
 from recadam_core.hyperparameters import Hyperparameters
 from recadam_core.strength import gamma_for
 
-__all__ = ["METHODS", "Method", "Trial", "run_trial"]
+__all__ = ["METHODS", "Method", "Trial"]
 
 
 @dataclass(frozen=True)
@@ -323,23 +322,3 @@ class TaskAtOne:
         from recadam_core.annealing import release_step
 
         return release_step(self.curve)
-
-
-def run_trial(trial: Trial) -> dict[str, Any]:
-    """Train and measure, with PyTorch.
-
-    Args:
-        trial: what to do.
-
-    Returns:
-        Figures by name: of the target task; of the source task, before and after; "distance" to the
-        pretrained weights; "loss", the mean of the last tenth of the steps; "seconds"; and "curve", what
-        was measured along the way.
-
-    Raises:
-        RecAdamError: when the data is not there, or training diverges.
-    """
-    get_backend("torch")  # or what it lacks
-    from .training import run
-
-    return run(trial)

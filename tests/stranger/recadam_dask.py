@@ -7,7 +7,6 @@ import dask.array as da
 import numpy as np
 
 import recadam_core as rc
-from recadam_core.backends import Functional
 
 
 def kernel(theta, grad, m, v, *anchor, c):
@@ -39,9 +38,6 @@ class DaskBackend:
         # Computed now, or the graph would grow with every step.
         new = dask.persist(*new, scheduler="synchronous")
         return [x[0] for x in new], [rc.Moments(x[1], x[2]) for x in new]
-
-    def stepper(self, variant, params, anchors, hp, exact=False):
-        return Functional(self, params, anchors, hp)
 
     def from_numpy(self, array, dtype=None):
         return da.from_array(np.array(array, dtype=dtype))
