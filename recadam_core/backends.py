@@ -92,8 +92,8 @@ class Backend(Protocol):
     ) -> tuple[list[Any], list[Moments]]:
         """One step for arrays that share their coefficients: new parameters, new moments.
 
-        Changes none of its arguments. `anchors` is None where nothing is pulled. `importances` are given
-        only where a variant says that it `weighs`.
+        Changes none of its arguments. `anchors` is None where nothing is pulled; `importances`, by which the
+        pulls are multiplied, where each is 1.
         """
         ...
 
@@ -122,7 +122,7 @@ class Specification:
         'numpy'
     """
 
-    capabilities = Capabilities(variants=(Variant("functional", weighs=True),))
+    capabilities = Capabilities(variants=(Variant("functional"),))
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp

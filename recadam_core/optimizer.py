@@ -126,8 +126,8 @@ class RecAdam:
 
         Raises:
             RecAdamError: when there is no parameter, one is no floating array, an anchor matches none or has
-                another shape, arrays are of several libraries or of another than the backend's, an importance
-                leaves [0, 1], or the backend takes none.
+                another shape, arrays are of several libraries or of another than the backend's, or an importance
+                leaves [0, 1].
         """
         check_named("parameters", params)
         if not params:
@@ -144,7 +144,7 @@ class RecAdam:
                 finite = True  # traced, or without data: there is no value to look at
             if not finite:
                 raise RecAdamError(f"anchor {name!r} holds NaN or infinity; give the pretrained values")
-        weights = {} if importance is None else self._weights(params, anchors, importance, xp, backend)
+        weights = {} if importance is None else self._weights(params, anchors, importance, xp)
         moments = {name: Moments.zeros_like(theta) for name, theta in params.items()}
         stars, weights = ({name: backend.copy(x) for name, x in xs.items()} for xs in (anchors, weights))
         return State(0, moments, stars, weights)
@@ -165,7 +165,6 @@ class RecAdam:
         anchors: Mapping[str, Any],
         importance: Any,
         xp: Any,
-        backend: Backend,
     ) -> dict[str, Any]:
         """The importances of what is anchored, checked."""
         check_named("importance", importance)
@@ -176,8 +175,6 @@ class RecAdam:
         found = {}
         for name in anchors:
             check_importance(name, importance.get(name), params[name].shape)
-            if not any(v.name == "functional" and v.weighs for v in backend.capabilities.variants):
-                raise RecAdamError(f"importance: the backend {backend.name!r} takes none; leave it out")
             if wrong := fault(importance[name], xp):
                 raise RecAdamError(f"importance of {name!r} {wrong}")
             found[name] = importance[name]
@@ -228,7 +225,7 @@ class RecAdam:
             backend: Any = self._serving(params)
             # One that writes in place looks at all groups before it writes into the first.
             together = getattr(backend, "step_groups", None)
-            stepped = together(groups) if together else [_step(backend, group) for group in groups]
+            stepped = together(groups) if together else [backend.step(*group[1:]) for group in groups]
             for group, (thetas, moments) in zip(groups, stepped, strict=True):
                 new_params.update(zip(group.names, thetas, strict=True))
                 new_moments.update(zip(group.names, moments, strict=True))
@@ -281,12 +278,6 @@ class RecAdam:
                     f"{what} {name!r} in the state: {shapes}; give the state that init made for it"
                 )
         return int(taken) + 1
-
-
-def _step(backend: Backend, group: Shared) -> tuple[list[Any], list[Moments]]:
-    """One group's step. A backend that takes no importance need not know the argument."""
-    more = {} if group.importances is None else {"importances": group.importances}
-    return backend.step(group.params, group.grads, group.moments, group.anchors, group.c, **more)
 
 
 class Functional:
@@ -355,7 +346,6 @@ def stepper_of(
         >>> step({"w": np.ones(1)}, 0.25)["w"]
         array([0.75])
     """
-    more: Any = {} if importance is None else {"importance": importance}
     if variant.make is None:
-        return Functional(backend, params, anchors, hp, **more)
-    return variant.make(params, anchors, hp, exact, **more)
+        return Functional(backend, params, anchors, hp, importance)
+    return variant.make(params, anchors, hp, exact, importance)

@@ -71,7 +71,6 @@ class Variant:
         coefficients: a function of (t, hp, anchored, dtype) that gives those of an array of steps in NumPy,
             for the claim on them; None where there is nothing to claim.
         rounds_update: whether the update is rounded to the parameter's dtype before it is added.
-        weighs: whether it takes an importance, by which the pull is multiplied.
         misses: claims of the conformance kit that it is known to miss, and why; of a kind ("exact") or one
             alone ("exact float32"). A claim that is
             listed and holds fails, too.
@@ -91,7 +90,6 @@ class Variant:
     traced: bool = False
     coefficients: Callable[[Any, Hyperparameters, bool, str], Coefficients] | None = None
     rounds_update: bool = False
-    weighs: bool = False
     misses: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

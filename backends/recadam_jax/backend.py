@@ -121,7 +121,6 @@ class JaxBackend:
                 ),
                 make=lambda *given, **more: _functional(True, *given, **more),
                 misses=FLUSHED,
-                weighs=True,
             ),
             Variant(
                 "eager",
@@ -129,7 +128,6 @@ class JaxBackend:
                 Exact(price="one dispatch an operation"),
                 make=lambda *given, **more: _functional(False, *given, **more),
                 misses=FLUSHED,
-                weighs=True,
             ),
             Variant(
                 "optax",
@@ -140,7 +138,6 @@ class JaxBackend:
                 make=lambda *given, **more: _OptaxStepper(False, *given, **more),
                 rounds_update=True,
                 misses={"exact": TRACED, "denormals": TRACED},
-                weighs=True,
             ),
             Variant(
                 "optax-host",
@@ -153,7 +150,6 @@ class JaxBackend:
                 make=lambda *given, **more: _OptaxStepper(True, *given, **more),
                 rounds_update=True,
                 misses=FLUSHED,
-                weighs=True,
             ),
         ),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +29,6 @@ class NumpyBackend(Specification):
 
     Args:
         fused: whether to step in one pass over memory, on all cores, which needs numba. Changes no bit.
-            It takes no importance.
         in_place: whether a step may write into the arrays of parameters and state that it is given, and
             return them. Needs `fused`. Otherwise it is pure, and spends most of its time on new memory.
 
@@ -42,11 +40,10 @@ class NumpyBackend(Specification):
     capabilities = Capabilities(
         dtypes=("float16", "float32", "float64"),
         variants=(
-            Variant("functional", "recadam_core.RecAdam", weighs=True),
+            Variant("functional", "recadam_core.RecAdam"),
             Variant(
                 "specification",
                 "recadam_core.update",
-                weighs=True,
                 make=lambda *given, **more: _over(Specification(np), *given, **more),
                 coefficients=coefficients_of,
             ),
@@ -71,8 +68,6 @@ class NumpyBackend(Specification):
             from . import one_pass
 
             self._one_pass = one_pass
-            plain = (dataclasses.replace(v, weighs=False) for v in self.capabilities.variants)
-            self.capabilities = dataclasses.replace(self.capabilities, variants=tuple(plain))
 
     def owns(self, array: Any) -> bool:
         """Whether the object is an array or a scalar of NumPy."""
@@ -102,14 +97,13 @@ class NumpyBackend(Specification):
                     unchecked(theta, g, m, v, star, c, weight)
         elif runs:
             names = [name for _, columns in runs for name in columns[0]]
-            tables, held = zip(
-                *(self._one_pass.table_of(*xs[:4], xs[4] if c.recall else None) for c, (_, *xs) in runs),
-                strict=True,
-            )
+            # Whole columns, or none: of parameters that are pulled alike all have what one has.
+            given = [[None if xs[0] is None else xs for xs in columns] for _, (_, *columns) in runs]
+            tables, held = zip(*(self._one_pass.table_of(*columns) for columns in given), strict=True)
             if self._in_place:
                 self._one_pass.check_apart(tables, names, "NumpyBackend")
-            for (c, _), table in zip(runs, tables, strict=True):
-                table.run(c, c.recall != 0)
+            for (c, _), table, columns in zip(runs, tables, given, strict=True):
+                table.run(c, columns[4] is not None, weighs=columns[5] is not None)
             del held  # not earlier: the tables hold addresses only
         return [
             (
@@ -130,10 +124,8 @@ class NumpyBackend(Specification):
             raise RecAdamError(
                 f"NumpyBackend: recall is {group.c.recall!r} but there are no anchors; give them"
             )
-        if self._one_pass is not None and group.importances is not None:
-            raise RecAdamError("NumpyBackend: fused=True takes no importance; leave one of them out")
         count = len(group.params)
-        given = (group.anchors if pulls else None, group.importances)
+        given = (group.anchors, group.importances) if pulls else (None, None)
         stars, weights = ([None] * count if xs is None else xs for xs in given)
         if any(len(xs) != count for xs in (group.grads, group.moments, stars, weights)):
             raise RecAdamError("NumpyBackend: lists of several lengths; give as many arrays of each")

@@ -47,7 +47,7 @@ def _stepping(**way: Any) -> Callable[..., Stepper]:
 def _way(name: str, exact: Exact, **way: Any) -> Variant:
     """A variant by one flag of the optimizer's."""
     ((flag, value),) = way.items()
-    return Variant(name, f"RecAdam(..., {flag}={value})", exact, make=_stepping(**way), weighs=True)
+    return Variant(name, f"RecAdam(..., {flag}={value})", exact, make=_stepping(**way))
 
 
 class TorchBackend:
@@ -72,7 +72,6 @@ class TorchBackend:
                 "recadam_core.RecAdam",
                 Exact("TorchBackend(exact=True)", BY_NUMPY.price),
                 make=_functional,
-                weighs=True,
             ),
             _way("single", BY_NUMPY, foreach=False),
             _way("foreach", BY_NUMPY, foreach=True),

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
-from operator import attrgetter
+from operator import attrgetter, truediv
 from pathlib import Path
 from shutil import which
 from types import FunctionType
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from recadam_core import Coefficients, RecAdamError
+from recadam_core.update import formula
 
 from .kernel import kernel_
 from .memory import regular
@@ -119,12 +120,13 @@ class NumbaKernel:
         vs: list[Tensor],
         anchors: list[Tensor] | None,
         c: Coefficients,
+        importances: list[Tensor] | None = None,
     ) -> None:
         """As `kernel_`."""
-        run = self.lay(thetas, grads, ms, vs, anchors)
-        if run is None:  # moments of 16 bits, say
+        run = self.lay(thetas, grads, ms, vs, anchors, importances)
+        if run is None:  # moments of several widths, say
             exact = ms[0].dtype in _walkable()
-            kernel_(thetas, grads, ms, vs, anchors, c, exact=exact)
+            kernel_(thetas, grads, ms, vs, anchors, c, exact, importances)
         else:
             run(c)
 
@@ -135,6 +137,7 @@ class NumbaKernel:
         ms: list[Tensor],
         vs: list[Tensor],
         anchors: list[Tensor] | None,
+        importances: list[Tensor] | None = None,
     ) -> Callable[[Coefficients], None] | None:
         """Look at all that a step reads and writes; what then takes it, None for dtypes that are not walked.
 
@@ -150,15 +153,15 @@ class NumbaKernel:
         shapes = list(map(_shape, thetas))
         columns, places = [], []
         # List by list: what is asked of a tensor a second time is in the caches then.
-        for xs, is_written in ((thetas, True), (grads, False), (ms, True), (vs, True), (anchors, False)):
-            if xs is not None:
-                columns.append(regular(xs, wide, walkable, shapes, _HOST, is_written))
+        for xs in (thetas, grads, ms, vs, anchors, importances):
+            if xs is None:  # never read
+                columns.append(columns[1])
+                places.append(places[1])
+            else:
+                columns.append(regular(xs, wide, walkable, shapes, _HOST, is_written=len(columns) in (0, 2, 3)))
                 places.append(list(map(Tensor.data_ptr, columns[-1])))
         sizes = list(map(Tensor.numel, thetas))
         names = [str(xs[0].dtype).removeprefix("torch.") for xs in columns]
-        if anchors is None:  # never read
-            places.append(places[1])
-            names.append(names[1])
         shape = names, torch.get_num_threads(), sizes
         if shape != self._shape:
             self._table, self._shape = Table(sizes, names, shape[1]), shape
@@ -169,7 +172,7 @@ class NumbaKernel:
             raise RecAdamError("there is no memory to step over (a freed storage, or the meta device)")
 
         def run(c: Coefficients) -> None:
-            table.run(c, anchors is not None, torch_team())
+            table.run(c, anchors is not None, torch_team(), importances is not None)
             for old, new in ((thetas, columns[0]), (ms, columns[2]), (vs, columns[3])):
                 if new is not old:
                     torch._foreach_copy_(old, new)
@@ -221,27 +224,23 @@ def compiled_(
     vs: list[Tensor],
     anchors: list[Tensor] | None,
     c: Coefficients,
+    importances: list[Tensor] | None = None,
 ) -> None:
     """One step by inductor: large tensors one by one in their places, small ones joined."""
-    stars: list[Any] = [None] * len(thetas) if anchors is None else anchors
+    columns = [thetas, grads, ms, vs, *(xs for xs in (anchors, importances if anchors else None) if xs)]
     small = []
-    for i, theta in enumerate(thetas):
-        columns = [theta, grads[i], ms[i], vs[i], *([] if stars[i] is None else [stars[i]])]
-        if theta.numel() < SMALL or not all(map(Tensor.is_contiguous, columns)):
+    for i, own in enumerate(zip(*columns, strict=True)):
+        if own[0].numel() < SMALL or not all(map(Tensor.is_contiguous, own)):
             small.append(i)
         else:
-            _inductor(c, *(x.detach().view(-1) for x in columns))
+            _inductor(c, *(x.detach().view(-1) for x in own))
     if not small:
         return
     wide = ms[0].dtype
-
-    def join(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([tensors[i].detach().reshape(-1).to(wide) for i in small])
-
-    flat = [join(xs) for xs in (thetas, grads, ms, vs, *([] if anchors is None else [anchors]))]
+    flat = [torch.cat([xs[i].detach().reshape(-1).to(wide) for i in small]) for xs in columns]
     if flat[0].numel() < 2:  # inductor would compile sizes 0 and 1 apart
-        one = [[x] for x in flat]
-        kernel_(one[0], one[1], one[2], one[3], None if anchors is None else one[4], c, exact=True)
+        one: list[Any] = [[x] for x in flat] + [None] * (6 - len(flat))
+        kernel_(*one[:5], c, exact=True, importances=one[5])
     else:
         _inductor(c, *flat)
     sizes = [thetas[i].numel() for i in small]
@@ -258,9 +257,8 @@ def _inductor(c: Coefficients, *columns: Tensor) -> None:
     # 0-d tensors: another number each step compiles nothing anew.
     number = columns[2].new_tensor
     decay = number(c.decay) if c.decay else None
-    star = columns[4] if len(columns) > 4 else None
-    run = _compiled(columns[0].dtype, columns[2].dtype, star is not None and star.dtype, decay is None)
-    run(*columns[:4], star, c.beta1, c.beta2, number(c.step), number(c.eps), number(c.recall), decay)
+    run = _compiled(*(x.dtype for x in columns), decay is None)
+    run(columns, c.beta1, c.beta2, number(c.step), number(c.eps), number(c.recall), decay)
 
 
 def triton_() -> Callable[..., None]:
@@ -278,12 +276,8 @@ FUSED: dict[str, Callable[[], Callable[..., None]]] = {
 """Makers of one-pass kernels by name."""
 
 
-def _formula(
-    theta: Tensor,
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    anchor: Tensor | None,
+def _in_place(
+    columns: tuple[Tensor, ...],
     beta1: float,
     beta2: float,
     step: Tensor,
@@ -291,20 +285,19 @@ def _formula(
     recall: Tensor,
     decay: Tensor | None,
 ) -> None:
-    """The formula of `recadam_core.update`, for a compiler that rounds each operation by itself."""
-    old, grad = theta.to(m.dtype), grad.to(m.dtype)
-    m_new = beta1 * m + (1 - beta1) * grad
-    v_new = beta2 * v + (1 - beta2) * (grad * grad)
-    adam = step * (m_new / (v_new.sqrt() + eps))
-    delta = -adam if anchor is None else recall * (anchor.to(m.dtype) - old) - adam
-    if decay is not None:
-        delta = delta - decay * old
-    theta.copy_(old + delta)
-    m.copy_(m_new)
-    v.copy_(v_new)
+    """The formula over whole tensors, for a compiler that rounds each operation by itself."""
+    wide = columns[2].dtype
+    old, grad, m, v, *others = (x.to(wide) for x in columns)
+    anchor, importance, *_ = *others, None, None
+    betas = beta1, 1 - beta1, beta2, 1 - beta2
+    delta, m, v = formula(
+        old, grad, m, v, anchor, importance, *betas, step, eps, recall, decay, torch.sqrt, truediv
+    )
+    for x, new in zip((columns[0], columns[2], columns[3]), (old + delta, m, v), strict=True):
+        x.copy_(new)
 
 
 @cache
 def _compiled(*kind: Any) -> Callable[..., Any]:
     """The formula, compiled for one kind of arguments; a copy, since one is compiled only so often."""
-    return torch.compile(FunctionType(_formula.__code__.replace(), _formula.__globals__), dynamic=True)
+    return torch.compile(FunctionType(_in_place.__code__.replace(), _in_place.__globals__), dynamic=True)

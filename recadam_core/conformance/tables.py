@@ -144,7 +144,7 @@ def _cells(groups: list[list[Result]]) -> Iterator[str]:
             yield f"{words}: {variants}"
 
 
-SUPPORT = ("backend", "variant", "a user writes", "bit for bit", "at the price of", "importance", "needs")
+SUPPORT = ("backend", "variant", "a user writes", "bit for bit", "at the price of", "needs")
 """Columns of the table of variants."""
 
 
@@ -180,7 +180,6 @@ def support(backends: Iterable[Backend]) -> str:
             f"`{v.about}`",
             v.exact.how if v.exact.how in ("always", "never") else f"`{v.exact.how}`",
             v.exact.price,
-            "yes" if v.weighs else "no",
             ", ".join(
                 [*v.needs, *map(" or ".join, v.programs), *(f"{k}={x}" for k, x in v.environment.items())]
             ),
