@@ -31,7 +31,7 @@ def kind_of(array: Any) -> tuple[Any, str]:
         >>> kind_of(np.ones(2, dtype=int))[1]
         'has dtype int64; give a real floating array of 16 bits or more'
     """
-    key = type(array), getattr(array, "dtype", None), getattr(array, "layout", None)
+    key = type(array), getattr(array, "dtype", None), _layout(array)
     try:
         known = _kinds.get(key)
     except TypeError:  # what calls itself a dtype there is none
@@ -45,14 +45,19 @@ def _look(array: Any) -> tuple[Any, str]:
     if wrong := not_plain(array):
         return None, wrong
     xp = array_namespace(array)
-    layout = str(getattr(array, "layout", "strided"))
-    if not layout.endswith("strided"):
+    if "sparse" in (layout := str(_layout(array))):
         return xp, f"has layout {layout}; give a dense array"
     try:
         fits = xp.isdtype(array.dtype, "real floating") and xp.finfo(array.dtype).bits >= 16
     except Exception:  # a dtype from outside of the library, as each library says it
         fits = False
     return xp, "" if fits else f"has dtype {array.dtype}; give a real floating array of 16 bits or more"
+
+
+def _layout(array: Any) -> Any:
+    """PyTorch's, by which its sparse arrays are told; others mean something else by the word."""
+    layout = getattr(array, "layout", None)
+    return layout if type(layout).__name__ == "layout" else None
 
 
 def not_plain(array: Any) -> str:
