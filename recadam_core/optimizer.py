@@ -126,8 +126,8 @@ class RecAdam:
 
         Raises:
             RecAdamError: when there is no parameter, one is no floating array, an anchor matches none or has
-                another shape, arrays are of several libraries or of another than the backend's, or an importance
-                leaves [0, 1].
+                another shape, arrays are of several libraries or of another than the backend's, or an
+                importance leaves [0, 1].
         """
         check_named("parameters", params)
         if not params:

@@ -54,24 +54,10 @@ def accumulator_dtype(xp: Any, *dtypes: Any) -> Any:
     return xp.float32 if xp.finfo(dtype).bits < 32 else dtype
 
 
-def formula(
-    theta: Any,
-    grad: Any,
-    m: Any,
-    v: Any,
-    anchor: Any,
-    importance: Any,
-    beta1: Any,
-    rest1: Any,
-    beta2: Any,
-    rest2: Any,
-    step: Any,
-    eps: Any,
-    recall: Any,
-    decay: Any,
-    sqrt: Any,
-    divide: Any,
-) -> Any:
+# Without annotations: Triton reads them as code.
+def formula(  # type: ignore[no-untyped-def]
+    theta, grad, m, v, anchor, importance, beta1, rest1, beta2, rest2, step, eps, recall, decay, sqrt, divide
+):
     r"""The step itself, in the only text of it: NumPy, numba, PyTorch, Triton, JAX and the others run this.
 
     Math:

@@ -142,11 +142,6 @@ def test_drift_takes_it_into_account():
         ({"w": torch.ones(2)}, {"form": "proximal"}, "importance needs form='decoupled', not 'proximal'"),
         ({"w": torch.tensor([0.5, 2.0])}, {}, "importance of 'w' leaves [0, 1]; scale it, and set the"),
         ({"w": torch.tensor([0.5, torch.nan])}, {}, "importance of 'w' leaves [0, 1]; scale it"),
-        (
-            {"w": torch.ones(2)},
-            {"fused": True},
-            "RecAdam: importance and fused are both set; give one of them",
-        ),
     ],
 )
 def test_bad_input_is_named_in_one_line(importance, more, message):

@@ -102,8 +102,8 @@ class NumpyBackend(Specification):
             tables, held = zip(*(self._one_pass.table_of(*columns) for columns in given), strict=True)
             if self._in_place:
                 self._one_pass.check_apart(tables, names, "NumpyBackend")
-            for (c, _), table, columns in zip(runs, tables, given, strict=True):
-                table.run(c, columns[4] is not None, weighs=columns[5] is not None)
+            for (c, _), table, (*_, stars, weights) in zip(runs, tables, given, strict=True):
+                table.run(c, stars is not None, weighs=weights is not None)
             del held  # not earlier: the tables hold addresses only
         return [
             (

@@ -53,8 +53,8 @@ class Table:
 
     Args:
         sizes: elements of each parameter, of shape (n,).
-        dtypes: names in `CODES`, of theta, grad, m, v, anchor and importance. The step is computed in that of m and v,
-            "float32" or "float64"; theta's is the same, or has 16 bits.
+        dtypes: names in `CODES`, of theta, grad, m, v, anchor and importance. The step is computed in that of
+            m and v, "float32" or "float64"; theta's is the same, or has 16 bits.
         workers: threads to use at most.
 
     Example:

@@ -96,19 +96,16 @@ def weigh(group: Mapping[str, Any], states: list[dict[str, Any]], importance: An
         RecAdamError: when an anchored parameter has none, or one is no tensor in [0, 1] of its shape.
     """
     grown = [name for (name, _), state in zip(named(group), states, strict=True) if "anchor_rows" in state]
-    if grown and (group["fused"] or group["form"] != "decoupled"):
-        other = "fused" if group["fused"] else f"form={group['form']!r}"
+    if grown and group["form"] != "decoupled":
         raise RecAdamError(
-            f"RecAdam: {grown[0]!r} has rows without an anchor, with which {other} does not go; leave that "
-            "out, or call the parameter new"
+            f"RecAdam: {grown[0]!r} has rows without an anchor, with which form={group['form']!r} does not "
+            "go; leave that out, or call the parameter new"
         )
     for (_, p), state in zip(named(group), states, strict=True):
         if "anchor_rows" in state:
             state["importance"] = like(p, partial(_first_rows, p, int(state["anchor_rows"])))
     if importance is None or not group["anchored"]:
         return
-    if group["fused"]:
-        raise RecAdamError("RecAdam: importance and fused are both set; give one of them")
     check_weighable(group["form"])
     if not isinstance(importance, Mapping):
         raise RecAdamError(

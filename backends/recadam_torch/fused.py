@@ -151,14 +151,17 @@ class NumbaKernel:
         if walkable is None or {*map(_dtype, ms), *map(_dtype, vs)} - {wide}:
             return None
         shapes = list(map(_shape, thetas))
-        columns, places = [], []
+        columns: list[list[Tensor]] = []
+        places: list[list[int]] = []
         # List by list: what is asked of a tensor a second time is in the caches then.
         for xs in (thetas, grads, ms, vs, anchors, importances):
             if xs is None:  # never read
                 columns.append(columns[1])
                 places.append(places[1])
             else:
-                columns.append(regular(xs, wide, walkable, shapes, _HOST, is_written=len(columns) in (0, 2, 3)))
+                columns.append(
+                    regular(xs, wide, walkable, shapes, _HOST, is_written=len(columns) in (0, 2, 3))
+                )
                 places.append(list(map(Tensor.data_ptr, columns[-1])))
         sizes = list(map(Tensor.numel, thetas))
         names = [str(xs[0].dtype).removeprefix("torch.") for xs in columns]
@@ -239,8 +242,9 @@ def compiled_(
     wide = ms[0].dtype
     flat = [torch.cat([xs[i].detach().reshape(-1).to(wide) for i in small]) for xs in columns]
     if flat[0].numel() < 2:  # inductor would compile sizes 0 and 1 apart
-        one: list[Any] = [[x] for x in flat] + [None] * (6 - len(flat))
-        kernel_(*one[:5], c, exact=True, importances=one[5])
+        theta, grad, m, v, *others = ([x] for x in flat)
+        star, weight, *_ = *others, None, None
+        kernel_(theta, grad, m, v, star, c, True, weight)
     else:
         _inductor(c, *flat)
     sizes = [thetas[i].numel() for i in small]

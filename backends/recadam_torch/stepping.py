@@ -136,7 +136,8 @@ def looked_at(work: Work) -> Work:
         run = None
         if lay and work.c and not copied:
             anchors = work.anchors if work.c.recall else None
-            run = lay(work.thetas, work.grads, work.ms, work.vs, anchors)
+            importances = work.importances if anchors else None
+            run = lay(work.thetas, work.grads, work.ms, work.vs, anchors, importances)
         if run is None:
             check_memory(work)
         return work._replace(run=run)
@@ -173,7 +174,8 @@ def execute(work: Work, scale: Tensor | None = None, found: Tensor | None = None
         for part, stars in _streamed(anchors, count, work.thetas[0].device):
             lists = [xs[part] for xs in (work.thetas, work.grads, work.ms, work.vs)]
             own = Coefficients(*(x[part] if isinstance(x, Tensor) and x.ndim else x for x in c))
-            work.kernel(*lists, stars, own, keys=None if keys is None else keys[part], **options)
+            weights = work.importances and work.importances[part] if stars else None
+            work.kernel(*lists, stars, own, weights, keys=None if keys is None else keys[part], **options)
     else:
         _step(work, rounding, anchors, c)
     if found is not None:
@@ -188,7 +190,6 @@ def _step(work: Work, rounding: str, anchors: list[Tensor] | None, c: Coefficien
     """As `execute`, by kernels that know of nothing but the formula."""
     ways = work.ways
     grads = list(torch._foreach_neg(work.grads)) if ways["maximize"] else work.grads
-    # One-pass kernels do not know of importances, and are not chosen where there are any.
     more: dict[str, Any] = {} if work.importances is None else {"importances": work.importances}
     if work.c is None and not work.fused:  # the formula takes a coefficient of the device for each parameter
         c = Coefficients(*(list(x.unbind()) if isinstance(x, Tensor) else x for x in c))
