@@ -58,3 +58,7 @@ def test_it_is_imported_without_a_framework(package):
     code = f"import sys, {package}; print(*{{'torch', 'jax', 'numba', 'matplotlib'}} & set(sys.modules))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.split() == []
+
+
+def test_the_picture_of_the_documentation_is_that_of_the_sources(floors):
+    assert floors.PICTURE.read_text(encoding="utf-8") == floors.picture(floors.graph())
