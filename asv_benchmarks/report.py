@@ -46,6 +46,7 @@ TARGETS = (
     ("NumPy in place over torch AdamW fused", "NumPy in place", PEER, 1.25),
     ("RecAdam, bfloat16 anchors, over torch AdamW fused", "RecAdam, bfloat16 anchors", PEER, 1.15),
     ("RecAdam, anchors freed, over torch AdamW fused", "RecAdam, anchors freed", PEER, 1.05),
+    ("RecAdam, importance, over torch AdamW fused", "RecAdam, importance", PEER, 1.35),
     ("RecAdam over the loop", "RecAdam", "loop", 0.25),
     ("JAX RecAdam over optax AdamW", "JAX RecAdam", "optax AdamW", 1.12),
 )

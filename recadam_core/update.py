@@ -82,7 +82,7 @@ def formula(  # type: ignore[no-untyped-def]
         divide: division, the same.
 
     Returns:
-        (delta, m, v): what to add to theta, and the new moments.
+        What to add to theta, and the new moments, first and second.
 
     Example:
         >>> betas = (0.9, 0.1, 0.999, 0.001)

@@ -269,7 +269,8 @@ def _optimizer(
         {"params": [x for x in named if x[0] in new], "anchored": False},
     ]
     if importance is not None:
-        groups[0]["importance"] = importance
+        # Not in one pass, which rounds the root otherwise: so that the tables' rows repeat to the digit.
+        groups[0].update(importance=importance, fused=False)
     return RecAdam(groups, lr=hp.lr, gamma=hp.gamma, annealing=hp.annealing, form=hp.form)
 
 
