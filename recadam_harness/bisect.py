@@ -25,15 +25,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Kernel:
-    """How one run's kernel rounded, held against the specification on the same numbers.
-
-    Args:
-        run: label of the run.
-        operations: the operations that explain its result, in the kernel's order; empty when it rounds
-            as specified.
-        explained: elements of the parameter whose result these give.
-        elements: elements of the parameter.
-    """
+    """How one run's kernel rounded, held against the specification on the same numbers."""
 
     run: str
     operations: tuple[str, ...]
@@ -53,19 +45,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Parting:
-    """The first difference of two runs.
-
-    Args:
-        step: the step after which a weight differs.
-        name: the parameter, the first in the model's order.
-        element: its first element that differs.
-        values: the two values.
-        ulps: how many numbers of that dtype lie between them.
-        differing: how many elements of the parameter differ.
-        gradients: the two gradients of that element.
-        kernels: how each run's kernel rounded; empty for an optimizer of the framework's own.
-        repeats: whether the runs, taken again here, gave the records that they had written.
-    """
+    """The first difference of two runs."""
 
     step: int
     name: str
@@ -98,14 +78,7 @@ class Parting:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the kernel read, of one parameter.
-
-    Args:
-        theta: the parameter.
-        grad: its gradient.
-        moments: its moments.
-        anchor: its pretrained value; None for a new head.
-    """
+    """What the kernel read, of one parameter."""
 
     theta: Array
     grad: Array
@@ -114,19 +87,7 @@ class Inputs:
 
 
 def bisect_runs(reference: Run, other: Run, progress: Callable[[int], None] | None = None) -> Parting | None:
-    """Take two runs again, side by side, until a weight differs, and look into that step.
-
-    Args:
-        reference: a run.
-        other: one that was set up alike.
-        progress: called with each step.
-
-    Returns:
-        The first difference; None when every weight is equal to the end.
-
-    Raises:
-        RecAdamError: when a run cannot be set up here.
-    """
+    """Take two runs again, side by side, until a weight differs, and look into that step."""
     tell = progress or (lambda step: None)
     runs = (reference, other)
     with contextlib.ExitStack() as stack:
@@ -247,21 +208,6 @@ def explain(
 
     Tried are: Adam's fraction off by an ulp of the root in some elements, and a product and a sum in one
     rounding. Several changes may write the same numbers: what is named is the shortest reading, no proof.
-
-    Args:
-        before: what the kernel read.
-        after: what it wrote.
-        choices: coefficients by the name of what is unusual about them; "" for the host's.
-
-    Returns:
-        The operations in the kernel's order, and how many elements they explain.
-
-    Example:
-        >>> x, zero = np.ones(3), np.zeros(3)
-        >>> c = Coefficients(0.9, 0.999, 0.0, 1e-8, 0.0, 0.0)
-        >>> new = Moments(0.9 * zero + (1 - 0.9) * x, 0.999 * zero + (1 - 0.999) * (x * x))
-        >>> explain(Inputs(x, x, Moments(zero, zero), None), Inputs(x, x, new, None), {"": c})
-        ((), 3)
     """
     best: tuple[int, int, tuple[str, ...]] = (-1, 0, ())
     for name, c in choices.items():

@@ -141,14 +141,7 @@ def compare_runs(
 
 
 def setup_of(run: Run) -> dict[str, Any]:
-    """What must be equal for two runs to be comparable: the configuration without the backend.
-
-    Args:
-        run: the run.
-
-    Returns:
-        Settings by dotted name.
-    """
+    """What must be equal for two runs to be comparable: the configuration without the backend."""
     setup = flat(run.config.to_dict())
     for ignored in ("backend", "eval_every", "snapshot_every"):
         setup.pop(ignored)

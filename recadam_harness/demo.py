@@ -28,21 +28,7 @@ On the first backend RecAdam runs without its pull, too: what of the effect is t
 
 
 def plan_demo(only: str | None = None) -> list[tuple[str, str, str]]:
-    """The runs of the demo: (task, backend, optimizer), for the backends that are installed.
-
-    Args:
-        only: one task alone, or None.
-
-    Returns:
-        The runs, in the order in which they are started.
-
-    Raises:
-        RecAdamError: when there is no such task.
-
-    Example:
-        >>> plan_demo("digits")[0]
-        ('digits', 'numpy', 'recadam')
-    """
+    """The runs of the demo: (task, backend, optimizer), for the backends that are installed."""
     if only is not None and only not in PLAN:
         raise unknown("task", only, TASKS)
     installed = available_backends()
@@ -58,20 +44,7 @@ def plan_demo(only: str | None = None) -> list[tuple[str, str, str]]:
 def run_demo(
     plan: list[tuple[str, str, str]], out: Path, jobs: int, tell: Callable[[int, str], None]
 ) -> tuple[list[Run], list[tuple[str, Comparison]], Path]:
-    """Run a plan in processes of their own, each on its share of the cores.
-
-    Args:
-        plan: what `plan_demo` returned.
-        out: folder of the runs and the report; runs of an earlier demo in it are replaced.
-        jobs: processes at once.
-        tell: called with the number of runs done and a line on what is being done.
-
-    Returns:
-        The runs, each task's comparisons, and the path of the report.
-
-    Raises:
-        RecAdamError: when a run fails, with the last line it printed.
-    """
+    """Run a plan in processes of their own, each on its share of the cores."""
     waiting, done = list(plan), 0
     running: list[Entry] = []
     slots = shares(jobs)

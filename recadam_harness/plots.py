@@ -38,15 +38,7 @@ def _smooth(y: Any, width: int) -> Any:
 
 @styled
 def task_figure(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Any:
-    """Four panels on the runs of one task: learning, drift, what was kept, and the same path.
-
-    Args:
-        runs: complete runs of one task.
-        comparisons: comparisons among them.
-
-    Returns:
-        A matplotlib figure.
-    """
+    """Four panels on the runs of one task: learning, drift, what was kept, and the same path."""
     figure, (learn, drift, kept, path) = new_figure(4)
     width = max(1, runs[0].config.steps // 15)
     backends = dict.fromkeys(run.config.backend for run in runs)
@@ -135,14 +127,7 @@ def task_figure(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Any:
 
 @styled
 def seeds_figure(sweeps: Sequence[Sweep]) -> Any:
-    """The spread over seeds: target accuracy, what was kept, and drift, by optimizer.
-
-    Args:
-        sweeps: sweeps of one task, one for each optimizer.
-
-    Returns:
-        A matplotlib figure; lines are medians, bands hold the middle half and the range.
-    """
+    """The spread over seeds: target accuracy, what was kept, and drift, by optimizer."""
     figure, panels = new_figure(3)
     source = sweeps[0].headline
     for sweep in sweeps:

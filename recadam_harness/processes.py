@@ -12,12 +12,7 @@ __all__ = ["settle", "shares", "thread_limits"]
 
 
 def shares(jobs: int) -> list[list[int]]:
-    """The cores of this process in so many parts; fewer parts where there are fewer cores.
-
-    Example:
-        >>> len(shares(1))
-        1
-    """
+    """The cores of this process in so many parts; fewer parts where there are fewer cores."""
     known = hasattr(os, "sched_getaffinity")
     cores = sorted(os.sched_getaffinity(0)) if known else list(range(os.cpu_count() or 1))
     jobs = min(jobs, len(cores))
@@ -25,12 +20,7 @@ def shares(jobs: int) -> list[list[int]]:
 
 
 def thread_limits(share: Sequence[int]) -> dict[str, str]:
-    """The environment of a process that is to use no more threads than it has cores.
-
-    Example:
-        >>> thread_limits([0, 2])["OMP_NUM_THREADS"]
-        '2'
-    """
+    """The environment of a process that is to use no more threads than it has cores."""
     return {name: str(len(share)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 

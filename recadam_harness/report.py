@@ -19,14 +19,7 @@ __all__ = ["compare_all", "summary_rows", "write_report"]
 
 
 def compare_all(runs: Sequence[Run]) -> list[Comparison]:
-    """Compare runs that differ in nothing but the backend, each with the first of its kind.
-
-    Args:
-        runs: complete runs.
-
-    Returns:
-        A comparison for each run that has a counterpart; numpy, where it ran, is the reference.
-    """
+    """Compare runs that differ in nothing but the backend, each with the first of its kind."""
     comparisons = []
     first: dict[str, Run] = {}
     for run in _ordered(runs):
@@ -45,16 +38,7 @@ def _ordered(runs: Sequence[Run]) -> list[Run]:
 
 
 def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """What each run learned and forgot, for a table.
-
-    Args:
-        runs: complete runs.
-
-    Returns:
-        A row a run: directory, task, backend, optimizer, target accuracy before and after, the source
-        figure by name, before and
-        after, distance to the anchor, median seconds a step.
-    """
+    """What each run learned and forgot, for a table."""
     rows = []
     for run in runs:
         before, after = run.evaluations[0], run.evaluations[-1]
@@ -85,20 +69,7 @@ def write_report(
     title: str = "Fine-tuning runs",
     comparisons: Sequence[Comparison] | None = None,
 ) -> Path:
-    """Write report.html, and a PNG of each task's picture beside it.
-
-    Args:
-        runs: the runs; unfinished ones are listed and left out of tables and pictures.
-        out: the folder.
-        title: the page's title.
-        comparisons: those of `compare_all`, where they are at hand; None makes them.
-
-    Returns:
-        Path of the page.
-
-    Raises:
-        RecAdamError: when no run is complete.
-    """
+    """Write report.html, and a PNG of each task's picture beside it."""
     from jinja2 import Environment, PackageLoader
 
     out = Path(out)

@@ -225,21 +225,7 @@ class Run:
 
 
 def batch_order(rows: int, batch_size: int, steps: int, seed: int) -> Array:
-    """Row numbers of each batch: epoch after epoch of seeded permutations.
-
-    Args:
-        rows: number of training rows.
-        batch_size: rows a batch.
-        steps: number of batches.
-        seed: seed of the generator.
-
-    Returns:
-        Row numbers, of shape (steps, batch_size).
-
-    Example:
-        >>> sorted(batch_order(4, 2, 2, seed=0).ravel().tolist())
-        [0, 1, 2, 3]
-    """
+    """Row numbers of each batch: epoch after epoch of seeded permutations."""
     rng = np.random.default_rng([seed, 1])
     epochs = -(-steps * batch_size // rows)
     order = np.concatenate([rng.permutation(rows) for _ in range(epochs)])
@@ -366,12 +352,7 @@ def _train(
 
 
 def learning_rate_of(config: RunConfig, t: int) -> float:
-    """The learning rate of a step of a run.
-
-    Example:
-        >>> learning_rate_of(RunConfig.for_task("digits", "numpy", lr=0.5, schedule="constant"), 1)
-        0.5
-    """
+    """The learning rate of a step of a run."""
     return learning_rate(t, config.steps, config.hp.lr, config.schedule, config.warmup)
 
 
@@ -419,12 +400,7 @@ def _claim(out: Path, overwrite: bool, resumed: RunConfig | None) -> Run | None:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one with dotted names.
-
-    Example:
-        >>> flat({"a": {"b": 1}})
-        {'a.b': 1}
-    """
+    """Nested dicts as one with dotted names."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         nested = isinstance(value, Mapping)
@@ -448,12 +424,7 @@ def _sweep(out: Path) -> None:
 
 
 def resumable(out: Path) -> bool:
-    """Whether a directory has what a resume goes on from: a checkpoint, or a run that is complete.
-
-    Example:
-        >>> resumable(Path("/nowhere"))
-        False
-    """
+    """Whether a directory has what a resume goes on from: a checkpoint, or a run that is complete."""
     return (out / CHECKPOINT).exists() or (out / "predictions.npy").exists()
 
 

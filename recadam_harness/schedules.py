@@ -11,25 +11,7 @@ SCHEDULES = ("constant", "linear")
 
 
 def learning_rate(t: int, steps: int, peak: float, schedule: str = "constant", warmup: int = 0) -> float:
-    """Learning rate of step t.
-
-    Args:
-        t: the step, from 1.
-        steps: number of steps of the run.
-        peak: learning rate after the warm-up.
-        schedule: a name in `SCHEDULES`.
-        warmup: steps of linear warm-up.
-
-    Returns:
-        The learning rate.
-
-    Raises:
-        RecAdamError: for an unknown schedule.
-
-    Example:
-        >>> [learning_rate(t, 4, 1.0, "linear", warmup=2) for t in (1, 2, 3, 4)]
-        [0.5, 1.0, 1.0, 0.5]
-    """
+    """Learning rate of step t."""
     if schedule not in SCHEDULES:
         raise unknown("schedule", schedule, SCHEDULES)
     if t <= warmup:

@@ -23,16 +23,7 @@ __all__ = ["Sweep", "sweep_seeds"]
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep over seeds found.
-
-    Args:
-        config: the configuration; its seed is the first one.
-        seeds: the seeds.
-        steps: records by column (loss, grad_norm, distance, travelled), each of shape (seeds, steps).
-        at: steps that were evaluated, the last one among them.
-        evaluations: figures by name, each of shape (seeds, len(at)).
-        headline: the figure that tells what was kept of the source task.
-    """
+    """What a sweep over seeds found."""
 
     config: RunConfig
     seeds: list[int]
@@ -59,23 +50,7 @@ class Sweep:
 
 
 def sweep_seeds(config: RunConfig, seeds: Sequence[int]) -> Sweep:
-    """Train a configuration from many seeds at once; each walks the path of `finetune` with that seed.
-
-    Args:
-        config: what to run; its own seed counts for nothing.
-        seeds: seeds of the new head and of the order of the batches.
-
-    Returns:
-        What was found.
-
-    Raises:
-        RecAdamError: when there are no seeds or one twice, or the backend runs one at a time.
-
-    Example:
-        >>> config = RunConfig.for_task("digits", "jax", steps=2, eval_every=1)
-        >>> sweep_seeds(config, [0, 1, 2]).evaluations["target_accuracy"].shape
-        (3, 2)
-    """
+    """Train a configuration from many seeds at once; each walks the path of `finetune` with that seed."""
     seeds = list(seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise RecAdamError(f"seeds are {seeds}; give some, each once")

@@ -82,14 +82,7 @@ def unchecked(
     c: Coefficients,
     importance: Array | None = None,
 ) -> None:
-    """`kernel` of arrays that are known to fit.
-
-    Example:
-        >>> theta, m, v = np.ones(2), np.zeros(2), np.zeros(2)
-        >>> unchecked(theta, np.ones(2), m, v, np.zeros(2), Coefficients(0.9, 0.999, 0.0, 1e-8, 0.25, 0.0))
-        >>> theta
-        array([0.75, 0.75])
-    """
+    """`kernel` of arrays that are known to fit."""
     numbers = (c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.recall, c.decay or None)
     delta, m[...], v[...] = formula(theta, grad, m, v, anchor, importance, *numbers, np.sqrt, np.divide)
     np.add(theta, delta, out=theta)

@@ -194,16 +194,7 @@ def table_of(
     anchors: Sequence[Array] | None,
     importances: Sequence[Array] | None = None,
 ) -> tuple[Table, list[Any]]:
-    """The table of a step, checked; arguments and what is raised as in `one_pass`.
-
-    Returns:
-        The table, and what must be kept until it has run.
-
-    Example:
-        >>> table, held = table_of([np.ones(2)], [np.ones(2)], [np.zeros(2)], [np.zeros(2)], None)
-        >>> table.addresses.shape
-        (6, 1)
-    """
+    """The table of a step, checked; arguments and what is raised as in `one_pass`."""
     lengths = {len(xs) for xs in (thetas, grads, ms, vs, anchors, importances) if xs is not None}
     if len(lengths) > 1:
         raise RecAdamError(f"one_pass: lists of {sorted(lengths)} arrays; give as many of each")
@@ -240,24 +231,7 @@ def table_of(
 
 
 def check_apart(tables: Sequence[Table], names: Sequence[Any], where: str) -> None:
-    """Raise where an array that is to be overwritten shares memory with another.
-
-    Args:
-        tables: filled in.
-        names: of their parameters, in order.
-        where: the place for the message.
-
-    Raises:
-        RecAdamError: naming both.
-
-    Example:
-        >>> x = np.zeros(3)
-        >>> table, held = table_of([x], [np.ones(3)], [x], [np.ones(3)], None)
-        >>> check_apart([table], ["w"], "step")
-        Traceback (most recent call last):
-        ...
-        recadam_core.errors.RecAdamError: step: theta of 'w' and m of 'w' share memory; give a copy of one
-    """
+    """Raise where an array that is to be overwritten shares memory with another."""
     starts = np.concatenate([table.addresses for table in tables], axis=1)
     stops = starts + np.concatenate([table.bytes() for table in tables], axis=1)
     order = starts.argsort(axis=None)

@@ -32,24 +32,7 @@ __all__ = ["FUSED", "NumbaKernel", "chosen_fused", "fused_kernel"]
 
 
 def chosen_fused(group: Mapping[str, Any], device: torch.device) -> str:
-    """The one-pass kernel that a group's settings come to, for parameters on a device.
-
-    Args:
-        group: the group's settings.
-        device: where its parameters are.
-
-    Returns:
-        A name in `FUSED`, or nothing. For True that is Triton on CUDA, elsewhere numba where it is installed,
-        else inductor; for None numba on the CPU, where it is installed and no other flag asks for another way
-        to step. Triton is for those who name it until it has been run on a device.
-
-    Raises:
-        RecAdamError: when the name is unknown, or there is none for this device.
-
-    Example:
-        >>> chosen_fused({"fused": True}, torch.device("cpu"))
-        'numba'
-    """
+    """The one-pass kernel that a group's settings come to, for parameters on a device."""
     name = group["fused"]
     if name is False:
         return ""
@@ -71,21 +54,7 @@ def chosen_fused(group: Mapping[str, Any], device: torch.device) -> str:
 
 
 def fused_kernel(name: str) -> Callable[..., None]:
-    """A new one-pass kernel of this name.
-
-    Args:
-        name: one of `FUSED`.
-
-    Returns:
-        A function with the arguments of `kernel_`, for the same list of tensors step after step.
-
-    Raises:
-        RecAdamError: when what it needs is not installed.
-
-    Example:
-        >>> type(fused_kernel("numba")).__name__
-        'NumbaKernel'
-    """
+    """A new one-pass kernel of this name."""
     if name == "numba":
         from recadam_numpy import one_pass  # noqa: F401  # says what to install
     if name == "compiled" and not torch.cuda.is_available() and not (which("g++") or which("clang++")):

@@ -74,17 +74,7 @@ def kernel_(
 
 
 class Lists:
-    """Tensors to compute with as with one number; results lie where an operand was that is needed no more.
-
-    Args:
-        tensors: of any shapes.
-        spent: whether they may be overwritten.
-
-    Example:
-        >>> x = Lists([torch.ones(2), torch.ones(3)])
-        >>> (2.0 * x - x * x).tensors
-        [tensor([1., 1.]), tensor([1., 1., 1.])]
-    """
+    """Tensors to compute with as with one number; results lie where an operand was that is needed no more."""
 
     def __init__(self, tensors: list[Tensor], spent: bool = False) -> None:
         self.tensors, self.spent = tensors, spent

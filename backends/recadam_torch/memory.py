@@ -22,24 +22,7 @@ def regular(
     device: torch.device,
     is_written: bool = False,
 ) -> list[Tensor]:
-    """Tensors whose memory a one-pass kernel can walk: the very list where it can already, else copies.
-
-    Args:
-        tensors: of any dtypes and strides, on any devices.
-        wide: the dtype of a copy.
-        walkable: the dtypes that the kernel reads, if all have the same one.
-        shapes: what they must have.
-        device: where the kernel runs.
-        is_written: whether copies are to be written back.
-
-    Raises:
-        RecAdamError: when shapes are others, there are no values, or no copy could be written back.
-
-    Example:
-        >>> x = [torch.ones(2)]
-        >>> regular(x, torch.float32, frozenset([torch.float32]), [(2,)], torch.device("cpu")) is x
-        True
-    """
+    """Tensors whose memory a one-pass kernel can walk: the very list where it can already, else copies."""
     dtypes, devices = set(map(_dtype, tensors)), set(map(_device, tensors))
     if list(map(_shape, tensors)) != shapes:
         raise RecAdamError("a parameter, its gradient, moments and anchor have several shapes")
@@ -60,11 +43,6 @@ def regular(
 
 
 def is_writable(x: Tensor) -> bool:
-    """Whether each element of a dense tensor has a place of its own to be written to.
-
-    Example:
-        >>> is_writable(torch.ones(2, 1).expand(2, 3))
-        False
-    """
+    """Whether each element of a dense tensor has a place of its own to be written to."""
     shared = x.numel() and any(step == 0 and n > 1 for step, n in zip(x.stride(), x.shape, strict=True))
     return not (shared or x.is_neg())

@@ -276,16 +276,7 @@ def _kernel(
 
 
 class TritonKernel:
-    """One step by Triton, over all tensors in one launch; keeps on the device where they are.
-
-    Args:
-        joins: whether tensors are joined to one before, for Triton's interpreter, which takes its time by the
-            program.
-
-    Example:
-        >>> callable(TritonKernel())
-        True
-    """
+    """One step by Triton, over all tensors in one launch; keeps on the device where they are."""
 
     def __init__(self, joins: bool = False) -> None:
         self._joins = joins
@@ -311,19 +302,6 @@ class TritonKernel:
         found: Tensor | None = None,
     ) -> None:
         """One step, in place on `thetas`, `ms` and `vs`; on `grads` where there is a scale.
-
-        Args:
-            thetas: parameters of one dtype; overwritten.
-            grads: gradients, the parameters' shapes.
-            ms: first moments, in 16, 32 or 64 bits; overwritten.
-            vs: second moments, the same; overwritten.
-            anchors: pretrained values, in 16, 32 or 64 bits; None where `c.recall` is 0.
-            c: coefficients: numbers, or tensors of shape (tensors,) on the device.
-            importances: by which the pulls are multiplied; None for 1.
-            negates: whether to climb.
-            keys: of the chance that rounds bfloat16 parameters, int64, (tensors,); None for the nearest.
-            scale: gradients are divided by it, and written; float32, 0-d.
-            found: nothing is done unless it is 0; float32, 0-d.
 
         Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12.
         """

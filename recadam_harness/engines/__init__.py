@@ -167,32 +167,14 @@ def make_engine(
 
 
 def plain_adam(hp: Hyperparameters) -> Hyperparameters:
-    """The settings under which RecAdam without anchors is the framework's AdamW or Adam.
-
-    Example:
-        >>> plain_adam(Hyperparameters(gamma=5.0)).gamma
-        0.0
-    """
+    """The settings under which RecAdam without anchors is the framework's AdamW or Adam."""
     return hp.replace(gamma=0.0, form="decoupled")
 
 
 def policy(
     optimizer: str, hp: Hyperparameters, anchored: frozenset[str]
 ) -> tuple[Hyperparameters, frozenset[str]]:
-    """Settings and anchored names for the RecAdam that plays one of `OPTIMIZERS`.
-
-    Args:
-        optimizer: a name in `OPTIMIZERS`.
-        hp: the settings of the run.
-        anchored: names of the pretrained parameters.
-
-    Returns:
-        The settings and names to make it with; "adamw" and "coupled" are plain Adam without anchors.
-
-    Example:
-        >>> policy("annealed", Hyperparameters(), frozenset("w"))[0].gamma
-        0.0
-    """
+    """Settings and anchored names for the RecAdam that plays one of `OPTIMIZERS`."""
     if optimizer == "recadam":
         return hp, anchored
     if optimizer == "annealed":
@@ -241,23 +223,7 @@ def coupled_gradients(
     t: Any,
     xp: Any = None,
 ) -> dict[str, Any]:
-    """`coupled_gradient` of every parameter by name; those without an anchor keep their gradient.
-
-    Args:
-        grads: gradients of the target loss.
-        params: parameters.
-        anchors: pretrained values; lacks new heads.
-        hp: gives annealing and gamma.
-        t: the step, from 1; a floating array of `xp` when traced.
-        xp: namespace of a traced t.
-
-    Returns:
-        Gradients by name.
-
-    Example:
-        >>> coupled_gradients({"head": 1.0}, {"head": 3.0}, {}, Hyperparameters(), 1)
-        {'head': 1.0}
-    """
+    """`coupled_gradient` of every parameter by name; those without an anchor keep their gradient."""
     return {
         name: coupled_gradient(grad, params[name], anchors.get(name), hp.annealing, hp.gamma, t, xp)
         for name, grad in grads.items()

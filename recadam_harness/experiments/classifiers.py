@@ -25,13 +25,6 @@ class Classifier(nn.Module):
     """A checkpoint with a new head, of the kind that its own library gives it, as GLUE is done.
 
     Where the checkpoint has a head already, of another task, it is not taken.
-
-    Args:
-        name: of the checkpoint; see `recadam_harness.archives.model_folder`.
-        classes: number of classes; 1 for scores.
-
-    Raises:
-        RecAdamError: when there is no such encoder, or its weights are not those of its configuration.
     """
 
     def __init__(self, name: str, classes: int) -> None:
@@ -60,16 +53,7 @@ class Classifier(nn.Module):
 
 
 class SentenceClassifier(nn.Module):
-    """An encoder, the mean of its last layer over tokens, and a linear head.
-
-    Args:
-        name: of the encoder's checkpoint; see `recadam_harness.archives.model_folder`.
-        classes: number of classes.
-        rng: of the head: normal weights of deviation 0.02.
-
-    Raises:
-        RecAdamError: when there is no such encoder.
-    """
+    """An encoder, the mean of its last layer over tokens, and a linear head."""
 
     def __init__(self, name: str, classes: int, rng: np.random.Generator) -> None:
         super().__init__()
@@ -136,13 +120,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def set_dropout(model: nn.Module, share: float | None) -> None:
-    """Set the dropout of every layer; None leaves it as it is.
-
-    Example:
-        >>> model = nn.Sequential(nn.Dropout(0.1))
-        >>> set_dropout(model, 0.0); model[0].p
-        0.0
-    """
+    """Set the dropout of every layer; None leaves it as it is."""
     if share is None:
         return
     for module in model.modules():
@@ -155,15 +133,7 @@ def set_dropout(model: nn.Module, share: float | None) -> None:
 
 
 class Encoded:
-    """Texts as token numbers, made into batches on the model's device.
-
-    Args:
-        tokenizer: the checkpoint's.
-        first: texts.
-        second: the second of each pair, or None.
-        length: tokens a text or pair is cut to.
-        device: of the batches.
-    """
+    """Texts as token numbers, made into batches on the model's device."""
 
     def __init__(
         self,

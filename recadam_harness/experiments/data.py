@@ -27,17 +27,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Target:
-    """A target task.
-
-    Args:
-        about: one line on it.
-        archives: what it is fetched from.
-        read: reads it.
-
-    Example:
-        >>> TARGETS["snli"].archives
-        ('snli',)
-    """
+    """A target task."""
 
     about: str
     archives: tuple[str, ...]
@@ -117,12 +107,7 @@ TARGETS = {
 
 
 def archives(target: str, model: str) -> tuple[str, ...]:
-    """What a trial fetches.
-
-    Example:
-        >>> archives("topics", "minilm-l6")
-        ('minilm-l6', '20-newsgroups', 'snli', 'bbc')
-    """
+    """What a trial fetches."""
     if target.startswith("glue/"):
         return MODELS.get(model, ())
     if target not in TARGETS:
@@ -132,18 +117,7 @@ def archives(target: str, model: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=4)
 def target_of(name: str, data: str = "") -> Splits:
-    """The splits of a target task.
-
-    Args:
-        name: a name in `TARGETS`, or "glue/TASK".
-        data: for GLUE, a folder of the official files, or "hub".
-
-    Returns:
-        Its splits.
-
-    Raises:
-        RecAdamError: when there is no such task, or its files are not there.
-    """
+    """The splits of a target task."""
     if name.startswith("glue/"):
         return glue.read(name.removeprefix("glue/"), data)
     if name not in TARGETS:
@@ -164,9 +138,6 @@ class Source:
 
     Validation and test rows are disjoint, and so are the pairs for training (multi-task, and the Fisher
     information), which are of SNLI's training sentences.
-
-    Args:
-        split: a key of `PARTS`: "validation", "test", or "curve" for a few of validation's pairs.
     """
 
     def __init__(self, split: str) -> None:
@@ -176,15 +147,7 @@ class Source:
         self.titles, self.bodies = (part[slice(*bbc)] for part in read_bbc(bbc[1]))
 
     def measure(self, encode: Callable[[list[str]], Array]) -> dict[str, float]:
-        """Figures of the source tasks.
-
-        Args:
-            encode: sentences to embeddings, of shape (rows, width).
-
-        Returns:
-            "snli_mnr" (the loss in training's own kind), "snli_recall_at_1", "snli_auc", and
-            "bbc_recall_at_1", the last on the test split alone.
-        """
+        """Figures of the source tasks."""
         parts = (encode(part) for part in (self.premises, self.entailed, self.contradicted))
         figures = {f"snli_{name}": x for name, x in retrieval_figures(*parts).items()}
         if self.titles:

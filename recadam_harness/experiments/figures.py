@@ -33,12 +33,7 @@ INK = "#444444"
 
 
 def label_of(arm: str) -> str:
-    """An arm's label, where it has one besides its name.
-
-    Example:
-        >>> label_of("l2sp"), label_of("k=0.1")
-        ('constant pull (L2-SP)', 'k=0.1')
-    """
+    """An arm's label, where it has one besides its name."""
     return ARMS[arm].label if arm in ARMS else arm
 
 
@@ -63,15 +58,7 @@ def _plain(axis: Any) -> None:
 
 @styled
 def pareto_figure(summaries: Sequence[Summary], title: str) -> Any:
-    """Target accuracy against the source loss, every run a point, every median with its label.
-
-    Args:
-        summaries: of one target task and one encoder.
-        title: of the picture.
-
-    Returns:
-        A matplotlib figure.
-    """
+    """Target accuracy against the source loss, every run a point, every median with its label."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.5, 6.4), layout="constrained")
@@ -177,15 +164,7 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
 
 @styled
 def curves_figure(rows: Sequence[Row], groups: dict[str, Sequence[str]]) -> Any:
-    """Target loss, source loss and distance along the way: a row of panels a group of arms.
-
-    Args:
-        rows: rows with curves, of one target task and one encoder.
-        groups: arms by the title of their row.
-
-    Returns:
-        A matplotlib figure; lines are medians over seeds, bands their range.
-    """
+    """Target loss, source loss and distance along the way: a row of panels a group of arms."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -220,15 +199,7 @@ def curves_figure(rows: Sequence[Row], groups: dict[str, Sequence[str]]) -> Any:
 
 @styled
 def lines_figure(panels: Sequence[tuple[str, str, dict[str, list[tuple[float, Summary]]]]]) -> Any:
-    """Target accuracy above, source loss below, as one setting moves: a column a setting.
-
-    Args:
-        panels: of each column the title, the scale of its axis ("log", "linear"), and lines by label:
-            values of the setting with what was found there.
-
-    Returns:
-        A matplotlib figure; bars are bootstrap intervals.
-    """
+    """Target accuracy above, source loss below, as one setting moves: a column a setting."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.6 * len(panels), 6.2), layout="constrained")

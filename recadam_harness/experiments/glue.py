@@ -47,19 +47,7 @@ def _correlations(scores: Array, labels: Array) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class GlueTask:
-    """A task of GLUE.
-
-    Args:
-        columns: of the official files: text, second text or "", label. A number where there is no header.
-        hub: the name of its data on the hub, and of the columns there.
-        labels: names of the classes in the official files; none for scores.
-        metrics: figures of scores and labels; the paper's first.
-        dev: name of the official file of development rows.
-
-    Example:
-        >>> TASKS["RTE"].labels
-        ('entailment', 'not_entailment')
-    """
+    """A task of GLUE."""
 
     columns: tuple[str | int, str | int, str | int]
     hub: tuple[str, str, str]
@@ -95,19 +83,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Preset:
-    """The paper's settings for one model.
-
-    Args:
-        model: on the hub.
-        settings: fields of `Trial` for every task.
-        per_task: fields of `Trial` by task; the number of steps among them.
-        k: slopes that were tried.
-        t0: middles of the annealing that were tried.
-
-    Example:
-        >>> BERT.per_task["RTE"]["steps"]
-        7800
-    """
+    """The paper's settings for one model."""
 
     model: str
     settings: Mapping[str, Any]
@@ -164,15 +140,7 @@ PAPER = {
 
 
 def check(name: str, data: str) -> None:
-    """Raise unless there is such a task, and files of it where they are said to be.
-
-    Args:
-        name: a name in `TASKS`.
-        data: the folder of the official files, or "hub".
-
-    Raises:
-        RecAdamError: naming what is missing.
-    """
+    """Raise unless there is such a task, and files of it where they are said to be."""
     if name not in TASKS:
         raise unknown("GLUE task", name, TASKS)
     if not data:
@@ -186,18 +154,7 @@ def check(name: str, data: str) -> None:
 
 
 def read(name: str, data: str) -> Splits:
-    """A task of GLUE: its development rows are the test rows; up to a tenth and 1,000 of training's validate.
-
-    Args:
-        name: a name in `TASKS`.
-        data: the folder that holds CoLA, RTE and so on, as they are downloaded; or "hub".
-
-    Returns:
-        Its splits.
-
-    Raises:
-        RecAdamError: when a file is missing or a line of it is damaged.
-    """
+    """A task of GLUE: development rows are the test rows; up to a tenth and 1,000 of training's validate."""
     check(name, data)
     task = TASKS[name]
     if data == "hub":
@@ -310,10 +267,5 @@ def _from_hub(task: GlueTask) -> dict[str, Any]:
 
 
 def headline(task: str, figures: Mapping[str, float]) -> float:
-    """The figure by which the paper judges a task.
-
-    Example:
-        >>> headline("CoLA", {"accuracy": 0.8, "matthews": 0.6})
-        0.6
-    """
+    """The figure by which the paper judges a task."""
     return figures[{"CoLA": "matthews", "STS-B": "pearson"}.get(task, "accuracy")]

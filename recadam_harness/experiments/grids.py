@@ -24,21 +24,7 @@ TUNING_SEED = 1000
 
 @dataclass(frozen=True)
 class Options:
-    """How much of an experiment is run.
-
-    Args:
-        seeds: seeds of the tests.
-        models: encoders.
-        targets: target tasks.
-        arms: what is compared; empty for everything.
-        quick: a small version of it, to see that it works.
-        data: folder of GLUE, or "hub".
-        preset: "bert-base" or "albert-xxlarge", for `glue`.
-
-    Example:
-        >>> Options().seeds
-        (0, 1, 2, 3, 4)
-    """
+    """How much of an experiment is run."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     models: tuple[str, ...] = ("minilm-l3",)
@@ -49,15 +35,7 @@ class Options:
     preset: str = "bert-base"
 
     def chosen(self, known: Collection[str], otherwise: Collection[str] = ()) -> tuple[str, ...]:
-        """The arms that are asked for, each once, of those that are known; without a wish otherwise, or all.
-
-        Raises:
-            RecAdamError: for an arm that is not known.
-
-        Example:
-            >>> Options(arms=("b", "b")).chosen(["a", "b"]), Options().chosen(["a", "b"])
-            (('b',), ('a', 'b'))
-        """
+        """The arms that are asked for, each once, of those that are known; else `otherwise`, or all."""
         for arm in self.arms:
             if arm not in known:
                 raise unknown("arm", arm, known)
@@ -97,15 +75,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Arm:
-    """Something that is compared.
-
-    Args:
-        label: as tables and pictures name it.
-        method: a name in `recadam_harness.experiments.trial.METHODS`.
-        trials: the settings that are tried; each arm has as many.
-        rule: how one of them is chosen; see `choose`.
-        shares: the arm whose trials it chooses from, where it makes none of its own.
-    """
+    """Something that is compared."""
 
     label: str
     method: str
@@ -210,14 +180,6 @@ def choose(rows: Sequence[Row], rule: str, held: int = 1000) -> Row:
     "best" is the most accurate. "careful" is the one that forgets least (by the source task's loss) of
     those that are no worse than the most accurate by more than its standard error,
     $\sqrt{p (1 - p) / n}$. In a tie the first.
-
-    Args:
-        rows: trials of an arm, at least one.
-        rule: "best" or "careful".
-        held: n, number of validation rows.
-
-    Returns:
-        One of the rows.
     """
     best = max(rows, key=lambda row: row.figures["accuracy"])
     if rule == "best":

@@ -27,19 +27,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def write_experiment(name: str, results: Results, options: Options) -> Path:
-    """Write report.html, summary.md and the pictures, beside the table.
-
-    Args:
-        name: the experiment's, in `EXPERIMENTS`.
-        results: its rows.
-        options: what of them to show.
-
-    Returns:
-        Path of the page.
-
-    Raises:
-        RecAdamError: when there is no row of a test yet.
-    """
+    """Write report.html, summary.md and the pictures, beside the table."""
     from jinja2 import Environment, PackageLoader
 
     planned = EXPERIMENTS[name].planned(options, results)

@@ -34,22 +34,7 @@ def run_experiment(
     jobs: int,
     tell: Callable[[int, str, int], None] | None = None,
 ) -> Results:
-    """Run what is not in the folder's table yet.
-
-    Args:
-        experiment: what to run.
-        options: how much of it.
-        folder: of the table; what is in it counts as done.
-        jobs: trials at once, each on one thread.
-        tell: called with the number of trials done, a line on the last one, and the number known so far.
-
-    Returns:
-        All rows. A trial that failed has a row that says why.
-
-    Raises:
-        RecAdamError: when the folder is damaged or another experiment's, another run writes there, or the
-            data cannot be had.
-    """
+    """Run what is not in the folder's table yet."""
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         results = Results(folder)

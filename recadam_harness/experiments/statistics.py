@@ -30,12 +30,7 @@ COMMON = ("target", "model", "method", "seed", "split", "rows", "steps", "max_le
 
 
 class Interval(NamedTuple):
-    """A median and its bootstrap interval.
-
-    Example:
-        >>> str(Interval(0.5, 0.4, 0.6))
-        '0.500 (0.400 to 0.600)'
-    """
+    """A median and its bootstrap interval."""
 
     median: float
     low: float
@@ -47,12 +42,7 @@ class Interval(NamedTuple):
 
     @property
     def signed(self) -> str:
-        """Three digits and the sign.
-
-        Example:
-            >>> Interval(0.01, -0.005, 0.02).signed
-            '+0.010 (-0.005 to +0.020)'
-        """
+        """Three digits and the sign."""
         return f"{self.median:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
 
 
@@ -60,16 +50,6 @@ def median_of(values: Sequence[float]) -> Interval:
     """The median, and where 95% of the medians of resampled values are (percentile bootstrap).
 
     With five values or fewer that is from the least to the greatest: the range of the seeds, no more.
-
-    Args:
-        values: one a seed.
-
-    Returns:
-        The interval, the same at every call.
-
-    Example:
-        >>> median_of([1.0, 2.0, 3.0])
-        Interval(median=2.0, low=1.0, high=3.0)
     """
     x = np.asarray(values, dtype=float)
     drawn = np.random.default_rng(0).choice(x, (10_000, len(x)))
@@ -98,12 +78,6 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
     """Summaries by arm, in the order in which arms appear.
 
     Each arm is held against `REFERENCE`; those named "CASE, METHOD" against "CASE, AdamW", if it is there.
-
-    Args:
-        rows: rows of one target task and one encoder.
-
-    Returns:
-        A summary an arm.
     """
     arms: dict[str, list[Row]] = {}
     for row in rows:

@@ -30,17 +30,7 @@ STAGES = ("tune", "test")
 
 @dataclass(frozen=True)
 class Entry:
-    """A trial's place in an experiment.
-
-    Args:
-        stage: "tune", on validation rows, or "test".
-        arm: what is compared, or moved along an axis.
-        trial: the trial.
-
-    Example:
-        >>> Entry("test", "AdamW", Trial()).name
-        ('test', 'AdamW', 'recadam trial')
-    """
+    """A trial's place in an experiment."""
 
     stage: str
     arm: str
@@ -54,14 +44,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """An entry and what was found.
-
-    Args:
-        entry: the entry.
-        figures: figures by name.
-        curve: what was measured along the way.
-        error: why there are no figures; empty where there are.
-    """
+    """An entry and what was found."""
 
     entry: Entry
     figures: Mapping[str, float]
@@ -89,14 +72,7 @@ class Row:
 
 
 class Results:
-    """All rows of an experiment, and the files that hold them.
-
-    Args:
-        folder: the folder, whose rows are read; None for no rows and no files.
-
-    Raises:
-        RecAdamError: when a file in it is damaged.
-    """
+    """All rows of an experiment, and the files that hold them."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder or Path()
@@ -210,11 +186,7 @@ class Results:
         return [self.rows[entry.name] for entry in entries if entry.name in self.rows]
 
     def some(self, entries: Sequence[Entry]) -> list[Row]:
-        """As `of`, of entries that have been tried.
-
-        Raises:
-            RecAdamError: when none succeeded, with the first reason.
-        """
+        """As `of`, of entries that have been tried."""
         if not (found := self.of(entries)):
             first = self.rows[entries[0].name]
             raise RecAdamError(

@@ -15,17 +15,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Texts:
-    """Labelled texts, or pairs of them.
-
-    Args:
-        first: texts.
-        second: the second of each pair; None where there are no pairs.
-        labels: class numbers, or scores.
-
-    Example:
-        >>> Texts(["a", "b"], None, np.array([0, 1])).part(slice(1, None)).first
-        ['b']
-    """
+    """Labelled texts, or pairs of them."""
 
     first: list[str]
     second: list[str] | None
@@ -45,26 +35,13 @@ class Texts:
 
 
 def accuracy_of(scores: Array, labels: Array) -> dict[str, float]:
-    """Accuracy of the largest score.
-
-    Example:
-        >>> accuracy_of(np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([1, 1]))
-        {'accuracy': 0.5}
-    """
+    """Accuracy of the largest score."""
     return {"accuracy": float(np.mean(scores.argmax(axis=1) == labels))}
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The parts of a target task.
-
-    Args:
-        train: rows to train on.
-        validation: rows to choose settings by.
-        test: rows to report on.
-        classes: number of classes; 1 where the labels are scores.
-        metrics: figures of scores and labels; the first is the one that counts.
-    """
+    """The parts of a target task."""
 
     train: Texts
     validation: Texts

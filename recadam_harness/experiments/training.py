@@ -33,18 +33,7 @@ WEIGHING_BATCHES = 32
 
 
 def run(trial: Trial, device: str | None = None) -> dict[str, Any]:
-    """Train and measure; see `recadam_harness.experiments.run_trial`.
-
-    Args:
-        trial: what to do.
-        device: where; None for CUDA where there is one.
-
-    Returns:
-        Figures by name.
-
-    Raises:
-        RecAdamError: when the data is not there, a setting cannot be used here, or training diverges.
-    """
+    """Train and measure; see `recadam_harness.experiments.run_trial`."""
     from threadpoolctl import threadpool_limits
 
     threads = torch.get_num_threads()

@@ -304,12 +304,7 @@ def _parsed(name: str, text: str, kind: Any) -> Any:
 
 @dataclass(frozen=True)
 class TaskAtOne:
-    """An annealing's recall weight, beside a task weight of 1.
-
-    Example:
-        >>> TaskAtOne(Sigmoid(k=0.1, t0=250)).weights(250)
-        (1.0, 0.5)
-    """
+    """An annealing's recall weight, beside a task weight of 1."""
 
     curve: Sigmoid
 

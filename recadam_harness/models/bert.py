@@ -21,12 +21,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class BertConfig:
-    """The sizes of a BERT encoder, as in a checkpoint's config.json.
-
-    Example:
-        >>> BertConfig(num_hidden_layers=3).hidden_size
-        384
-    """
+    """The sizes of a BERT encoder, as in a checkpoint's config.json."""
 
     vocab_size: int = 30522
     hidden_size: int = 384
@@ -38,12 +33,7 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each parameter by its name in the checkpoint, without the pooler.
-
-        Example:
-            >>> len(BertConfig().shapes())
-            101
-        """
+        """Shape of each parameter by its name in the checkpoint, without the pooler."""
         h, i = self.hidden_size, self.intermediate_size
         dense = {
             "attention.self.query": (h, h),
@@ -76,14 +66,6 @@ class Bert:
 
     Batches hold "ids" (rows, length) of int64, "mask" (rows, length) of floats that are 1 at tokens
     and 0 at padding, and "targets" (rows, classes).
-
-    Args:
-        config: the encoder's sizes.
-        classes: number of classes.
-
-    Example:
-        >>> Bert(BertConfig(), classes=2).kind
-        'bert'
 
     Source: arXiv 1810.04805; post-norm transformer layers with exact GELU.
     """
@@ -150,18 +132,7 @@ class Bert:
 
 
 def load_checkpoint(folder: Path) -> tuple[BertConfig, dict[str, Array]]:
-    """The encoder in a Hugging Face checkpoint folder (config.json and model.safetensors).
-
-    Args:
-        folder: the folder. A prefix `bert.` is taken off; heads, poolers and buffers are left out.
-
-    Returns:
-        Its sizes, and its parameters by name in float32.
-
-    Raises:
-        RecAdamError: when a file is missing or damaged, the model is no BERT with GELU, or a parameter
-            is missing or has another shape.
-    """
+    """The encoder in a Hugging Face checkpoint folder (config.json and model.safetensors)."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 

@@ -17,16 +17,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class MLP:
-    r"""Layers $h_{i+1} = \tanh(W_i h_i + b_i)$ and a linear head, named `body.i.*` and `head.*`.
-
-    Args:
-        widths: width of the input and of each hidden layer.
-        classes: number of classes.
-
-    Example:
-        >>> MLP((64, 64, 64), 10).body_names()
-        ['body.0.weight', 'body.0.bias', 'body.1.weight', 'body.1.bias']
-    """
+    r"""Layers $h_{i+1} = \tanh(W_i h_i + b_i)$ and a linear head, named `body.i.*` and `head.*`."""
 
     widths: tuple[int, ...]
     classes: int
@@ -67,24 +58,7 @@ class MLP:
     def value_and_grad(
         self, ops: Ops, params: Mapping[str, Any], batch: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        """The loss and its gradient by the chain rule, layer by layer backwards.
-
-        Args:
-            ops: NumPy's.
-            params: parameters by name.
-            batch: "x" of shape (rows, widths[0]) and "targets" of shape (rows, classes).
-
-        Returns:
-            The loss, and the gradient by name.
-
-        Example:
-            >>> model, ops = MLP((2, 3), 2), Ops(np, None)
-            >>> params = model.init(np.random.default_rng(0))
-            >>> batch = {"x": np.ones((1, 2)), "targets": np.eye(2)[:1]}
-            >>> loss, grads = model.value_and_grad(ops, params, batch)
-            >>> grads["body.0.weight"].shape
-            (3, 2)
-        """
+        """The loss and its gradient by the chain rule, layer by layer backwards."""
         layers = self._layers(ops, params, batch["x"])
         logits = linear(layers[-1], params["head.weight"], params["head.bias"])
         loss = cross_entropy(ops, logits, batch["targets"])

@@ -64,12 +64,7 @@ class Task(Protocol):
 
 
 def in_batches(call: Call, function: str, rows: Rows, size: int) -> Array:
-    """A method of the model over many rows, in batches of one shape (the last is filled up).
-
-    Example:
-        >>> in_batches(lambda f, rows: rows["x"] * 2, "twice", {"x": np.arange(3)}, size=2)
-        array([0, 2, 4])
-    """
+    """A method of the model over many rows, in batches of one shape (the last is filled up)."""
     count = len(next(iter(rows.values())))
     outputs = []
     for start in range(0, count, size):
@@ -79,10 +74,5 @@ def in_batches(call: Call, function: str, rows: Rows, size: int) -> Array:
 
 
 def accuracy(logits: Array, targets: Array) -> float:
-    """Share of rows whose largest score is the target's.
-
-    Example:
-        >>> accuracy(np.array([[1.0, 0.0], [1.0, 0.0]]), np.eye(2))
-        0.5
-    """
+    """Share of rows whose largest score is the target's."""
     return float(np.mean(np.argmax(logits, axis=1) == np.argmax(targets, axis=1)))

