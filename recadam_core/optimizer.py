@@ -225,7 +225,9 @@ class RecAdam:
             backend: Any = self._serving(params)
             # One that writes in place looks at all groups before it writes into the first.
             together = getattr(backend, "step_groups", None)
-            stepped = together(groups) if together else [backend.step(*group[1:]) for group in groups]
+            # Without importances as backends are called that know of none.
+            given = (group[1:] if group.importances else group[1:-1] for group in groups)
+            stepped = together(groups) if together else [backend.step(*arguments) for arguments in given]
             for group, (thetas, moments) in zip(groups, stepped, strict=True):
                 new_params.update(zip(group.names, thetas, strict=True))
                 new_moments.update(zip(group.names, moments, strict=True))
