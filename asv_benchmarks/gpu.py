@@ -24,7 +24,7 @@ import torch
 from benchmarks.common import bert
 
 from recadam_core import Constant, Sigmoid
-from recadam_core.finetuning.files import replacing
+from recadam_core.files import replacing
 from recadam_torch import RecAdam
 
 CURVE = Constant(task=1.0, recall=1.0)

@@ -35,10 +35,10 @@ from benchmarks.common import (
 from benchmarks.contenders import JAX, NUMPY, TORCH, compiling, made
 from benchmarks.step import PEER, Memory, importing
 
-from recadam_core import Hyperparameters, get_backend
-from recadam_core.finetuning.engine import make_engine
-from recadam_core.finetuning.models import Bert
-from recadam_core.finetuning.models.bert import BertConfig
+from recadam_core import Hyperparameters
+from recadam_harness.engines import make_engine
+from recadam_harness.models import Bert
+from recadam_harness.models.bert import BertConfig
 
 BASE = 109_482_240
 TARGETS = (
@@ -46,6 +46,7 @@ TARGETS = (
     ("NumPy in place over torch AdamW fused", "NumPy in place", PEER, 1.25),
     ("RecAdam, bfloat16 anchors, over torch AdamW fused", "RecAdam, bfloat16 anchors", PEER, 1.15),
     ("RecAdam, anchors freed, over torch AdamW fused", "RecAdam, anchors freed", PEER, 1.05),
+    ("RecAdam, importance, over torch AdamW fused", "RecAdam, importance", PEER, 1.35),
     ("RecAdam over the loop", "RecAdam", "loop", 0.25),
     ("JAX RecAdam over optax AdamW", "JAX RecAdam", "optax AdamW", 1.12),
 )
@@ -219,8 +220,7 @@ def harness() -> None:
     }
     anchored = frozenset(bert.config.shapes())
     engines = {
-        name: make_engine(get_backend(name), bert, params, anchored, "recadam", hp, "float32")
-        for name in ("torch", "jax")
+        name: make_engine(name, bert, params, anchored, "recadam", hp, "float32") for name in ("torch", "jax")
     }
     seconds = turns({name: partial(engine.step, batch, 1e-5) for name, engine in engines.items()}, rounds=21)
     print("| step of the harness | ms | over torch (middle half) |\n|---|---|---|")

@@ -14,8 +14,8 @@ import optax
 from flax import nnx
 
 from recadam_core import Sigmoid
-from recadam_core.finetuning.archives import model_folder
-from recadam_core.finetuning.tasks.movie_reviews import read_reviews, tokenize
+from recadam_harness.archives import model_folder
+from recadam_harness.tasks.movie_reviews import read_reviews, tokenize
 from recadam_jax import load_anchor, recadam
 
 WIDTH, INNER, HEADS, LAYERS = 384, 1536, 12, 3

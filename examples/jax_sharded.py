@@ -16,10 +16,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from recadam_core import Linear, release_step
-from recadam_core.finetuning.archives import model_folder
-from recadam_core.finetuning.models import Bert, Ops
-from recadam_core.finetuning.models.bert import load_checkpoint
-from recadam_core.finetuning.tasks.movie_reviews import read_reviews, tokenize
+from recadam_harness.archives import model_folder
+from recadam_harness.models import Bert, Ops
+from recadam_harness.models.bert import load_checkpoint
+from recadam_harness.tasks.movie_reviews import read_reviews, tokenize
 from recadam_jax import load_anchor, recadam, release
 
 OPS = Ops(jnp, jax.scipy.special.erf)

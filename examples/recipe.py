@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoModel, AutoTokenizer
 
 from recadam_core import Constant, gamma_for
-from recadam_core.experiments.data import Source
-from recadam_core.finetuning.archives import model_folder
+from recadam_harness.archives import model_folder
+from recadam_harness.experiments.data import Source
 from recadam_torch import RecAdam, feature_importance, probe_head
 
 

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from recadam_core.finetuning.archives import model_folder
-from recadam_core.finetuning.tasks.movie_reviews import read_reviews, tokenize
+from recadam_harness.archives import model_folder
+from recadam_harness.tasks.movie_reviews import read_reviews, tokenize
 
 LENGTH = 32
 

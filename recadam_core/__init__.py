@@ -19,7 +19,7 @@ from .annealing import (
     annealing_to_dict,
     release_step,
 )
-from .backends import Backend, Capabilities, available_backends, backend_for, get_backend
+from .backends import Backend, available_backends, backend_for, get_backend
 from .coefficients import Coefficients, InstabilityWarning, coefficients
 from .errors import RecAdamError
 from .hyperparameters import Hyperparameters
@@ -27,6 +27,7 @@ from .importance import importance_from
 from .optimizer import RecAdam, State
 from .strength import DriftBudget, gamma_for
 from .update import Moments, apply, update
+from .variants import Capabilities
 
 __version__ = "0.1.0"
 

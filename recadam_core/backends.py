@@ -15,11 +15,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import shutil
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -29,19 +27,14 @@ import numpy as np
 from .arrays import kind_of, library, not_plain
 from .coefficients import Coefficients
 from .errors import RecAdamError, unknown
-from .hyperparameters import Hyperparameters
 from .update import Moments, apply, update
+from .variants import Capabilities, Variant, installed
 
 __all__ = [
     "GROUP",
     "Backend",
-    "Capabilities",
-    "Exact",
-    "Functional",
     "Shared",
     "Specification",
-    "Stepper",
-    "Variant",
     "available_backends",
     "backend_for",
     "get_backend",
@@ -49,131 +42,6 @@ __all__ = [
 
 GROUP = "recadam_core.backends"
 """The entry-point group in which backends are announced."""
-
-
-@dataclass(frozen=True)
-class Exact:
-    """How a variant gives the specification's bits.
-
-    Args:
-        how: what a user does to have them; "always" or "never" where nothing does. Of what is never exact
-            no bits are claimed, unless as a declared miss.
-        price: what it costs.
-        environment: variables that must be set before the process starts.
-
-    Example:
-        >>> Exact().how
-        'always'
-    """
-
-    how: str = "always"
-    price: str = "nothing"
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to take a step with a backend, and what it promises.
-
-    Args:
-        name: what `Backend.stepper` takes.
-        about: what a user writes to get it.
-        exact: how it gives the specification's bits.
-        needs: modules that must be installed.
-        programs: programs that must be on the path, one of each tuple.
-        environment: variables that must be set before the process starts, whatever the level.
-        traced: whether its coefficients are computed in the parameters' precision, on the device. The
-            backend then has `traced_coefficients(t, hp, anchored, dtype)`, which gives those of an array
-            of steps in NumPy, for the claim on coefficients.
-        rounds_update: whether the update is rounded to the parameter's dtype before it is added.
-        weighs: whether it takes an importance, by which the pull is multiplied.
-        misses: claims of the conformance kit that it is known to miss, and why; of a kind ("exact") or one
-            alone ("exact float32"). A claim that is
-            listed and holds fails, too.
-
-    Example:
-        >>> Variant("functional").exact.how
-        'always'
-    """
-
-    name: str
-    about: str = "recadam_core.RecAdam"
-    exact: Exact = Exact()
-    needs: tuple[str, ...] = ()
-    programs: tuple[tuple[str, ...], ...] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)
-    traced: bool = False
-    rounds_update: bool = False
-    weighs: bool = False
-    misses: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("needs", "programs"):
-            if isinstance(getattr(self, name), str):
-                raise RecAdamError(f"Variant {self.name!r}: {name} is a string; give a tuple of names")
-
-    def lacks(self) -> str:
-        """What must be installed before this variant runs here; empty when nothing.
-
-        Example:
-            >>> Variant("fused", needs=("no_such_module",)).lacks()
-            'no_such_module'
-        """
-        missing = [name for name in self.needs if not _installed(name)]
-        missing += [names[0] for names in self.programs if not any(shutil.which(name) for name in names)]
-        return ", ".join(missing)
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """What a backend can do, declared once: tables, tests and benchmarks read it here.
-
-    Args:
-        dtypes: parameter dtypes, by name.
-        devices: kinds of device.
-        jit: whether the step can be traced and compiled with the user's own code.
-        sharding: whether arrays may be spread over devices.
-        variants: the ways to take a step; "functional" is `RecAdam` over this backend.
-        finetunes: model kinds that the backend's engine can train in the harness.
-
-    Example:
-        >>> Capabilities(dtypes=("float64",)).devices
-        ('cpu',)
-    """
-
-    dtypes: tuple[str, ...] = ("float32", "float64")
-    devices: tuple[str, ...] = ("cpu",)
-    jit: bool = False
-    sharding: bool = False
-    variants: tuple[Variant, ...] = (Variant("functional"),)
-    finetunes: tuple[str, ...] = ()
-
-    def variant(self, name: str) -> Variant:
-        """The variant of this name.
-
-        Raises:
-            RecAdamError: when there is none.
-
-        Example:
-            >>> Capabilities().variant("functional").name
-            'functional'
-        """
-        found = {variant.name: variant for variant in self.variants}
-        if name not in found:
-            raise unknown("variant", name, found)
-        return found[name]
-
-
-class Stepper(Protocol):
-    """An optimizer that remembers its parameters, as the conformance kit drives it."""
-
-    def __call__(self, grads: dict[str, Any], lr: float) -> dict[str, Any]:
-        """Take one step; parameters by name after it."""
-        ...
-
-    def moments(self) -> dict[str, Moments]:
-        """The moments by name."""
-        ...
 
 
 class Shared(NamedTuple):
@@ -224,24 +92,8 @@ class Backend(Protocol):
     ) -> tuple[list[Any], list[Moments]]:
         """One step for arrays that share their coefficients: new parameters, new moments.
 
-        Changes none of its arguments. `anchors` is None where nothing is pulled. `importances` are given
-        only where a variant says that it `weighs`.
-        """
-        ...
-
-    def stepper(
-        self,
-        variant: str,
-        params: dict[str, Any],
-        anchors: dict[str, Any],
-        hp: Hyperparameters,
-        exact: bool = False,
-        importance: dict[str, Any] | None = None,
-    ) -> Stepper:
-        """An optimizer of one of the backend's variants, as users meet it; "functional" is `Functional`.
-
-        With `exact` it is in the setting in which it gives the specification's bits. An importance is given
-        only to a variant that `weighs`.
+        Changes none of its arguments. `anchors` is None where nothing is pulled; `importances`, by which the
+        pulls are multiplied, where each is 1.
         """
         ...
 
@@ -270,7 +122,7 @@ class Specification:
         'numpy'
     """
 
-    capabilities = Capabilities(variants=(Variant("functional", weighs=True),))
+    capabilities = Capabilities(variants=(Variant("functional"),))
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
@@ -302,19 +154,6 @@ class Specification:
             s for _, s in new
         ]
 
-    def stepper(
-        self,
-        variant: str,
-        params: dict[str, Any],
-        anchors: dict[str, Any],
-        hp: Hyperparameters,
-        exact: bool = False,
-        importance: dict[str, Any] | None = None,
-    ) -> Stepper:
-        """`recadam_core.RecAdam` over this backend, exact wherever the library's operations are."""
-        self.capabilities.variant(variant)
-        return Functional(self, params, anchors, hp, importance)
-
     def from_numpy(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> Any:
         """A copy of a NumPy array in this namespace."""
         return self.xp.asarray(array, dtype=getattr(self.xp, dtype or array.dtype.name), copy=True)
@@ -337,55 +176,8 @@ class Specification:
         return contextlib.nullcontext()
 
 
-class Functional:
-    """`recadam_core.RecAdam` over a backend, as a `Stepper`.
-
-    Args:
-        backend: the backend.
-        params: starting values by name.
-        anchors: pretrained values by name.
-        hp: the settings.
-        importance: by which the pulls are multiplied, by name; None for 1.
-
-    Example:
-        >>> step = Functional(get_backend("numpy"), {"w": np.ones(1)}, {}, Hyperparameters(lr=0.5))
-        >>> step({"w": np.ones(1)}, 0.25)["w"]
-        array([0.75])
-    """
-
-    def __init__(
-        self,
-        backend: Backend,
-        params: dict[str, Any],
-        anchors: dict[str, Any],
-        hp: Hyperparameters,
-        importance: dict[str, Any] | None = None,
-    ) -> None:
-        from .optimizer import RecAdam
-
-        self.backend = backend
-        self.optimizer = RecAdam(hp, backend)
-        self.params, self.state = params, self.optimizer.init(params, anchors, importance)
-
-    def __call__(self, grads: dict[str, Any], lr: float) -> dict[str, Any]:
-        """Take one step; parameters by name after it."""
-        self.params, self.state = self.optimizer.step(self.params, grads, self.state, lr)
-        return self.params
-
-    def moments(self) -> dict[str, Moments]:
-        """The moments by name."""
-        return self.state.moments
-
-
 def _announced() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP)}
-
-
-def _installed(module: str) -> bool:
-    try:
-        return module in sys.modules or importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a part of a package that is not there
-        return False
 
 
 @cache
@@ -396,7 +188,7 @@ def _load(name: str) -> Backend:
         loaded = point.load()
     except ImportError as error:
         # A part that is not there, of a library that is: another version of it than we know.
-        if not ours or error.name is None or _installed(error.name.partition(".")[0]):
+        if not ours or error.name is None or installed(error.name.partition(".")[0]):
             raise _broken(name, point, f"{type(error).__name__}: {error}") from error
         raise RecAdamError(
             f"backend {name!r} needs {error.name!r}, which is not installed; "
@@ -428,12 +220,12 @@ def available_backends() -> list[str]:
         >>> "numpy" in available_backends()
         True
     """
-    return sorted(name for name in _announced() if _installed(name))
+    return sorted(name for name in _announced() if installed(name))
 
 
 def is_missing(name: str) -> bool:
     """Whether a backend has this name and its array library is not installed."""
-    return name in _announced() and not _installed(name)
+    return name in _announced() and not installed(name)
 
 
 def get_backend(name: str) -> Backend:
@@ -464,7 +256,7 @@ def get_backend(name: str) -> Backend:
     if not all(part.isidentifier() for part in name.split(".")):
         raise unknown("backend", name, announced)
     try:
-        module: Any = importlib.import_module(name) if _installed(name) else None
+        module: Any = importlib.import_module(name) if installed(name) else None
         if hasattr(module, "asarray"):
             return backend_for(module.asarray(0.0))
     except Exception as error:  # whatever a stranger's code raises

@@ -46,10 +46,10 @@ def _end(number: int, frame: object) -> NoReturn:
 def _run() -> None:
     import typer
 
-    from .commands import app
+    from .commands import whole
 
     try:
-        code = app(standalone_mode=False)
+        code = whole()(standalone_mode=False)
     except typer.Abort:
         raise KeyboardInterrupt from None
     except Exception as error:

@@ -6,12 +6,14 @@ import math
 import warnings
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ._scalars import host
 from .annealing import annealed_weights
 from .errors import RecAdamError, check_number, shown
 from .hyperparameters import Hyperparameters
 
-__all__ = ["Coefficients", "InstabilityWarning", "check_stable", "coefficients", "is_zero"]
+__all__ = ["Coefficients", "InstabilityWarning", "check_stable", "coefficients", "coefficients_of", "is_zero"]
 
 
 class InstabilityWarning(UserWarning):
@@ -184,6 +186,26 @@ def coefficients(
     if not traced and not all(map(math.isfinite, found)):
         raise RecAdamError(f"step {t}: lr = {lr:g} gives coefficients beyond the range of numbers; lower it")
     return found
+
+
+def coefficients_of(t: Any, hp: Hyperparameters, anchored: bool, dtype: str) -> Coefficients:
+    """The host's coefficients of many steps.
+
+    Args:
+        t: the steps, of shape (n,), whole numbers in NumPy.
+        hp: the settings.
+        anchored: as in `coefficients`.
+        dtype: not read: the host computes in float64.
+
+    Returns:
+        Arrays of shape (n,), in NumPy.
+
+    Example:
+        >>> coefficients_of(np.array([1, 2]), Hyperparameters(), False, "float64").recall
+        array([0., 0.])
+    """
+    rows = [coefficients(int(x), hp, None, anchored) for x in t]
+    return Coefficients(*map(np.array, zip(*rows, strict=True)))
 
 
 def is_zero(scalar: Any) -> bool:

@@ -14,8 +14,9 @@ from .errors import RecAdamError, check_number, shown
 from .hyperparameters import Hyperparameters
 from .importance import check_importance, check_weighable
 from .update import Moments
+from .variants import Stepper, Variant
 
-__all__ = ["RecAdam", "State", "check_anchors"]
+__all__ = ["Functional", "RecAdam", "State", "check_anchors", "stepper_of"]
 
 
 class State(NamedTuple):
@@ -125,8 +126,8 @@ class RecAdam:
 
         Raises:
             RecAdamError: when there is no parameter, one is no floating array, an anchor matches none or has
-                another shape, arrays are of several libraries or of another than the backend's, an importance
-                leaves [0, 1], or the backend takes none.
+                another shape, arrays are of several libraries or of another than the backend's, or an
+                importance leaves [0, 1].
         """
         check_named("parameters", params)
         if not params:
@@ -143,7 +144,7 @@ class RecAdam:
                 finite = True  # traced, or without data: there is no value to look at
             if not finite:
                 raise RecAdamError(f"anchor {name!r} holds NaN or infinity; give the pretrained values")
-        weights = {} if importance is None else self._weights(params, anchors, importance, xp, backend)
+        weights = {} if importance is None else self._weights(params, anchors, importance, xp)
         moments = {name: Moments.zeros_like(theta) for name, theta in params.items()}
         stars, weights = ({name: backend.copy(x) for name, x in xs.items()} for xs in (anchors, weights))
         return State(0, moments, stars, weights)
@@ -164,7 +165,6 @@ class RecAdam:
         anchors: Mapping[str, Any],
         importance: Any,
         xp: Any,
-        backend: Backend,
     ) -> dict[str, Any]:
         """The importances of what is anchored, checked."""
         check_named("importance", importance)
@@ -175,8 +175,6 @@ class RecAdam:
         found = {}
         for name in anchors:
             check_importance(name, importance.get(name), params[name].shape)
-            if not any(v.name == "functional" and v.weighs for v in backend.capabilities.variants):
-                raise RecAdamError(f"importance: the backend {backend.name!r} takes none; leave it out")
             if wrong := fault(importance[name], xp):
                 raise RecAdamError(f"importance of {name!r} {wrong}")
             found[name] = importance[name]
@@ -227,7 +225,9 @@ class RecAdam:
             backend: Any = self._serving(params)
             # One that writes in place looks at all groups before it writes into the first.
             together = getattr(backend, "step_groups", None)
-            stepped = together(groups) if together else [_step(backend, group) for group in groups]
+            # Without importances as backends are called that know of none.
+            given = (group[1:] if group.importances else group[1:-1] for group in groups)
+            stepped = together(groups) if together else [backend.step(*arguments) for arguments in given]
             for group, (thetas, moments) in zip(groups, stepped, strict=True):
                 new_params.update(zip(group.names, thetas, strict=True))
                 new_moments.update(zip(group.names, moments, strict=True))
@@ -282,7 +282,72 @@ class RecAdam:
         return int(taken) + 1
 
 
-def _step(backend: Backend, group: Shared) -> tuple[list[Any], list[Moments]]:
-    """One group's step. A backend that takes no importance need not know the argument."""
-    more = {} if group.importances is None else {"importances": group.importances}
-    return backend.step(group.params, group.grads, group.moments, group.anchors, group.c, **more)
+class Functional:
+    """`recadam_core.RecAdam` over a backend, as a `Stepper`.
+
+    Args:
+        backend: the backend.
+        params: starting values by name.
+        anchors: pretrained values by name.
+        hp: the settings.
+        importance: by which the pulls are multiplied, by name; None for 1.
+
+    Example:
+        >>> import numpy as np
+        >>> step = Functional(backend_for(np.ones(1)), {"w": np.ones(1)}, {}, Hyperparameters(lr=0.5))
+        >>> step({"w": np.ones(1)}, 0.25)["w"]
+        array([0.75])
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        params: dict[str, Any],
+        anchors: dict[str, Any],
+        hp: Hyperparameters,
+        importance: dict[str, Any] | None = None,
+    ) -> None:
+        self.backend = backend
+        self.optimizer = RecAdam(hp, backend)
+        self.params, self.state = params, self.optimizer.init(params, anchors, importance)
+
+    def __call__(self, grads: dict[str, Any], lr: float) -> dict[str, Any]:
+        """Take one step; parameters by name after it."""
+        self.params, self.state = self.optimizer.step(self.params, grads, self.state, lr)
+        return self.params
+
+    def moments(self) -> dict[str, Moments]:
+        """The moments by name."""
+        return self.state.moments
+
+
+def stepper_of(
+    backend: Backend,
+    variant: Variant,
+    params: dict[str, Any],
+    anchors: dict[str, Any],
+    hp: Hyperparameters,
+    exact: bool = False,
+    importance: dict[str, Any] | None = None,
+) -> Stepper:
+    """An optimizer of one of a backend's variants, as users meet it.
+
+    Args:
+        backend: the backend.
+        variant: one of its variants.
+        params: starting values by name.
+        anchors: pretrained values by name.
+        hp: the settings.
+        exact: whether it is to be in the setting in which it gives the specification's bits.
+        importance: by which the pulls are multiplied, by name; None for 1.
+
+    Example:
+        >>> import numpy as np
+        >>> backend = backend_for(np.ones(1))
+        >>> step = stepper_of(backend, Variant("functional"), {"w": np.ones(1)}, {}, Hyperparameters(lr=0.5))
+        >>> step({"w": np.ones(1)}, 0.25)["w"]
+        array([0.75])
+    """
+    if variant.make is None:
+        return Functional(backend, params, anchors, hp, importance)
+    return variant.make(params, anchors, hp, exact, importance)

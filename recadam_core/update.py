@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import truediv
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from .arrays import check_arrays, kind_of
 from .coefficients import Coefficients, is_zero
 from .errors import RecAdamError, check_number, shown
 
-__all__ = ["Moments", "accumulator_dtype", "apply", "scalars", "update"]
+__all__ = ["Moments", "accumulator_dtype", "apply", "formula", "scalars", "update"]
 
 
 class Moments(NamedTuple):
@@ -53,6 +54,58 @@ def accumulator_dtype(xp: Any, *dtypes: Any) -> Any:
     return xp.float32 if xp.finfo(dtype).bits < 32 else dtype
 
 
+# Without annotations: Triton reads them as code.
+def formula(  # type: ignore[no-untyped-def]
+    theta, grad, m, v, anchor, importance, beta1, rest1, beta2, rest2, step, eps, recall, decay, sqrt, divide
+):
+    r"""The step itself, in the only text of it: NumPy, numba, PyTorch, Triton, JAX and the others run this.
+
+    Math:
+        as in `update`, operation for operation.
+
+    Args:
+        theta: parameter: an array, a list of tensors, a block of a kernel, or one element.
+        grad: gradient.
+        m: first moment.
+        v: second moment.
+        anchor: pretrained value; None for no pull.
+        importance: by which the pull is multiplied; None for 1.
+        beta1: decay rate of the first moment.
+        rest1: 1 - beta1, taken in float64.
+        beta2: decay rate of the second moment.
+        rest2: 1 - beta2, taken in float64.
+        step: factor of Adam's fraction.
+        eps: under it.
+        recall: factor of the way home.
+        decay: factor of theta; None for none.
+        sqrt: the square root, correctly rounded where bits are to be the specification's.
+        divide: division, the same.
+
+    Returns:
+        What to add to theta, and the new moments, first and second.
+
+    Example:
+        >>> betas = (0.9, 0.1, 0.999, 0.001)
+        >>> formula(1.0, 0.0, 0.0, 0.0, 0.0, None, *betas, 1.0, 1e-8, 0.25, None, lambda x: x**0.5, truediv)
+        (-0.25, 0.0, 0.0)
+
+    Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12; the importance after EWC, arXiv 1612.00796.
+    """
+    m = beta1 * m + rest1 * grad
+    v = beta2 * v + rest2 * (grad * grad)
+    adam = step * divide(m, sqrt(v) + eps)
+    if anchor is None:
+        delta = -adam
+    else:
+        pull = recall * (anchor - theta)
+        if importance is not None:
+            pull = importance * pull
+        delta = pull - adam
+    if decay is not None:
+        delta = delta - decay * theta
+    return delta, m, v
+
+
 def update(
     theta: Any, grad: Any, state: Moments, anchor: Any, c: Coefficients, importance: Any = None
 ) -> tuple[Any, Moments]:
@@ -67,7 +120,7 @@ def update(
 
         with $s, \varepsilon, r, d$ = `c.step`, `c.eps`, `c.recall`, `c.decay`; with an importance $f$ the
         pull is $f\,(r(\theta^* - \theta))$. Every operation is
-        elementwise, one of + - * / sqrt, and rounded once, in the order written here: an
+        elementwise, one of + - * / sqrt, and rounded once, in the order of `formula`: an
         implementation that does the same gets the same bits.
 
     Args:
@@ -120,22 +173,24 @@ def update(
         return cast(x) if own else check_number(where, name, x)
 
     beta1, beta2, step, eps, recall, decay = scalars("update", c, scalar)
-    theta, grad = cast(theta), cast(grad)
-    m = beta1 * cast(state.m) + (1 - beta1) * grad
-    v = beta2 * cast(state.v) + (1 - beta2) * (grad * grad)
-    adam = step * (m / (xp.sqrt(v) + eps))
-    # A weight that the host knows to be zero costs nothing and reads nothing.
-    if anchor is not None and not is_zero(recall):
-        pull = recall * (cast(anchor) - theta)
-        delta = (pull if importance is None else cast(importance) * pull) - adam
-    elif anchor is None and not is_zero(recall):
+    if anchor is None and not is_zero(recall):
         raise RecAdamError(
             f"update: recall is {recall!r} but there is no anchor; use coefficients(..., anchored=False)"
         )
-    else:
-        delta = -adam
-    if not is_zero(decay):
-        delta = delta - decay * theta
+    # A weight that the host knows to be zero costs nothing and reads nothing.
+    pulls = anchor is not None and not is_zero(recall)
+    delta, m, v = formula(
+        cast(theta),
+        cast(grad),
+        cast(state.m),
+        cast(state.v),
+        cast(anchor) if pulls else None,
+        cast(importance) if pulls and importance is not None else None,
+        *(beta1, 1 - beta1, beta2, 1 - beta2, step, eps, recall),
+        None if is_zero(decay) else decay,
+        xp.sqrt,
+        truediv,
+    )
     return delta, Moments(_astype(xp, m, state.m.dtype), _astype(xp, v, state.v.dtype))
 
 

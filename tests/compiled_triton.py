@@ -11,17 +11,19 @@ from triton.compiler import ASTSource
 
 from recadam_torch.triton_kernel import BLOCK, CHUNK, _kernel
 
-USUAL = dict.fromkeys(("decays", "chance", "negates", "scaled", "guarded"), False)
+LIKE = ("theta", "grad", "m", "v", "anchor", "importance")
+USUAL = dict.fromkeys(("weighs", "decays", "chance", "negates", "scaled", "guarded"), False)
 CASES = {
     "float32": ({}, {}),
     "float32 decayed": ({}, {"decays": True}),
+    "float32 weighed": ({}, {"weighs": True}),
     "float32 guarded": ({}, {"guarded": True, "scaled": True, "negates": True}),
     "bfloat16 by chance": ({"theta": "bf16", "grad": "bf16"}, {"chance": True}),
     "float16 and bfloat16": (
         {"theta": "fp16", "grad": "fp16", "m": "bf16", "v": "bf16", "anchor": "bf16"},
         {},
     ),
-    "float64": (dict.fromkeys(("theta", "grad", "m", "v", "anchor", "scalars"), "fp64"), {}),
+    "float64": (dict.fromkeys((*LIKE, "scalars"), "fp64"), {}),
 }
 WORDS = {
     "fma": r"\bfma\.",
@@ -33,9 +35,7 @@ WORDS = {
 
 
 def compiled(types, flags):
-    pointers = {
-        f"{name}_like": f"*{types.get(name, 'fp32')}" for name in ("theta", "grad", "m", "v", "anchor")
-    }
+    pointers = {f"{name}_like": f"*{types.get(name, 'fp32')}" for name in LIKE}
     signature = {
         "table_at": "*i64", "chunks_at": "*i32", "scalars_at": f"*{types.get('scalars', 'fp32')}",
         "keys_at": "*i64", "scale_at": "*fp32", "found_at": "*fp32", **pointers,

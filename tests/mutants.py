@@ -56,14 +56,14 @@ MUTATIONS = [
     # The specification itself: the oracle must notice.
     *_kernel(
         "numpy", "recadam_core.update", "specification",
-        ("beta2 for beta1 in one place", "(1 - beta1) * grad", "(1 - beta2) * grad"),
-        ("beta1 for beta2 in one place", "v = beta2 * cast", "v = beta1 * cast"),
-        ("eps inside the root", "xp.sqrt(v) + eps", "xp.sqrt(v + eps)"),
-        ("the old first moment under the fraction", "step * (m /", "step * (cast(state.m) /"),
-        ("the pull reads the new theta", "(cast(anchor) - theta)", "(cast(anchor) - (theta - adam))"),
-        ("the pull pushes", "recall * (cast(anchor) - theta)", "recall * (theta - cast(anchor))"),
+        ("beta2 for beta1 in one place", "m + rest1 * grad", "m + rest2 * grad"),
+        ("eps inside the root", "sqrt(v) + eps)", "sqrt(v + eps))"),
+        ("the pull reads the new theta", "recall * (anchor - theta)", "recall * (anchor - (theta - adam))"),
+        ("beta1 for beta2 in one place", "v = beta2 * v", "v = beta1 * v"),
+        ("a part of the first moment under the fraction", "divide(m, sqrt", "divide(m - rest1 * grad, sqrt"),
+        ("the pull pushes", "recall * (anchor - theta)", "recall * (theta - anchor)"),
         ("the decay reads the new theta", "decay * theta", "decay * (theta + delta)"),
-        ("the importance is missing", "else cast(importance) * pull", "else pull"),
+        ("the importance is missing", "pull = importance * pull", "pull = 1.0 * pull"),
         ("the gradient is not squared", "(grad * grad)", "grad"),
         ("16-bit sums are rounded twice", "_astype(xp, theta, delta.dtype) + delta,",
          "theta + _astype(xp, delta, theta.dtype),"),
@@ -101,36 +101,32 @@ MUTATIONS = [
     # Each backend's kernel.
     *_kernel(
         "numpy", "recadam_numpy.kernel", "functional",
-        ("beta2 for beta1 in one place", "np.multiply(grad, 1 - c.beta1, out=a)", "np.multiply(grad, 1 - c.beta2, out=a)"),
-        ("eps inside the root", "np.sqrt(v, out=a)\n    np.add(a, c.eps, out=a)", "np.add(v, c.eps, out=a)\n    np.sqrt(a, out=a)"),
-        ("the pull reads the new theta", "np.subtract(anchor, theta, out=b)", "np.subtract(anchor, theta - a, out=b)"),
-        ("the decay is missing", "if c.decay:", "if False:"),
-        ("the step is missing", "    np.multiply(a, c.step, out=a)\n", ""),
-        ("another order", "np.multiply(a, c.step, out=a)\n    if", "np.multiply(np.divide(m * c.step, np.sqrt(v) + c.eps), 1.0, out=a)\n    if"),
-        ("the importance is missing", "    if importance is not None:", "    if False:"),
-        ("1 - beta rounded first", "np.multiply(grad, 1 - c.beta1, out=a)", "np.multiply(grad, 1 - theta.dtype.type(c.beta1), out=a)"),
+        ("beta2 for beta1 in one place", "(c.beta1, 1 - c.beta1, c.beta2", "(c.beta1, 1 - c.beta2, c.beta2"),
+        ("the decay is missing", "c.decay or None", "None"),
+        ("the step is missing", "c.step, c.eps", "1.0, c.eps"),
+        ("the importance is missing", "anchor, importance, *numbers", "anchor, None, *numbers"),
+        ("1 - beta rounded first", "(c.beta1, 1 - c.beta1", "(c.beta1, 1 - theta.dtype.type(c.beta1)"),
+        ("the moments stay", "delta, m[...], v[...] = formula", "delta, *_ = formula"),
     ),
     *_kernel(
         "numpy", "recadam_numpy.one_pass", "fused",
-        ("beta2 for beta1 in one place", "rest1 * g\n", "rest2 * g\n"),
-        ("eps inside the root", "math.sqrt(v[i]) + eps", "math.sqrt(v[i] + eps)"),
-        ("the pull reads the new theta", "(_widened(anchor[i]) - old)", "(_widened(anchor[i]) - (old + delta))"),
-        ("operations are contracted", 'error_model="numpy", nogil', 'fastmath=True, error_model="numpy", nogil'),
+        ("beta2 for beta1 in one place", "c.beta1, 1 - c.beta1, c.beta2, 1", "c.beta1, 1 - c.beta2, c.beta2, 1"),
+        ("operations are contracted", '_formula = numba.njit(error_model="numpy"', '_formula = numba.njit(fastmath=True, error_model="numpy"'),
+        ("the anchor is the importance, too", "addresses[5, p] + start", "addresses[4, p] + start"),
+        ("the decay is missing", "0, pulls + (pulls and weighs), c.decay != 0", "0, pulls + (pulls and weighs), 0"),
         ("gradients are read as if they were in C order", "[np.ascontiguousarray(x) for x in grads]", "list(grads)"),
     ),
     *_kernel(
         "torch", "recadam_torch.kernel", "functional single foreach",
-        ("beta2 for beta1 in one place", "torch._foreach_mul(grads, 1 - c.beta1)", "torch._foreach_mul(grads, 1 - c.beta2)"),
-        ("eps inside the root", "    work = [_sqrt(v) for v in vs] if exact else list(torch._foreach_sqrt(vs))\n    torch._foreach_add_(work, c.eps)\n",
-         "    work = [_sqrt(v + c.eps) for v in vs]\n"),
-        ("the pull reads the new theta", "torch._foreach_sub(_like(anchors, ms), old)", "torch._foreach_sub(_like(anchors, ms), list(torch._foreach_sub(old, delta)))"),
-        ("the decay is missing", "if c.decay:", "if False:"),
-        ("a combined operation", "    torch._foreach_mul_(ms, c.beta1)\n    torch._foreach_add_(ms, list(torch._foreach_mul(grads, 1 - c.beta1)))\n",
-         "    torch._foreach_lerp_(ms, grads, 1 - c.beta1)\n"),
-        ("torch's own root in the exact setting", "[_sqrt(v) for v in vs] if exact else list(torch._foreach_sqrt(vs))", "list(torch._foreach_sqrt(vs))"),
-        ("the importance is missing", "if importances is not None:", "if False:"),
-        ("16-bit sums are rounded twice", "torch._foreach_copy_(thetas, list(torch._foreach_add(old, delta)))",
-         "torch._foreach_add_(thetas, _like(delta, thetas))"),
+        ("beta2 for beta1 in one place", "c.beta1, 1 - c.beta1, c.beta2", "c.beta1, 1 - c.beta2, c.beta2"),
+        ("the decay is missing", "c.decay or None", "None"),
+        ("what is divided is lost", "Lists(list(torch._foreach_div(self.tensors, other.tensors)), spent=True)",
+         "Lists(torch._foreach_div_(self.tensors, other.tensors) or self.tensors, spent=True)"),
+        ("the parameters are spent", "Lists(old),", "Lists(old, spent=True),"),
+        ("torch's own root in the exact setting", "if exact else list(torch._foreach_sqrt", "if False else list(torch._foreach_sqrt"),
+        ("the importance is missing", "if pulls and importances is not None else None", "if False else None"),
+        ("16-bit sums are rounded twice", "torch._foreach_copy_(thetas, list(torch._foreach_add(old, delta.tensors)))",
+         "torch._foreach_add_(thetas, _like(delta.tensors, thetas))"),
     ),
     *_kernel(
         "torch", "recadam_torch.optimizer", "foreach",
@@ -143,10 +139,10 @@ MUTATIONS = [
     ),
     *_kernel(
         "torch", "recadam_torch.fused", "compiled",
-        ("beta2 for beta1 in one place", "(1 - beta1) * grad", "(1 - beta2) * grad"),
-        ("eps inside the root", "(v_new.sqrt() + eps)", "(v_new + eps).sqrt()"),
-        ("the pull reads the new theta", "(anchor.to(m.dtype) - old) - adam", "(anchor.to(m.dtype) - old + adam) - adam"),
-        ("torch's own root for a scalar alone", "one[4], c, exact=True)", "one[4], c)"),
+        ("beta2 for beta1 in one place", "betas = beta1, 1 - beta1, beta2", "betas = beta1, 1 - beta2, beta2"),
+        ("the importance is missing", "anchor, importance, *_ = *others, None, None", "anchor, importance, *_ = *others[:1], None, None"),
+        ("the decay is missing", "number(c.decay) if c.decay else None", "None"),
+        ("torch's own root for a scalar alone", "star, c, True, weight)", "star, c, False, weight)"),
     ),
     *_kernel(
         "torch", "recadam_torch.fused", "fused",
@@ -158,17 +154,17 @@ MUTATIONS = [
     ),
     *_kernel(
         "triton", "recadam_torch.triton_kernel", "triton",
-        ("beta2 for beta1 in one place", "rest1 * grad", "rest2 * grad"),
-        ("eps inside the root", "tl.sqrt_rn(v) + eps", "tl.sqrt_rn(v + eps)"),
-        ("eps inside the root of float64", "tl.sqrt(v) + eps", "tl.sqrt(v + eps)"),
-        ("the pull reads the new theta", "to(wide) - theta) - adam", "to(wide) - theta + adam) - adam"),
-        ("the decay is missing", "if decays:", "if False:"),
+        ("beta2 for beta1 in one place", "numbers = (c.beta1, 1 - c.beta1", "numbers = (c.beta1, 1 - c.beta2"),
+        ("the root of float64 is another", "root = tl.sqrt(x)", "root = tl.sqrt(x + 1e-8)"),
+        ("the root is another", "root = tl.sqrt_rn(x)", "root = tl.sqrt_rn(x + 1e-8)"),
+        ("the importance is missing", "    if weighs:\n", "    if False:\n"),
+        ("the decay is missing", "    if decays:\n", "    if False:\n"),
     ),
     *_kernel(
         "jax", "recadam_core.update", "functional eager",
-        ("beta2 for beta1 in one place", "(1 - beta1) * grad", "(1 - beta2) * grad"),
-        ("eps inside the root", "xp.sqrt(v) + eps", "xp.sqrt(v + eps)"),
-        ("the pull reads the new theta", "(cast(anchor) - theta)", "(cast(anchor) - (theta - adam))"),
+        ("beta2 for beta1 in one place", "m + rest1 * grad", "m + rest2 * grad"),
+        ("eps inside the root", "sqrt(v) + eps)", "sqrt(v + eps))"),
+        ("the pull reads the new theta", "recall * (anchor - theta)", "recall * (anchor - (theta - adam))"),
     ),
     *_kernel(
         "jax", "recadam_core.coefficients", "optax",
@@ -227,8 +223,7 @@ def caught_by(backend: str, variants: list[str]) -> str:
     jobs = plan(served, variants, kinds=("exact", "step"), cases=CASES)
     if {"specification", "optax"} & set(variants):
         jobs += plan(served, variants, kinds=("coefficients",), cases=CURVES)
-    if weighing := [v for v in variants if served.capabilities.variant(v).weighs]:
-        jobs += plan(served, weighing, kinds=("weighed", "step"), cases=[WEIGHED])
+    jobs += plan(served, variants, kinds=("weighed", "step"), cases=[WEIGHED])
     for job in jobs:
         for name, claim in job.claims:
             variant = served.capabilities.variant(name)

@@ -41,7 +41,7 @@ def test_importing_recadam_core_imports_no_framework():
     code = (
         "import recadam_core as rc, numpy as np, sys; o = rc.RecAdam(); p = {'w': np.ones(2)};"
         "o.step(p, p, o.init(p, p)); rc.available_backends();"
-        "import recadam_core.finetuning, recadam_core.conformance;"
+        "import recadam_harness, recadam_core.conformance;"
         "assert not {'torch', 'jax', 'matplotlib', 'sklearn', 'tokenizers'} & set(sys.modules)"
     )
     result = python(code)

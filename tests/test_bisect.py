@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 pytest.importorskip("sklearn")
 
 from recadam_core import Coefficients, Moments
-from recadam_core.finetuning.bisect import ROOT, SITES, Inputs, _apart, _fused, bisect_runs, explain
-from recadam_core.finetuning.run import RunConfig, finetune
+from recadam_harness.bisect import ROOT, SITES, Inputs, _apart, _fused, bisect_runs, explain
+from recadam_harness.run import RunConfig, finetune
 
 C = Coefficients(0.9, 0.999, 1e-3, 1e-8, 0.1, 0.01)
 numbers = st.floats(-1e3, 1e3, width=32).filter(lambda x: x == 0 or abs(x) > 1e-3)
@@ -151,7 +151,7 @@ def test_a_kernel_that_rounds_otherwise_is_found(runs, monkeypatch):
     switch.on = True
     monkeypatch.setattr(numpy_backend, "unchecked", switch)
     other = runs("numpy", eval_every=1)
-    from recadam_core.finetuning import bisect
+    from recadam_harness import bisect
 
     set_up = bisect._set_up
 

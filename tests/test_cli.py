@@ -15,10 +15,10 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
-from recadam_core import Hyperparameters, Linear, RecAdamError, Sigmoid, commands
-from recadam_core.backends import Variant
-from recadam_core.finetuning import load_run
-from recadam_core.finetuning.advice import schedule_advice
+from recadam_core import Hyperparameters, Linear, RecAdamError, Sigmoid, commands, console
+from recadam_core.advice import schedule_advice
+from recadam_core.variants import Variant
+from recadam_harness import load_run
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -82,7 +82,7 @@ def test_bad_input_is_one_line_and_exit_code_2(recadam, tmp_path, arguments, mes
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("jax", "mlp, bert"),
+        ("jax", "functional, eager, optax, optax-host"),
         ("numpy", "functional, specification, fused"),
         ("torch", "functional, single, foreach"),
     ],
@@ -223,7 +223,7 @@ def test_what_is_printed_is_no_markup(monkeypatch, capsys):
     assert "pip install 'recadam-core[jax]'" in capsys.readouterr().out
     table = commands.Table("[/x]")
     table.add_row("list[int] :smile:")
-    commands._show(table)
+    console.show(table)
     assert "list[int] :smile:" in capsys.readouterr().out
 
 

@@ -23,14 +23,14 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from recadam_core import Constant, RecAdamError, Sigmoid
-from recadam_core.experiments import METHODS, Trial
-from recadam_core.experiments.data import Source, archives, target_of
-from recadam_core.experiments.figures import pareto_figure
-from recadam_core.experiments.grids import ARMS, EXPERIMENTS, TUNING_SEED, Options, choose
-from recadam_core.experiments.report import write_experiment
-from recadam_core.experiments.run import _each, _row, run_experiment
-from recadam_core.experiments.statistics import median_of, summarize
-from recadam_core.experiments.table import Entry, Results, Row
+from recadam_harness.experiments import METHODS, Trial
+from recadam_harness.experiments.data import Source, archives, target_of
+from recadam_harness.experiments.figures import pareto_figure
+from recadam_harness.experiments.grids import ARMS, EXPERIMENTS, TUNING_SEED, Options, choose
+from recadam_harness.experiments.report import write_experiment
+from recadam_harness.experiments.run import _each, _row, run_experiment
+from recadam_harness.experiments.statistics import median_of, summarize
+from recadam_harness.experiments.table import Entry, Results, Row
 
 SMALL = {"rows": 24, "steps": 3, "batch_size": 8, "max_length": 16}
 
@@ -308,7 +308,7 @@ QUICK_METHODS = ("adamw", "recadam", "ewc", "lora", "frozen")
 )
 def test_every_method_runs_and_repeats(method, encoders, recadam):
     """The tiny encoder knows nothing; that it moves, or does not, and that it does so again, it can show."""
-    from recadam_core.experiments import run_trial
+    from recadam_harness.experiments import run_trial
 
     rate = {"lr": 1e-2} if METHODS[method].trains else {}
     trial = Trial(method=method, model=encoders["bert"], **rate, **SMALL)
@@ -322,7 +322,7 @@ def test_every_method_runs_and_repeats(method, encoders, recadam):
 
 
 def test_the_pull_holds_what_it_should(encoders):
-    from recadam_core.experiments import run_trial
+    from recadam_harness.experiments import run_trial
 
     def distance(**settings):
         return run_trial(Trial(model=encoders["bert"], lr=1e-2, **{**SMALL, "steps": 12}, **settings))[
@@ -343,7 +343,7 @@ def test_the_pull_holds_what_it_should(encoders):
 
 @pytest.mark.needs("torch")
 def test_what_is_not_there_is_named():
-    from recadam_core.experiments import run_trial
+    from recadam_harness.experiments import run_trial
 
     with pytest.raises(RecAdamError, match="movie-reviews: rows is 9000; there are"):
         run_trial(Trial(rows=9000, model="nowhere"))
@@ -352,7 +352,7 @@ def test_what_is_not_there_is_named():
 
 
 def test_what_cannot_be_trained_is_said(encoders, tmp_path):
-    from recadam_core.experiments import run_trial
+    from recadam_harness.experiments import run_trial
 
     with pytest.raises(RecAdamError, match="max_length is 600; the encoder reads up to 512 tokens"):
         run_trial(Trial(model=encoders["bert"], **{**SMALL, "max_length": 600}))
@@ -369,7 +369,7 @@ def test_what_cannot_be_trained_is_said(encoders, tmp_path):
 
 
 def test_init_random_starts_elsewhere_and_is_pulled_home(encoders):
-    from recadam_core.experiments import run_trial
+    from recadam_harness.experiments import run_trial
 
     settings = {**SMALL, "model": encoders["bert"], "lr": 1e-4, "init": "random"}
     start = run_trial(Trial(**{**settings, "steps": 1, "lr": 1e-9}))["distance"]

@@ -21,10 +21,10 @@ pytest.importorskip("matplotlib")
 from safetensors.numpy import load_file, save_file
 
 from recadam_core import Linear, RecAdamError
-from recadam_core.finetuning import RunConfig, archives, compare_runs, finetune, load_run
-from recadam_core.finetuning.report import write_report
-from recadam_core.finetuning.run import batch_order
-from recadam_core.finetuning.tasks.movie_reviews import retrieval_figures
+from recadam_harness import RunConfig, archives, compare_runs, finetune, load_run
+from recadam_harness.report import write_report
+from recadam_harness.run import batch_order
+from recadam_harness.tasks.movie_reviews import retrieval_figures
 
 BACKENDS = ("numpy", "torch", "jax")
 OPTIMIZERS = ("recadam", "annealed", "adamw", "coupled")
@@ -94,7 +94,7 @@ def test_a_run_leaves_everything_behind(digits):
 @pytest.mark.needs("jax")
 def test_distance_is_that_of_the_weights(digits):
     run = digits["jax", "recadam"]
-    from recadam_core.finetuning.tasks import get_task
+    from recadam_harness.tasks import get_task
 
     params = get_task("digits").prepare(0).params
     moved = {n: w - params[n] for n, w in run.weights().items()}
@@ -480,7 +480,7 @@ def test_movie_reviews_end_to_end_in_float32(tmp_path, optimizer):
 
 def test_movie_reviews_takes_a_folder_and_a_few_rows(tmp_path, tiny_checkpoint, monkeypatch):
     """The whole path on a tiny checkpoint, with the real data replaced by a handful of sentences."""
-    from recadam_core.finetuning.tasks import movie_reviews
+    from recadam_harness.tasks import movie_reviews
 
     words = ["good", "bad", "film", "plot", "dull", "fine"]
     texts = [f"{words[i % 6]} {words[(i // 6) % 6]} {words[(i * 5) % 6]}" for i in range(2040)]

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 from recadam_core import RecAdamError, Sigmoid
-from recadam_core.experiments import Trial, glue, run_trial
-from recadam_core.experiments.data import target_of
-from recadam_core.experiments.grids import EXPERIMENTS, Options
-from recadam_core.experiments.report import write_experiment
-from recadam_core.experiments.run import _row
-from recadam_core.experiments.table import Results
+from recadam_harness.experiments import Trial, glue, run_trial
+from recadam_harness.experiments.data import target_of
+from recadam_harness.experiments.grids import EXPERIMENTS, Options
+from recadam_harness.experiments.report import write_experiment
+from recadam_harness.experiments.run import _row
+from recadam_harness.experiments.table import Results
 
 pytest.importorskip("torch")
 
-from recadam_torch.classifiers import Classifier
+from recadam_harness.experiments.classifiers import Classifier
 
 # Header and columns of each task's files; CoLA's have no header. `{a}`, `{b}` are texts, `{y}` the label.
 OFFICIAL = {

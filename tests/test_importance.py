@@ -118,18 +118,28 @@ def test_what_does_not_fit_is_named_in_one_line(hp, backend, importance, message
     assert str(caught.value).startswith(message)
 
 
-def test_a_backend_that_takes_none_says_so():
-    class Unweighed(NumpyBackend):
-        capabilities = rc.Capabilities(dtypes=("float64",))
-
-    optimizer, w = rc.RecAdam(rc.Hyperparameters(), Unweighed()), {"w": np.ones(2)}
-    with pytest.raises(rc.RecAdamError, match="importance: the backend 'numpy' takes none; leave it out"):
-        optimizer.init(w, w, w)
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_one_pass_has_the_bits_of_the_functional_form(dtype, in_place):
     pytest.importorskip("numba")
-    fused = rc.RecAdam(rc.Hyperparameters(gamma=1.0), NumpyBackend(fused=True))
-    with pytest.raises(rc.RecAdamError, match="importance: the backend 'numpy' takes none; leave it out"):
-        fused.init(w, w, w)
-    assert any(v.weighs for v in NumpyBackend().capabilities.variants)
+    rng = np.random.default_rng(0)
+    shapes = {"w": (40, 1000), "b": (7,), "empty": (0,), "scalar": ()}
+    params, anchors, importance, *grads = (
+        {name: np.asarray(rng.uniform(size=shape), dtype) for name, shape in shapes.items()} for _ in range(8)
+    )
+    hp = rc.Hyperparameters(lr=1e-2, gamma=10.0, weight_decay=0.01)
+    ends = []
+    for backend in (NumpyBackend(), NumpyBackend(fused=True, in_place=in_place)):
+        optimizer = rc.RecAdam(hp, backend)
+        ours = {name: x.copy() for name, x in params.items()}
+        state = optimizer.init(ours, anchors, importance)
+        for grad in grads:
+            ours, state = optimizer.step(ours, grad, state)
+        ends.append((ours, state.moments))
+    for name in shapes:
+        np.testing.assert_array_equal(ends[0][0][name], ends[1][0][name])
+        for one, other in zip(ends[0][1][name], ends[1][1][name], strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def transformed(importance, steps=12, **more):

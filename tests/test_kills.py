@@ -21,7 +21,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from recadam_core import RecAdamError
-from recadam_core.finetuning import RunConfig, finetune, load_run
+from recadam_harness import RunConfig, finetune, load_run
 
 WORKER = Path(__file__).with_name("killed_worker.py")
 

@@ -15,12 +15,12 @@ import torch
 from safetensors.numpy import save_file
 
 from recadam_core import Hyperparameters, RecAdamError, get_backend
-from recadam_core.finetuning.archives import model_folder
-from recadam_core.finetuning.engine import coupled_gradient, make_engine
-from recadam_core.finetuning.models import MLP, Bert, Ops
-from recadam_core.finetuning.models.bert import load_checkpoint
-from recadam_jax.engine import OPS as JAX_OPS
-from recadam_torch.engine import OPS as TORCH_OPS
+from recadam_harness.archives import model_folder
+from recadam_harness.engines import coupled_gradient, make_engine
+from recadam_harness.engines.jax import OPS as JAX_OPS
+from recadam_harness.engines.torch import OPS as TORCH_OPS
+from recadam_harness.models import MLP, Bert, Ops
+from recadam_harness.models.bert import load_checkpoint
 
 RNG = np.random.default_rng(0)
 
@@ -69,7 +69,7 @@ def engine(backend, folder, dtype="float32", optimizer="recadam"):
     model = Bert(config)
     full = {**params, **model.init_head(np.random.default_rng(0))}
     hp = Hyperparameters(lr=1e-3, gamma=100.0)
-    return make_engine(get_backend(backend), model, full, frozenset(params), optimizer, hp, dtype)
+    return make_engine(backend, model, full, frozenset(params), optimizer, hp, dtype)
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])

@@ -49,11 +49,12 @@ def test_any_number_of_threads_shares_the_work_out(workers, team):
     columns[3] = [abs(x) for x in columns[3]]
     expected = [[x.copy() for x in xs] for xs in columns]
     c = Coefficients(0.9, 0.999, 1e-3, 1e-8, 0.25, 0.01)
-    table = Table(sizes, ["float64"] * 5, workers)
+    table = Table(sizes, ["float64"] * 6, workers)
     table.addresses[:] = [[x.ctypes.data for x in xs] for xs in columns]
-    table.run(c, True, TEAMS[team]())
+    table.run(c, True, TEAMS[team](), weighs=True)
     for i in range(len(sizes)):
-        kernel(*(xs[i] for xs in expected), c)
+        *arrays, importance = (xs[i] for xs in expected)
+        kernel(*arrays, c, importance)
     for name, xs, ys in zip(COLUMNS, columns, expected, strict=True):
         for x, y in zip(xs, ys, strict=True):
             np.testing.assert_array_equal(x, y, err_msg=name)
@@ -61,7 +62,7 @@ def test_any_number_of_threads_shares_the_work_out(workers, team):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_has_threads_of_its_own():
-    table = Table([4 * LEAST], ["float32"] * 5, 2)
+    table = Table([4 * LEAST], ["float32"] * 6, 2)
     held = [np.ones(4 * LEAST, dtype=np.float32) for _ in COLUMNS]
     table.addresses[:, 0] = [x.ctypes.data for x in held]
     c = Coefficients(0.9, 0.999, 1e-3, 1e-8, 0.25, 0.0)
@@ -235,6 +236,7 @@ def test_interleaved_arrays_that_share_nothing_are_stepped_in_place():
         (1, np.ones(3, ">f8"), "one_pass: grad 1 is >f8 of shape (3,), theta float64 of (3,)"),
         (2, [0.0] * 3, "one_pass: m 1 is list; give an array"),
         (4, np.ma.array(np.ones(3)), "one_pass: anchor 1 is MaskedArray"),
+        (5, [np.nan] * 3, "one_pass: importance 1 is list; give an array"),
         (3, None, "one_pass: lists of [1, 2] arrays; give as many of each"),
     ],
 )
@@ -242,8 +244,9 @@ def test_lists_of_several_kinds_are_refused_before_anything_is_written(column, a
     columns = [[np.ones(3), np.ones(3)] for _ in COLUMNS]
     columns[column] = columns[column][:1] + ([] if array is None else [array])
     held = copy.deepcopy(columns)
+    *arrays, importances = columns
     with pytest.raises(RecAdamError) as caught:
-        one_pass(*columns, Coefficients(0.9, 0.999, 1e-3, 1e-8, 0.25, 0.0))
+        one_pass(*arrays, Coefficients(0.9, 0.999, 1e-3, 1e-8, 0.25, 0.0), importances)
     assert says in str(caught.value)
     np.testing.assert_equal(columns, held)
 

@@ -311,7 +311,7 @@ def test_triton_compiles_for_cuda_without_contraction():
         [sys.executable, worker], capture_output=True, text=True, check=True, env=environment
     )
     found = json.loads(result.stdout)
-    assert len(found) == 6
+    assert len(found) == 7
     for case, words in found.items():
         assert words["fma"] == words["inexact"] == 0, case
         assert words["sqrt"] >= 8, case

@@ -11,9 +11,9 @@ pytest.importorskip("jax")
 pytest.importorskip("sklearn")
 
 from recadam_core import RecAdamError
-from recadam_core.finetuning import RunConfig, finetune
-from recadam_core.finetuning.engine import OPTIMIZERS
-from recadam_core.finetuning.seeds import sweep_seeds
+from recadam_harness import RunConfig, finetune
+from recadam_harness.engines import OPTIMIZERS
+from recadam_harness.seeds import sweep_seeds
 
 
 def config(optimizer="recadam", **changes):

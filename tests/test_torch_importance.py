@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -15,7 +16,15 @@ import recadam_core as rc
 from recadam_torch import Anchors, RecAdam, feature_importance, importance_of, lora_anchors, param_groups
 
 SETTINGS = {"lr": 1e-2, "gamma": 20.0, "annealing": rc.Sigmoid(k=0.3, t0=10)}
-WAYS = ({}, {"foreach": True}, {"foreach": False}, {"exact": True}, {"capturable": True})
+WAYS = (
+    {"fused": "numba"},
+    {"fused": "compiled"},
+    {"fused": False},
+    {"foreach": True},
+    {"foreach": False},
+    {"exact": True},
+    {"capturable": True},
+)
 
 
 def arrays(seed, count, shape=(3, 5)):
@@ -55,9 +64,10 @@ def test_every_way_to_step_follows_the_formula(way):
     np.testing.assert_array_equal(head, run(None, **way)[1])
 
 
-def test_exact_has_the_specifications_bits():
+@pytest.mark.parametrize("way", [{}, {"exact": True}, {"fused": "numba"}, {"fused": "compiled"}], ids=str)
+def test_exact_and_one_pass_have_the_specifications_bits(way):
     importance = np.random.default_rng(5).uniform(size=(3, 5))
-    np.testing.assert_array_equal(run(importance, exact=True)[0], specification(importance))
+    np.testing.assert_array_equal(run(importance, **way)[0], specification(importance))
 
 
 def test_ones_change_no_bit_and_zeros_leave_the_annealed_adam():
@@ -73,13 +83,16 @@ def test_ones_change_no_bit_and_zeros_leave_the_annealed_adam():
 
 def test_sixteen_bits_and_rounding():
     importance = np.random.default_rng(5).uniform(size=(3, 5))
-    for rounding in ("nearest", "stochastic", "compensated"):
+    for rounding, fused in itertools.product(
+        ("nearest", "stochastic", "compensated"), (None, False, "compiled")
+    ):
         w = torch.nn.Parameter(torch.ones(3, 5, dtype=torch.bfloat16))
-        settings = {"lr": 1e-2, "gamma": 50.0, "annealing": rc.Constant(1.0, 1.0), "rounding": rounding}
+        settings = {"lr": 1e-2, "gamma": 50.0, "annealing": rc.Constant(1.0, 1.0)}
         anchors = {"w": torch.zeros(3, 5)}
         optimizer = RecAdam(
-            [("w", w)], anchors=anchors, importance={"w": torch.tensor(importance)}, **settings
-        )
+            [("w", w)], anchors=anchors, importance={"w": torch.tensor(importance)}, rounding=rounding,
+            fused=fused, **settings,
+        )  # fmt: skip
         w.grad = torch.zeros_like(w)
         optimizer.step()
         expected = 1 - 0.5 * importance
@@ -142,11 +155,6 @@ def test_drift_takes_it_into_account():
         ({"w": torch.ones(2)}, {"form": "proximal"}, "importance needs form='decoupled', not 'proximal'"),
         ({"w": torch.tensor([0.5, 2.0])}, {}, "importance of 'w' leaves [0, 1]; scale it, and set the"),
         ({"w": torch.tensor([0.5, torch.nan])}, {}, "importance of 'w' leaves [0, 1]; scale it"),
-        (
-            {"w": torch.ones(2)},
-            {"fused": True},
-            "RecAdam: importance and fused are both set; give one of them",
-        ),
     ],
 )
 def test_bad_input_is_named_in_one_line(importance, more, message):

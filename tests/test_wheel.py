@@ -23,16 +23,17 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_the_wheel_holds_the_four_packages_and_nothing_else(wheel):
+def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
         "recadam_core",
+        "recadam_harness",
         "recadam_numpy",
         "recadam_torch",
         "recadam_jax",
     }
-    assert {"recadam_core/py.typed", "recadam_core/finetuning/templates/report.html.j2"} <= set(names)
+    assert {"recadam_core/py.typed", "recadam_harness/templates/report.html.j2"} <= set(names)
 
 
 def test_the_wheel_works_away_from_the_sources(wheel, tmp_path):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from recadam_core import Constant, Hyperparameters, RecAdam
-from recadam_core.backends import Variant
+from recadam_core.variants import Variant
 
 from .common import arrays
 
@@ -51,12 +51,14 @@ class Torch:
 
         return AdamW(self.params, lr=1e-5).step
 
-    def recadam(self, freed=False, anchor_dtype=None, **flags):
+    def recadam(self, freed=False, anchor_dtype=None, weighed=False, **flags):
         from recadam_torch import RecAdam as TorchRecAdam
 
         # Named, since others step the same parameters before this optimizer does.
         anchors = {name: p.detach().to(anchor_dtype) for name, p in self.named}
         curve = Constant(task=1.0, recall=0.0) if freed else CURVE
+        if weighed:
+            flags["importance"] = {name: (p.detach() - p.detach().floor()) for name, p in self.named}
         optimizer = TorchRecAdam(self.named, lr=1e-5, gamma=GAMMA, annealing=curve, anchors=anchors, **flags)
         if freed:  # by the first step
             optimizer.step()
@@ -190,6 +192,9 @@ TORCH = {
     ),
     "RecAdam, anchors freed": Contender(
         "after annealing", 28, lambda t: t.recadam(freed=True, fused="numba"), ("numba",)
+    ),
+    "RecAdam, importance": Contender(
+        "a pull weighted by an importance", 36, lambda t: t.recadam(fused="numba", weighed=True), ("numba",)
     ),
     "RecAdam compiled": Contender(
         'RecAdam(fused="compiled")',

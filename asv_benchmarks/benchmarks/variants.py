@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 from recadam_core import Hyperparameters, RecAdamError, available_backends, get_backend
+from recadam_core.optimizer import stepper_of
 
 from .common import MODEL, SHAPES, arrays, best, turns
 
@@ -23,8 +24,8 @@ class Variants:
         [
             f"{name} {v.name}"
             for name in available_backends()
-            for v in get_backend(name).capabilities.variants
-            if v.name != "functional" and (not v.environment or "cuda" in DEVICES)
+            for v in get_backend(name).capabilities.variants[1:]
+            if (not v.environment or "cuda" in DEVICES)
         ],
         DEVICES,
         MODEL,
@@ -44,7 +45,9 @@ class Variants:
         if device == "cpu" and variant.environment:
             raise NotImplementedError(f"{which} is interpreted on the CPU")
         try:
-            self.steps = {way: step(name, way, device) for way in {chosen, "functional"}}
+            self.steps = {
+                way: step(name, way, device) for way in {chosen, backend.capabilities.variants[0].name}
+            }
             for take in self.steps.values():
                 take()
         except RecAdamError as error:
@@ -53,22 +56,22 @@ class Variants:
             raise NotImplementedError(str(error)) from error  # as of numba's on CUDA
 
     def track_step(self, which, device, _):
-        return best(turns(self.steps, warm=1), which.split()[1], "functional")
+        return best(turns(self.steps, warm=1), *reversed(self.steps))
 
     track_step.pretty_name = "A step of each backend's variants"
 
 
-def step(name, variant, device):
+def step(backend, variant, device):
     """A step of a variant, that waits for its device."""
-    backend = get_backend(name)
 
     def put(seed):
         return {
-            str(i): placed(backend.from_numpy(x), name, device) for i, x in enumerate(arrays(SHAPES, seed))
+            str(i): placed(backend.from_numpy(x), backend.name, device)
+            for i, x in enumerate(arrays(SHAPES, seed))
         }
 
     params, grads, anchors = put(0), put(1), put(0)
-    stepper = backend.stepper(variant, params, anchors, HP)
+    stepper = stepper_of(backend, variant, params, anchors, HP)
     return lambda: synchronise(stepper(grads, HP.lr)["0"])
 
 

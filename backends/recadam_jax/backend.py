@@ -22,7 +22,9 @@ from recadam_core import (
     coefficients,
     update,
 )
-from recadam_core.backends import Exact, Functional, Specification, Stepper, Variant
+from recadam_core.backends import Specification
+from recadam_core.optimizer import Functional
+from recadam_core.variants import Exact, Stepper, Variant
 
 from .transformation import from_hyperparameters, host_coefficients
 
@@ -67,6 +69,25 @@ def _contracts(dtype: str) -> bool:
         return bool(jnp.any(jax.jit(lambda x, y, z: x * y - z)(a, a, a * a) != 0))
 
 
+def _traced(t: np.ndarray[Any, Any], hp: Hyperparameters, anchored: bool, dtype: str) -> Coefficients:
+    """The coefficients of many steps as compiled code computes them, as arrays or numbers in NumPy."""
+    with backend.precision(dtype):
+        compiled = jax.jit(lambda x: coefficients(x, hp, None, anchored, jnp)[2:])
+        values = compiled(jnp.asarray(t, dtype=dtype))
+        return Coefficients(*hp.betas, *(np.asarray(x) for x in values))
+
+
+def _functional(
+    jit: bool,
+    params: dict[str, Any],
+    anchors: dict[str, Any],
+    hp: Hyperparameters,
+    exact: bool = False,
+    importance: dict[str, Any] | None = None,
+) -> Stepper:
+    return Functional(JaxBackend(jit, exact), params, anchors, hp, importance)
+
+
 class JaxBackend:
     """The backend of JAX arrays.
 
@@ -98,24 +119,25 @@ class JaxBackend:
                     "no AVX2 in the whole process; to be set before JAX starts",
                     {"XLA_FLAGS": FLAG},
                 ),
+                make=lambda *given, **more: _functional(True, *given, **more),
                 misses=FLUSHED,
-                weighs=True,
             ),
             Variant(
                 "eager",
                 "RecAdam(hp, JaxBackend(jit=False))",
                 Exact(price="one dispatch an operation"),
+                make=lambda *given, **more: _functional(False, *given, **more),
                 misses=FLUSHED,
-                weighs=True,
             ),
             Variant(
                 "optax",
                 "recadam_jax.recadam",
                 Exact("never", "give it host_coefficients, as optax-host does"),
                 traced=True,
+                coefficients=_traced,
+                make=lambda *given, **more: _OptaxStepper(False, *given, **more),
                 rounds_update=True,
                 misses={"exact": TRACED, "denormals": TRACED},
-                weighs=True,
             ),
             Variant(
                 "optax-host",
@@ -125,12 +147,11 @@ class JaxBackend:
                     "no AVX2 in the whole process; to be set before JAX starts",
                     {"XLA_FLAGS": FLAG},
                 ),
+                make=lambda *given, **more: _OptaxStepper(True, *given, **more),
                 rounds_update=True,
                 misses=FLUSHED,
-                weighs=True,
             ),
         ),
-        finetunes=("mlp", "bert"),
     )
 
     def __init__(self, jit: bool = True, exact: bool = False) -> None:
@@ -169,32 +190,6 @@ class JaxBackend:
         )
         return stepped
 
-    def stepper(
-        self,
-        variant: str,
-        params: dict[str, Any],
-        anchors: dict[str, Any],
-        hp: Hyperparameters,
-        exact: bool = False,
-        importance: dict[str, Any] | None = None,
-    ) -> Stepper:
-        """`recadam_jax.recadam` in one compiled step, or `recadam_core.RecAdam`."""
-        self.capabilities.variant(variant)
-        if variant.startswith("optax"):
-            return _OptaxStepper(params, anchors, hp, importance, host=variant == "optax-host")
-        return Functional(
-            JaxBackend(jit=variant == "functional", exact=exact), params, anchors, hp, importance
-        )
-
-    def traced_coefficients(
-        self, t: np.ndarray[Any, Any], hp: Hyperparameters, anchored: bool, dtype: str
-    ) -> Coefficients:
-        """The coefficients of many steps as compiled code computes them, as arrays or numbers in NumPy."""
-        with self.precision(dtype):
-            compiled = jax.jit(lambda x: coefficients(x, hp, None, anchored, jnp)[2:])
-            values = compiled(jnp.asarray(t, dtype=dtype))
-            return Coefficients(*hp.betas, *(np.asarray(x) for x in values))
-
     def from_numpy(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> jax.Array:
         """A copy on the default device; refuses float64 while JAX would silently make it float32."""
         dtype = dtype or array.dtype.name
@@ -215,24 +210,18 @@ class JaxBackend:
         """64-bit types on for float64, as they are otherwise."""
         return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
 
-    @property
-    def engine(self) -> Any:
-        """The engine that trains the harness's models with JAX."""
-        from .engine import JaxEngine
-
-        return JaxEngine
-
 
 class _OptaxStepper:
     """`recadam_jax.recadam` as the conformance kit drives it."""
 
     def __init__(
         self,
+        host: bool,
         params: dict[str, Any],
         anchors: dict[str, Any],
         hp: Hyperparameters,
-        importance: dict[str, Any] | None,
-        host: bool,
+        exact: bool = False,
+        importance: dict[str, Any] | None = None,
     ) -> None:
         stars = {name: anchors.get(name) for name in params}
         weights = importance and {name: importance.get(name) for name in params}

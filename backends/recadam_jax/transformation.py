@@ -770,16 +770,7 @@ def paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
 
 
 def _leaves(params: Any, other: Any, what: str, spread: bool | None = None) -> list[Any]:
-    """The other tree's parts at the parameters.
-
-    Args:
-        params: the parameters.
-        other: a tree like them.
-        what: the other tree, for the message.
-        spread: whether a leaf may stand for all below it; else only None may. The other tree may have
-            anything then where the parameters have nothing, as frozen ones under `optax.masked`. None wants
-            one tree exactly like the other.
-    """
+    """The other tree's parts at the parameters."""
     try:
         if spread is None:
             return list(_flatten(params)[1].flatten_up_to(other))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from recadam_core import Capabilities, Coefficients, Hyperparameters, Moments, RecAdamError
+from recadam_core import Backend, Capabilities, Coefficients, Hyperparameters, Moments, RecAdamError
 from recadam_core.arrays import check_arrays
-from recadam_core.backends import Functional, Shared, Specification, Stepper, Variant
+from recadam_core.backends import Shared, Specification
+from recadam_core.coefficients import coefficients_of
 from recadam_core.errors import check_flag
+from recadam_core.optimizer import Functional
 from recadam_core.update import scalars
+from recadam_core.variants import Variant
 
 from .kernel import unchecked
 
@@ -27,7 +29,6 @@ class NumpyBackend(Specification):
 
     Args:
         fused: whether to step in one pass over memory, on all cores, which needs numba. Changes no bit.
-            It takes no importance.
         in_place: whether a step may write into the arrays of parameters and state that it is given, and
             return them. Needs `fused`. Otherwise it is pure, and spends most of its time on new memory.
 
@@ -39,11 +40,20 @@ class NumpyBackend(Specification):
     capabilities = Capabilities(
         dtypes=("float16", "float32", "float64"),
         variants=(
-            Variant("functional", "recadam_core.RecAdam", weighs=True),
-            Variant("specification", "recadam_core.update", weighs=True),
-            Variant("fused", "RecAdam(hp, NumpyBackend(fused=True))", needs=("numba",)),
+            Variant("functional", "recadam_core.RecAdam"),
+            Variant(
+                "specification",
+                "recadam_core.update",
+                make=lambda *given, **more: _over(Specification(np), *given, **more),
+                coefficients=coefficients_of,
+            ),
+            Variant(
+                "fused",
+                "RecAdam(hp, NumpyBackend(fused=True))",
+                needs=("numba",),
+                make=lambda *given, **more: _over(NumpyBackend(fused=True), *given, **more),
+            ),
         ),
-        finetunes=("mlp",),
     )
 
     def __init__(self, fused: bool = False, in_place: bool = False) -> None:
@@ -58,8 +68,6 @@ class NumpyBackend(Specification):
             from . import one_pass
 
             self._one_pass = one_pass
-            plain = (dataclasses.replace(v, weighs=False) for v in self.capabilities.variants)
-            self.capabilities = dataclasses.replace(self.capabilities, variants=tuple(plain))
 
     def owns(self, array: Any) -> bool:
         """Whether the object is an array or a scalar of NumPy."""
@@ -89,14 +97,13 @@ class NumpyBackend(Specification):
                     unchecked(theta, g, m, v, star, c, weight)
         elif runs:
             names = [name for _, columns in runs for name in columns[0]]
-            tables, held = zip(
-                *(self._one_pass.table_of(*xs[:4], xs[4] if c.recall else None) for c, (_, *xs) in runs),
-                strict=True,
-            )
+            # Whole columns, or none: of parameters that are pulled alike all have what one has.
+            given = [[None if xs[0] is None else xs for xs in columns] for _, (_, *columns) in runs]
+            tables, held = zip(*(self._one_pass.table_of(*columns) for columns in given), strict=True)
             if self._in_place:
                 self._one_pass.check_apart(tables, names, "NumpyBackend")
-            for (c, _), table in zip(runs, tables, strict=True):
-                table.run(c, c.recall != 0)
+            for (c, _), table, (*_, stars, weights) in zip(runs, tables, given, strict=True):
+                table.run(c, stars is not None, weighs=weights is not None)
             del held  # not earlier: the tables hold addresses only
         return [
             (
@@ -117,10 +124,8 @@ class NumpyBackend(Specification):
             raise RecAdamError(
                 f"NumpyBackend: recall is {group.c.recall!r} but there are no anchors; give them"
             )
-        if self._one_pass is not None and group.importances is not None:
-            raise RecAdamError("NumpyBackend: fused=True takes no importance; leave one of them out")
         count = len(group.params)
-        given = (group.anchors if pulls else None, group.importances)
+        given = (group.anchors, group.importances) if pulls else (None, None)
         stars, weights = ([None] * count if xs is None else xs for xs in given)
         if any(len(xs) != count for xs in (group.grads, group.moments, stars, weights)):
             raise RecAdamError("NumpyBackend: lists of several lengths; give as many arrays of each")
@@ -164,26 +169,17 @@ class NumpyBackend(Specification):
                     f"NumpyBackend: {what} of {name!r} is read-only; give a copy, or leave in_place out"
                 )
 
-    def stepper(
-        self,
-        variant: str,
-        params: dict[str, Any],
-        anchors: dict[str, Any],
-        hp: Hyperparameters,
-        exact: bool = False,
-        importance: dict[str, Any] | None = None,
-    ) -> Stepper:
-        """`recadam_core.RecAdam` over one of the kernels, or over the specification itself; all are exact."""
-        self.capabilities.variant(variant)
-        serving = {"functional": self, "specification": Specification(np)}
-        return Functional(serving.get(variant) or NumpyBackend(fused=True), params, anchors, hp, importance)
 
-    @property
-    def engine(self) -> Any:
-        """The engine that trains the harness's models with NumPy."""
-        from .engine import NumpyEngine
-
-        return NumpyEngine
+def _over(
+    backend: Backend,
+    params: dict[str, Any],
+    anchors: dict[str, Any],
+    hp: Hyperparameters,
+    exact: bool,
+    importance: dict[str, Any] | None = None,
+) -> Functional:
+    """`recadam_core.RecAdam` over a kernel; all are exact."""
+    return Functional(backend, params, anchors, hp, importance)
 
 
 def _as_was(old: Array, new: Array) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 
 from recadam_core import Coefficients, RecAdamError
 from recadam_core.arrays import check_arrays
-from recadam_core.update import scalars
+from recadam_core.update import formula, scalars
 
 __all__ = ["kernel", "unchecked"]
 
@@ -82,35 +82,7 @@ def unchecked(
     c: Coefficients,
     importance: Array | None = None,
 ) -> None:
-    """`kernel` of arrays that are known to fit.
-
-    Example:
-        >>> theta, m, v = np.ones(2), np.zeros(2), np.zeros(2)
-        >>> unchecked(theta, np.ones(2), m, v, np.zeros(2), Coefficients(0.9, 0.999, 0.0, 1e-8, 0.25, 0.0))
-        >>> theta
-        array([0.75, 0.75])
-    """
-    a, b = np.empty_like(theta), np.empty_like(theta)
-    np.multiply(m, c.beta1, out=m)
-    np.multiply(grad, 1 - c.beta1, out=a)
-    np.add(m, a, out=m)
-    np.multiply(v, c.beta2, out=v)
-    np.multiply(grad, grad, out=a)
-    np.multiply(a, 1 - c.beta2, out=a)
-    np.add(v, a, out=v)
-    np.sqrt(v, out=a)
-    np.add(a, c.eps, out=a)
-    np.divide(m, a, out=a)
-    np.multiply(a, c.step, out=a)
-    if anchor is None:
-        np.negative(a, out=a)
-    else:
-        np.subtract(anchor, theta, out=b)
-        np.multiply(b, c.recall, out=b)
-        if importance is not None:
-            np.multiply(b, importance, out=b)
-        np.subtract(b, a, out=a)
-    if c.decay:
-        np.multiply(theta, c.decay, out=b)
-        np.subtract(a, b, out=a)
-    np.add(theta, a, out=theta)
+    """`kernel` of arrays that are known to fit."""
+    numbers = (c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.recall, c.decay or None)
+    delta, m[...], v[...] = formula(theta, grad, m, v, anchor, importance, *numbers, np.sqrt, np.divide)
+    np.add(theta, delta, out=theta)

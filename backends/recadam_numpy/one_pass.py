@@ -7,12 +7,15 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from operator import truediv
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
 from recadam_core import Coefficients, RecAdamError
 from recadam_core.arrays import check_arrays
+from recadam_core.update import formula
 
 try:
     import llvmlite.binding
@@ -42,7 +45,7 @@ LEAST = 1 << 15
 Team = Callable[[int, int, int], None]
 """Calls the C function at an address with a pointer, in so many threads at once, and waits for them."""
 
-COLUMNS = ("theta", "grad", "m", "v", "anchor")
+COLUMNS = ("theta", "grad", "m", "v", "anchor", "importance")
 
 
 class Table:
@@ -50,13 +53,13 @@ class Table:
 
     Args:
         sizes: elements of each parameter, of shape (n,).
-        dtypes: names in `CODES`, of theta, grad, m, v and anchor. The step is computed in that of m and v,
-            "float32" or "float64"; theta's is the same, or has 16 bits.
+        dtypes: names in `CODES`, of theta, grad, m, v, anchor and importance. The step is computed in that of
+            m and v, "float32" or "float64"; theta's is the same, or has 16 bits.
         workers: threads to use at most.
 
     Example:
         >>> theta, grad, m, v = np.ones(2), np.ones(2), np.zeros(2), np.zeros(2)
-        >>> table = Table([2], ["float64"] * 5)
+        >>> table = Table([2], ["float64"] * 6)
         >>> table.addresses[:4, 0] = [x.ctypes.data for x in (theta, grad, m, v)]
         >>> table.run(Coefficients(0.9, 0.999, 0.5, 0.0, 0.0, 0.0), pulls=False)
         >>> theta.round(3)
@@ -93,16 +96,18 @@ class Table:
         itemsizes = [CODES[name].itemsize for name in self._dtypes]
         return np.multiply.outer(itemsizes, np.asarray(self._sizes, dtype=np.int64))
 
-    def run(self, c: Coefficients, pulls: bool, team: Team | None = None) -> None:
+    def run(self, c: Coefficients, pulls: bool, team: Team | None = None, weighs: bool = False) -> None:
         """One step, in place on theta, m and v.
 
         Args:
             c: coefficients, Python floats.
             pulls: whether anchors are read.
+            weighs: whether importances are read.
             team: calls a C function with a pointer in so many threads, and waits; None for threads of ours.
         """
         self._scalars[:] = c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.recall, c.decay
-        self._words[0], self._words[3], self._words[4] = 0, pulls, c.decay != 0
+        # Which terms there are: each combination is compiled apart, without a branch in its loop.
+        self._words[0], self._words[3], self._words[4] = 0, pulls + (pulls and weighs), c.decay != 0
         workers, words = len(self._shares) - 1, self._words.ctypes.data
         if workers == 1:
             self._entry.ctypes(words)
@@ -147,6 +152,7 @@ def one_pass(
     vs: Sequence[Array],
     anchors: Sequence[Array] | None,
     c: Coefficients,
+    importances: Sequence[Array] | None = None,
 ) -> None:
     """One step, in place on `thetas`, `ms` and `vs`: the numbers of `kernel`, without temporary arrays.
 
@@ -157,6 +163,7 @@ def one_pass(
         vs: second moments; overwritten.
         anchors: pretrained values; None where `c.recall` is 0.
         c: coefficients, Python floats.
+        importances: by which the pulls are multiplied; None for 1.
 
     Raises:
         RecAdamError: when lengths, shapes or dtypes differ, or what is to be overwritten cannot be, or shares
@@ -173,9 +180,9 @@ def one_pass(
     """
     if not len(thetas):
         return
-    table, held = table_of(thetas, grads, ms, vs, anchors)
+    table, held = table_of(thetas, grads, ms, vs, anchors, importances)
     check_apart([table], range(len(thetas)), "one_pass")
-    table.run(c, anchors is not None)
+    table.run(c, anchors is not None, weighs=importances is not None)
     del held  # not earlier
 
 
@@ -185,25 +192,18 @@ def table_of(
     ms: Sequence[Array],
     vs: Sequence[Array],
     anchors: Sequence[Array] | None,
+    importances: Sequence[Array] | None = None,
 ) -> tuple[Table, list[Any]]:
-    """The table of a step, checked; arguments and what is raised as in `one_pass`.
-
-    Returns:
-        The table, and what must be kept until it has run.
-
-    Example:
-        >>> table, held = table_of([np.ones(2)], [np.ones(2)], [np.zeros(2)], [np.zeros(2)], None)
-        >>> table.addresses.shape
-        (5, 1)
-    """
-    lengths = {len(xs) for xs in (thetas, grads, ms, vs, anchors) if xs is not None}
+    """The table of a step, checked; arguments and what is raised as in `one_pass`."""
+    lengths = {len(xs) for xs in (thetas, grads, ms, vs, anchors, importances) if xs is not None}
     if len(lengths) > 1:
         raise RecAdamError(f"one_pass: lists of {sorted(lengths)} arrays; give as many of each")
     # What follows goes by addresses alone.
     dtype: Any = getattr(thetas[0], "dtype", None)
     for i, theta in enumerate(thetas):
-        star = theta if anchors is None else anchors[i]
-        given = (("theta", theta), ("grad", grads[i]), ("m", ms[i]), ("v", vs[i]), ("anchor", star))
+        given = [("theta", theta), ("grad", grads[i]), ("m", ms[i]), ("v", vs[i])]
+        for what, xs in (("anchor", anchors), ("importance", importances)):
+            given += [] if xs is None else [(what, xs[i])]
         for what, x in given:
             if type(x) is not np.ndarray:
                 check_arrays([(f"one_pass: {what} {i}", x)], np)
@@ -221,32 +221,17 @@ def table_of(
                     )
     # In another layout these may be copied: they are only read.
     grads = [np.ascontiguousarray(x) for x in grads]
-    stars = grads if anchors is None else [np.ascontiguousarray(x) for x in anchors]
+    stars, weights = (
+        grads if xs is None else [np.ascontiguousarray(x) for x in xs] for xs in (anchors, importances)
+    )
     table = Table([x.size for x in thetas], [dtype.name] * len(COLUMNS), threads())
-    columns = [thetas, grads, ms, vs, stars]
+    columns = [thetas, grads, ms, vs, stars, weights]
     table.addresses[:] = [[x.__array_interface__["data"][0] for x in xs] for xs in columns]
     return table, columns
 
 
 def check_apart(tables: Sequence[Table], names: Sequence[Any], where: str) -> None:
-    """Raise where an array that is to be overwritten shares memory with another.
-
-    Args:
-        tables: filled in.
-        names: of their parameters, in order.
-        where: the place for the message.
-
-    Raises:
-        RecAdamError: naming both.
-
-    Example:
-        >>> x = np.zeros(3)
-        >>> table, held = table_of([x], [np.ones(3)], [x], [np.ones(3)], None)
-        >>> check_apart([table], ["w"], "step")
-        Traceback (most recent call last):
-        ...
-        recadam_core.errors.RecAdamError: step: theta of 'w' and m of 'w' share memory; give a copy of one
-    """
+    """Raise where an array that is to be overwritten shares memory with another."""
     starts = np.concatenate([table.addresses for table in tables], axis=1)
     stops = starts + np.concatenate([table.bytes() for table in tables], axis=1)
     order = starts.argsort(axis=None)
@@ -268,7 +253,7 @@ def check_apart(tables: Sequence[Table], names: Sequence[Any], where: str) -> No
     index, start, stop = index[order], start[order], stop[order]
     for k in np.flatnonzero(stop[:-1] > start[1:])[:1]:
         refuse(index[k], index[k + 1])
-    read, begin, end = spans([1, 4])
+    read, begin, end = spans([1, 4, 5])
     at = np.searchsorted(start, end) - 1
     for k in np.flatnonzero((at >= 0) & (stop[at] > begin))[:1]:
         refuse(index[at[k]], read[k])
@@ -321,18 +306,20 @@ def _rounded(typing: Any, x: Any, like: Any) -> Any:
 
 
 # Neither fastmath nor contraction: each operation is rounded as NumPy rounds it.
+_formula = numba.njit(error_model="numpy", nogil=True)(formula)
+
+
 @numba.njit(error_model="numpy", nogil=True)
-def _loop(theta: Any, grad: Any, m: Any, v: Any, anchor: Any, scalars: Any, pulls: Any, decays: Any) -> None:
-    beta1, rest1, beta2, rest2, step, eps, recall, decay = scalars
+def _loop(theta: Any, grad: Any, m: Any, v: Any, anchor: Any, importance: Any, x: Any, decay: Any) -> None:
+    """The formula, element by element; what is None is no term of it."""
     for i in range(theta.size):
-        old, g = _widened(theta[i]), _widened(grad[i])
-        m[i] = beta1 * m[i] + rest1 * g
-        v[i] = beta2 * v[i] + rest2 * (g * g)
-        delta = -(step * (m[i] / (math.sqrt(v[i]) + eps)))
-        if pulls:
-            delta = recall * (_widened(anchor[i]) - old) + delta
-        if decays:
-            delta = delta - decay * old
+        old = _widened(theta[i])
+        star = None if anchor is None else _widened(anchor[i])
+        weight = None if importance is None else _widened(importance[i])
+        delta, m[i], v[i] = _formula(
+            old, _widened(grad[i]), m[i], v[i], star, weight,
+            x[0], x[1], x[2], x[3], x[4], x[5], x[6], decay, math.sqrt, truediv,
+        )  # fmt: skip
         theta[i] = _rounded(old + delta, theta[i])
 
 
@@ -350,19 +337,20 @@ def _ticket(typing: Any, counter: Any) -> Any:
 @cache
 def _compiled(*dtypes: str) -> Any:
     """A C function of a pointer to a table's words: steps shares that nobody has taken, while there are."""
-    like_theta, like_grad, like_m, like_v, like_anchor = (CODES[name] for name in dtypes)
+    like_theta, like_grad, like_m, like_v, like_anchor, like_importance = (CODES[name] for name in dtypes)
     sizes = tuple(CODES[name].itemsize for name in dtypes)
+    # What is kept on disk is looked up by this file and by what `entry` refers to: by the formula's text, so.
+    text = crc32(formula.__code__.co_code + repr(formula.__code__.co_consts).encode())
 
     def entry(at: Any) -> None:
         words = numba.carray(at, (10,), np.int64)
-        params, count, pulls, decays = words[1], words[2], words[3] != 0, words[4] != 0
-        addresses = numba.carray(_pointer(words[5]), (5, params), np.int64)
+        params, count, terms, decays = words[1], words[2], words[3], words[4] != 0
+        addresses = numba.carray(_pointer(words[5]), (6, params), np.int64)
         pieces = numba.carray(_pointer(words[6]), (3, count), np.int64)
         shares = numba.carray(_pointer(words[7]), (words[9] + 1,), np.int64)
         x = numba.carray(_pointer(words[8]), (8,), like_m)
-        scalars = (x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7])
-        star = 4 if pulls else 1
-        share = _ticket(at)
+        scalars = (x[0], x[1], x[2], x[3], x[4], x[5], x[6])
+        share = _ticket(at) + 0 * text
         while share < words[9]:  # there may be fewer threads than were asked for
             for k in range(shares[share], shares[share + 1]):
                 p, start, size = pieces[0, k], pieces[1, k], pieces[2, k]
@@ -370,8 +358,22 @@ def _compiled(*dtypes: str) -> Any:
                 grad = numba.carray(_pointer(addresses[1, p] + start * sizes[1]), (size,), like_grad)
                 m = numba.carray(_pointer(addresses[2, p] + start * sizes[2]), (size,), like_m)
                 v = numba.carray(_pointer(addresses[3, p] + start * sizes[3]), (size,), like_v)
-                anchor = numba.carray(_pointer(addresses[star, p] + start * sizes[4]), (size,), like_anchor)
-                _loop(theta, grad, m, v, anchor, scalars, pulls, decays)
+                star = numba.carray(_pointer(addresses[4, p] + start * sizes[4]), (size,), like_anchor)
+                weight = numba.carray(_pointer(addresses[5, p] + start * sizes[5]), (size,), like_importance)
+                if terms == 2:
+                    if decays:
+                        _loop(theta, grad, m, v, star, weight, scalars, x[7])
+                    else:
+                        _loop(theta, grad, m, v, star, weight, scalars, None)
+                elif terms == 1:
+                    if decays:
+                        _loop(theta, grad, m, v, star, None, scalars, x[7])
+                    else:
+                        _loop(theta, grad, m, v, star, None, scalars, None)
+                elif decays:
+                    _loop(theta, grad, m, v, None, None, scalars, x[7])
+                else:
+                    _loop(theta, grad, m, v, None, None, scalars, None)
             share = _ticket(at)
 
     signature = types.void(types.voidptr)

@@ -424,12 +424,7 @@ def lora_anchors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def bare(name: str) -> str:
-    """A parameter's name without what wrappers of the model put into it.
-
-    Example:
-        >>> bare("module._orig_mod.encoder.weight")
-        'encoder.weight'
-    """
+    """A parameter's name without what wrappers of the model put into it."""
     name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
     return name.removeprefix("base_model.model.")  # peft's
 

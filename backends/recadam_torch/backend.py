@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from recadam_core import Capabilities, Coefficients, Hyperparameters, Moments
-from recadam_core.backends import Exact, Functional, Stepper, Variant
+from recadam_core.optimizer import Functional
+from recadam_core.variants import Exact, Stepper, Variant
 
 from .kernel import kernel_
 from .optimizer import RecAdam
@@ -21,6 +22,32 @@ __all__ = ["TorchBackend", "backend"]
 
 
 BY_NUMPY = Exact("exact=True", "the square root in one thread on the CPU, by NumPy; nothing on CUDA")
+
+
+def _functional(
+    params: dict[str, Any],
+    anchors: dict[str, Any],
+    hp: Hyperparameters,
+    exact: bool = False,
+    importance: dict[str, Any] | None = None,
+) -> Stepper:
+    return Functional(TorchBackend(exact), params, anchors, hp, importance)
+
+
+def _stepping(**way: Any) -> Callable[..., Stepper]:
+    """Makes `recadam_torch.RecAdam` in one of its ways to step."""
+
+    def make(params: Any, anchors: Any, hp: Any, exact: bool = False, importance: Any = None) -> Stepper:
+        can = exact and not way.get("capturable")
+        return _Stepper(params, anchors, hp, exact=can, importance=importance, **way)
+
+    return make
+
+
+def _way(name: str, exact: Exact, **way: Any) -> Variant:
+    """A variant by one flag of the optimizer's."""
+    ((flag, value),) = way.items()
+    return Variant(name, f"RecAdam(..., {flag}={value})", exact, make=_stepping(**way))
 
 
 class TorchBackend:
@@ -44,22 +71,27 @@ class TorchBackend:
                 "functional",
                 "recadam_core.RecAdam",
                 Exact("TorchBackend(exact=True)", BY_NUMPY.price),
-                weighs=True,
+                make=_functional,
             ),
-            Variant("single", "RecAdam(..., foreach=False)", BY_NUMPY, weighs=True),
-            Variant("foreach", "RecAdam(..., foreach=True)", BY_NUMPY, weighs=True),
+            _way("single", BY_NUMPY, foreach=False),
+            _way("foreach", BY_NUMPY, foreach=True),
             # Coefficients come from the device's exp, square roots from torch.
-            Variant("capturable", "RecAdam(..., capturable=True)", Exact("never", ""), weighs=True),
-            Variant("fused", 'RecAdam(..., fused="numba")', needs=("numba",)),
-            Variant("compiled", 'RecAdam(..., fused="compiled")', programs=(("g++", "clang++"),)),
+            _way("capturable", Exact("never", ""), capturable=True),
+            Variant("fused", 'RecAdam(..., fused="numba")', needs=("numba",), make=_stepping(fused="numba")),
+            Variant(
+                "compiled",
+                'RecAdam(..., fused="compiled")',
+                programs=(("g++", "clang++"),),
+                make=_stepping(fused="compiled"),
+            ),
             Variant(
                 "triton",
                 'RecAdam(..., fused="triton")',
                 needs=("triton",),
                 environment={"TRITON_INTERPRET": "1"},
+                make=_stepping(fused="triton"),
             ),
         ),
-        finetunes=("mlp", "bert"),
     )
 
     def __init__(self, exact: bool = False) -> None:
@@ -87,29 +119,6 @@ class TorchBackend:
         kernel_(thetas, list(grads), ms, vs, stars, c, self._exact, weights)
         return thetas, [Moments(m, v) for m, v in zip(ms, vs, strict=True)]
 
-    def stepper(
-        self,
-        variant: str,
-        params: dict[str, Any],
-        anchors: dict[str, Any],
-        hp: Hyperparameters,
-        exact: bool = False,
-        importance: dict[str, Any] | None = None,
-    ) -> Stepper:
-        """`recadam_torch.RecAdam` in one of its ways to step; or `recadam_core.RecAdam`."""
-        self.capabilities.variant(variant)
-        if variant == "functional":
-            return Functional(TorchBackend(exact), params, anchors, hp, importance)
-        ways: dict[str, dict[str, Any]] = {
-            "single": {"foreach": False},
-            "foreach": {"foreach": True},
-            "capturable": {"capturable": True},
-            "fused": {"fused": "numba"},
-        }
-        way = ways.get(variant) or {"fused": variant}
-        way = {"exact": exact and variant != "capturable", "importance": importance, **way}
-        return _Stepper(params, anchors, hp, **way)
-
     def from_numpy(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> Tensor:
         """A copy on the CPU."""
         return torch.tensor(array, dtype=getattr(torch, dtype or array.dtype.name))
@@ -126,19 +135,6 @@ class TorchBackend:
     def precision(self, dtype: str) -> contextlib.AbstractContextManager[Any]:
         """Nothing to switch."""
         return contextlib.nullcontext()
-
-    @property
-    def engine(self) -> Any:
-        """The engine that trains the harness's models with PyTorch."""
-        from .engine import TorchEngine
-
-        return TorchEngine
-
-    def trial(self, trial: Any) -> dict[str, Any]:
-        """One training of the experiments; see `recadam_core.experiments.run_trial`."""
-        from .trials import run
-
-        return run(trial)
 
 
 class _Stepper:

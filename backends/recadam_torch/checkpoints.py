@@ -85,30 +85,18 @@ def _copied(given: Tensor, device: torch.device, where: tuple[slice, ...]) -> Te
 
 
 def weigh(group: Mapping[str, Any], states: list[dict[str, Any]], importance: Any) -> None:
-    """Put each parameter's importance into its state: 0 for rows of a grown vocabulary that have no anchor.
-
-    Args:
-        group: a group with its parameters' names.
-        states: their states.
-        importance: tensors by parameter name; None for none.
-
-    Raises:
-        RecAdamError: when an anchored parameter has none, or one is no tensor in [0, 1] of its shape.
-    """
+    """Put each parameter's importance into its state: 0 for rows of a grown vocabulary without an anchor."""
     grown = [name for (name, _), state in zip(named(group), states, strict=True) if "anchor_rows" in state]
-    if grown and (group["fused"] or group["form"] != "decoupled"):
-        other = "fused" if group["fused"] else f"form={group['form']!r}"
+    if grown and group["form"] != "decoupled":
         raise RecAdamError(
-            f"RecAdam: {grown[0]!r} has rows without an anchor, with which {other} does not go; leave that "
-            "out, or call the parameter new"
+            f"RecAdam: {grown[0]!r} has rows without an anchor, with which form={group['form']!r} does not "
+            "go; leave that out, or call the parameter new"
         )
     for (_, p), state in zip(named(group), states, strict=True):
         if "anchor_rows" in state:
             state["importance"] = like(p, partial(_first_rows, p, int(state["anchor_rows"])))
     if importance is None or not group["anchored"]:
         return
-    if group["fused"]:
-        raise RecAdamError("RecAdam: importance and fused are both set; give one of them")
     check_weighable(group["form"])
     if not isinstance(importance, Mapping):
         raise RecAdamError(
@@ -176,16 +164,7 @@ def _rows(state: Mapping[str, Any]) -> int | None:
 def from_file(
     group: Mapping[str, Any], wanted: list[tuple[Tensor, int]], files: Collection[str]
 ) -> dict[Tensor, dict[str, Any]]:
-    """Anchors of a group's parameters, read again from the file that they came from.
-
-    Args:
-        group: the group's settings, which say where its anchors came from.
-        wanted: parameters and their places in the group.
-        files: those that the user took anchors from. No other is opened: settings may be a checkpoint's.
-
-    Returns:
-        By parameter, "anchor" and "anchor_hash" of those that could be read; the caller compares.
-    """
+    """Anchors of a group's parameters, read again from the file that they came from."""
     path, names = group["anchor_source"], group["anchor_names"]
     if not wanted or path not in files or not Path(path).is_file():
         return {}
@@ -226,21 +205,7 @@ _COUNTED = 2**24
 def resumed(
     optimizer: Optimizer, saved: Any, held: Mapping[Tensor, dict[str, Any]], files: Collection[str]
 ) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]], dict[Tensor, str]]:
-    """What a checkpoint makes of an optimizer, which is not changed here.
-
-    Args:
-        optimizer: the optimizer.
-        saved: the checkpoint.
-        held: its parameters' states now.
-        files: those that the user took anchors from.
-
-    Returns:
-        The groups; the states by parameter, in memory of their own; the parameters that are trained and of
-        which nothing was saved, and their names.
-
-    Raises:
-        RecAdamError: when the checkpoint is another optimizer's, of other parameters or of other anchors.
-    """
+    """What a checkpoint makes of an optimizer, which is not changed here."""
     try:
         groups = _groups(optimizer, saved)
         entries, missing = _entries(optimizer, groups, saved, held)
@@ -356,17 +321,7 @@ def _none(where: str, index: Any, p: Tensor, why: str) -> RecAdamError:
 
 
 def checked(where: str, index: Any, p: Tensor, saved: Any) -> dict[str, Any]:
-    """What was saved of a parameter, without the empty entries that a flattened checkpoint has for no value.
-
-    Args:
-        where: the place, for messages.
-        index: the parameter's name or number there.
-        p: the parameter.
-        saved: the state.
-
-    Raises:
-        RecAdamError: unless they are entries of the parameter's state, whatever its anchor may be.
-    """
+    """What was saved of a parameter, checked; without the empty entries of flattened checkpoints."""
     if not isinstance(saved, Mapping):
         raise _none(where, index, p, f"it is {shown(saved)}")
     state = {key: x for key, x in saved.items() if not (isinstance(x, dict) and not x)}
@@ -428,21 +383,7 @@ def _misfit(x: Any, p: Tensor) -> str:
 def states_of(
     where: str, group: Mapping[str, Any], entries: list[Entry], files: Collection[str], said: str = ""
 ) -> tuple[dict[Tensor, dict[str, Any]], bool]:
-    """States of a group's parameters, from what was saved of them.
-
-    Args:
-        where: the place, for messages.
-        group: the group's settings.
-        entries: the parameters, and what `checked` let pass.
-        files: those that the user took anchors from.
-        said: where the anchors came from as a checkpoint says it, for messages.
-
-    Returns:
-        The states, in memory of their own, and whether any anchor is another tensor than it was.
-
-    Raises:
-        RecAdamError: when an anchor is not the one that the state was saved with, and is not to be had again.
-    """
+    """States of a group's parameters, from what was saved of them."""
     take_hashes(entry.mine for entry in entries if "anchor_hash" in entry.mine)
     release = policy_of(group).release()
     found: dict[Tensor, dict[str, Any]] = {}

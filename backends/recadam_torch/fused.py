@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
-from operator import attrgetter
+from operator import attrgetter, truediv
 from pathlib import Path
 from shutil import which
 from types import FunctionType
@@ -23,31 +23,16 @@ import torch
 from torch import Tensor
 
 from recadam_core import Coefficients, RecAdamError
+from recadam_core.update import formula
 
 from .kernel import kernel_
+from .memory import regular
 
-__all__ = ["FUSED", "NumbaKernel", "chosen_fused", "fused_kernel", "is_writable", "regular"]
+__all__ = ["FUSED", "NumbaKernel", "chosen_fused", "fused_kernel"]
 
 
 def chosen_fused(group: Mapping[str, Any], device: torch.device) -> str:
-    """The one-pass kernel that a group's settings come to, for parameters on a device.
-
-    Args:
-        group: the group's settings.
-        device: where its parameters are.
-
-    Returns:
-        A name in `FUSED`, or nothing. For True that is Triton on CUDA, elsewhere numba where it is installed,
-        else inductor; for None numba on the CPU, where it is installed and no other flag asks for another way
-        to step. Triton is for those who name it until it has been run on a device.
-
-    Raises:
-        RecAdamError: when the name is unknown, or there is none for this device.
-
-    Example:
-        >>> chosen_fused({"fused": True}, torch.device("cpu"))
-        'numba'
-    """
+    """The one-pass kernel that a group's settings come to, for parameters on a device."""
     name = group["fused"]
     if name is False:
         return ""
@@ -69,21 +54,7 @@ def chosen_fused(group: Mapping[str, Any], device: torch.device) -> str:
 
 
 def fused_kernel(name: str) -> Callable[..., None]:
-    """A new one-pass kernel of this name.
-
-    Args:
-        name: one of `FUSED`.
-
-    Returns:
-        A function with the arguments of `kernel_`, for the same list of tensors step after step.
-
-    Raises:
-        RecAdamError: when what it needs is not installed.
-
-    Example:
-        >>> type(fused_kernel("numba")).__name__
-        'NumbaKernel'
-    """
+    """A new one-pass kernel of this name."""
     if name == "numba":
         from recadam_numpy import one_pass  # noqa: F401  # says what to install
     if name == "compiled" and not torch.cuda.is_available() and not (which("g++") or which("clang++")):
@@ -118,12 +89,13 @@ class NumbaKernel:
         vs: list[Tensor],
         anchors: list[Tensor] | None,
         c: Coefficients,
+        importances: list[Tensor] | None = None,
     ) -> None:
         """As `kernel_`."""
-        run = self.lay(thetas, grads, ms, vs, anchors)
-        if run is None:  # moments of 16 bits, say
+        run = self.lay(thetas, grads, ms, vs, anchors, importances)
+        if run is None:  # moments of several widths, say
             exact = ms[0].dtype in _walkable()
-            kernel_(thetas, grads, ms, vs, anchors, c, exact=exact)
+            kernel_(thetas, grads, ms, vs, anchors, c, exact, importances)
         else:
             run(c)
 
@@ -134,6 +106,7 @@ class NumbaKernel:
         ms: list[Tensor],
         vs: list[Tensor],
         anchors: list[Tensor] | None,
+        importances: list[Tensor] | None = None,
     ) -> Callable[[Coefficients], None] | None:
         """Look at all that a step reads and writes; what then takes it, None for dtypes that are not walked.
 
@@ -147,17 +120,20 @@ class NumbaKernel:
         if walkable is None or {*map(_dtype, ms), *map(_dtype, vs)} - {wide}:
             return None
         shapes = list(map(_shape, thetas))
-        columns, places = [], []
+        columns: list[list[Tensor]] = []
+        places: list[list[int]] = []
         # List by list: what is asked of a tensor a second time is in the caches then.
-        for xs, is_written in ((thetas, True), (grads, False), (ms, True), (vs, True), (anchors, False)):
-            if xs is not None:
-                columns.append(regular(xs, wide, walkable, shapes, _HOST, is_written))
+        for xs in (thetas, grads, ms, vs, anchors, importances):
+            if xs is None:  # never read
+                columns.append(columns[1])
+                places.append(places[1])
+            else:
+                columns.append(
+                    regular(xs, wide, walkable, shapes, _HOST, is_written=len(columns) in (0, 2, 3))
+                )
                 places.append(list(map(Tensor.data_ptr, columns[-1])))
         sizes = list(map(Tensor.numel, thetas))
         names = [str(xs[0].dtype).removeprefix("torch.") for xs in columns]
-        if anchors is None:  # never read
-            places.append(places[1])
-            names.append(names[1])
         shape = names, torch.get_num_threads(), sizes
         if shape != self._shape:
             self._table, self._shape = Table(sizes, names, shape[1]), shape
@@ -168,7 +144,7 @@ class NumbaKernel:
             raise RecAdamError("there is no memory to step over (a freed storage, or the meta device)")
 
         def run(c: Coefficients) -> None:
-            table.run(c, anchors is not None, torch_team())
+            table.run(c, anchors is not None, torch_team(), importances is not None)
             for old, new in ((thetas, columns[0]), (ms, columns[2]), (vs, columns[3])):
                 if new is not old:
                     torch._foreach_copy_(old, new)
@@ -179,63 +155,7 @@ class NumbaKernel:
 
 
 _HOST = torch.device("cpu")
-_dtype, _device, _shape = map(attrgetter, ("dtype", "device", "shape"))
-
-
-def regular(
-    tensors: list[Tensor],
-    wide: torch.dtype,
-    walkable: frozenset[torch.dtype],
-    shapes: list[torch.Size],
-    device: torch.device,
-    is_written: bool = False,
-) -> list[Tensor]:
-    """Tensors whose memory a one-pass kernel can walk: the very list where it can already, else copies.
-
-    Args:
-        tensors: of any dtypes and strides, on any devices.
-        wide: the dtype of a copy.
-        walkable: the dtypes that the kernel reads, if all have the same one.
-        shapes: what they must have.
-        device: where the kernel runs.
-        is_written: whether copies are to be written back.
-
-    Raises:
-        RecAdamError: when shapes are others, there are no values, or no copy could be written back.
-
-    Example:
-        >>> x = [torch.ones(2)]
-        >>> regular(x, torch.float32, frozenset([torch.float32]), [(2,)], torch.device("cpu")) is x
-        True
-    """
-    dtypes, devices = set(map(_dtype, tensors)), set(map(_device, tensors))
-    if list(map(_shape, tensors)) != shapes:
-        raise RecAdamError("a parameter, its gradient, moments and anchor have several shapes")
-    if any(place.type == "meta" for place in devices):
-        raise RecAdamError("a parameter, its gradient, moments or anchor is on the meta device")
-    negative = any(map(Tensor.is_neg, tensors))  # which only say that they are
-    if negative or not all(map(Tensor.is_contiguous, tensors)):
-        if is_written and not all(map(is_writable, tensors)):
-            raise RecAdamError("a parameter or moment is a view that cannot be written to")
-        tensors = [x.resolve_neg() for x in tensors]
-    if len(dtypes) > 1 or not dtypes <= walkable:
-        tensors = [x.detach().to(device, wide, non_blocking=True) for x in tensors]
-    elif devices - {device}:
-        tensors = [x.detach().to(device, non_blocking=True) for x in tensors]
-    if all(map(Tensor.is_contiguous, tensors)):
-        return tensors
-    return [x.detach().contiguous() for x in tensors]
-
-
-def is_writable(x: Tensor) -> bool:
-    """Whether each element of a dense tensor has a place of its own to be written to.
-
-    Example:
-        >>> is_writable(torch.ones(2, 1).expand(2, 3))
-        False
-    """
-    shared = x.numel() and any(step == 0 and n > 1 for step, n in zip(x.stride(), x.shape, strict=True))
-    return not (shared or x.is_neg())
+_dtype, _shape = map(attrgetter, ("dtype", "shape"))
 
 
 @cache
@@ -276,27 +196,24 @@ def compiled_(
     vs: list[Tensor],
     anchors: list[Tensor] | None,
     c: Coefficients,
+    importances: list[Tensor] | None = None,
 ) -> None:
     """One step by inductor: large tensors one by one in their places, small ones joined."""
-    stars: list[Any] = [None] * len(thetas) if anchors is None else anchors
+    columns = [thetas, grads, ms, vs, *(xs for xs in (anchors, importances if anchors else None) if xs)]
     small = []
-    for i, theta in enumerate(thetas):
-        columns = [theta, grads[i], ms[i], vs[i], *([] if stars[i] is None else [stars[i]])]
-        if theta.numel() < SMALL or not all(map(Tensor.is_contiguous, columns)):
+    for i, own in enumerate(zip(*columns, strict=True)):
+        if own[0].numel() < SMALL or not all(map(Tensor.is_contiguous, own)):
             small.append(i)
         else:
-            _inductor(c, *(x.detach().view(-1) for x in columns))
+            _inductor(c, *(x.detach().view(-1) for x in own))
     if not small:
         return
     wide = ms[0].dtype
-
-    def join(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([tensors[i].detach().reshape(-1).to(wide) for i in small])
-
-    flat = [join(xs) for xs in (thetas, grads, ms, vs, *([] if anchors is None else [anchors]))]
+    flat = [torch.cat([xs[i].detach().reshape(-1).to(wide) for i in small]) for xs in columns]
     if flat[0].numel() < 2:  # inductor would compile sizes 0 and 1 apart
-        one = [[x] for x in flat]
-        kernel_(one[0], one[1], one[2], one[3], None if anchors is None else one[4], c, exact=True)
+        theta, grad, m, v, *others = ([x] for x in flat)
+        star, weight, *_ = *others, None, None
+        kernel_(theta, grad, m, v, star, c, True, weight)
     else:
         _inductor(c, *flat)
     sizes = [thetas[i].numel() for i in small]
@@ -313,9 +230,8 @@ def _inductor(c: Coefficients, *columns: Tensor) -> None:
     # 0-d tensors: another number each step compiles nothing anew.
     number = columns[2].new_tensor
     decay = number(c.decay) if c.decay else None
-    star = columns[4] if len(columns) > 4 else None
-    run = _compiled(columns[0].dtype, columns[2].dtype, star is not None and star.dtype, decay is None)
-    run(*columns[:4], star, c.beta1, c.beta2, number(c.step), number(c.eps), number(c.recall), decay)
+    run = _compiled(*(x.dtype for x in columns), decay is None)
+    run(columns, c.beta1, c.beta2, number(c.step), number(c.eps), number(c.recall), decay)
 
 
 def triton_() -> Callable[..., None]:
@@ -333,12 +249,8 @@ FUSED: dict[str, Callable[[], Callable[..., None]]] = {
 """Makers of one-pass kernels by name."""
 
 
-def _formula(
-    theta: Tensor,
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    anchor: Tensor | None,
+def _in_place(
+    columns: tuple[Tensor, ...],
     beta1: float,
     beta2: float,
     step: Tensor,
@@ -346,20 +258,19 @@ def _formula(
     recall: Tensor,
     decay: Tensor | None,
 ) -> None:
-    """The formula of `recadam_core.update`, for a compiler that rounds each operation by itself."""
-    old, grad = theta.to(m.dtype), grad.to(m.dtype)
-    m_new = beta1 * m + (1 - beta1) * grad
-    v_new = beta2 * v + (1 - beta2) * (grad * grad)
-    adam = step * (m_new / (v_new.sqrt() + eps))
-    delta = -adam if anchor is None else recall * (anchor.to(m.dtype) - old) - adam
-    if decay is not None:
-        delta = delta - decay * old
-    theta.copy_(old + delta)
-    m.copy_(m_new)
-    v.copy_(v_new)
+    """The formula over whole tensors, for a compiler that rounds each operation by itself."""
+    wide = columns[2].dtype
+    old, grad, m, v, *others = (x.to(wide) for x in columns)
+    anchor, importance, *_ = *others, None, None
+    betas = beta1, 1 - beta1, beta2, 1 - beta2
+    delta, m, v = formula(
+        old, grad, m, v, anchor, importance, *betas, step, eps, recall, decay, torch.sqrt, truediv
+    )
+    for x, new in zip((columns[0], columns[2], columns[3]), (old + delta, m, v), strict=True):
+        x.copy_(new)
 
 
 @cache
 def _compiled(*kind: Any) -> Callable[..., Any]:
     """The formula, compiled for one kind of arguments; a copy, since one is compiled only so often."""
-    return torch.compile(FunctionType(_formula.__code__.replace(), _formula.__globals__), dynamic=True)
+    return torch.compile(FunctionType(_in_place.__code__.replace(), _in_place.__globals__), dynamic=True)

@@ -45,20 +45,7 @@ class RecAdamFactory:
         new_lr: float | None = None,
         **settings: Any,
     ) -> RecAdam:
-        """The optimizer.
-
-        Args:
-            model: the model.
-            anchors: `Anchors`; or what `Anchors.of` takes, but None.
-            new: names or patterns of new parameters; part of `Anchors` where these are given.
-            weight_decay: of new weights.
-            anchored_weight_decay: of anchored weights.
-            new_lr: learning rate of new parameters; None for that of the others.
-            **settings: of `RecAdam`, as lr, gamma, annealing.
-
-        Raises:
-            RecAdamError: when there are no anchors, and as `Anchors.of` and `RecAdam` do.
-        """
+        """The optimizer."""
         if anchors is None:
             raise RecAdamError(
                 "RecAdamFactory: anchors is None, and Trainer may have loaded a checkpoint into the model "

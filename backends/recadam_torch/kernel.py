@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from recadam_core import Coefficients
+from recadam_core.update import formula
 
 __all__ = ["kernel_"]
 
@@ -23,10 +26,9 @@ def kernel_(
 ) -> None:
     r"""One step for tensors that share their coefficients, in place on `thetas`, `ms` and `vs`.
 
-    Operation for operation that of `recadam_core.update`, as `torch._foreach` calls: one fused launch
-    a line on CUDA, a loop over the list on CPU. None of torch's combined operations (`lerp`, `addcmul`,
-    `addcdiv`, `add` with alpha) is used, since they round differently. With a list of one it is the
-    single-tensor step, so the formula stands here once.
+    That of `recadam_core.update` as `torch._foreach` calls: one fused launch
+    an operation on CUDA, a loop over the list on CPU. None of torch's combined operations (`lerp`, `addcmul`,
+    `addcdiv`, `add` with alpha) is used, since they round differently.
 
     Args:
         thetas: parameters; overwritten. 16-bit ones are summed in float32 and rounded once.
@@ -49,32 +51,67 @@ def kernel_(
     Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12.
     """
     old = _like(thetas, ms)
-    grads = _like(grads, ms)
-    torch._foreach_mul_(ms, c.beta1)
-    torch._foreach_add_(ms, list(torch._foreach_mul(grads, 1 - c.beta1)))
-    torch._foreach_mul_(vs, c.beta2)
-    work = list(torch._foreach_mul(grads, grads))
-    torch._foreach_mul_(work, 1 - c.beta2)
-    torch._foreach_add_(vs, work)
-    work = [_sqrt(v) for v in vs] if exact else list(torch._foreach_sqrt(vs))
-    torch._foreach_add_(work, c.eps)
-    delta = list(torch._foreach_div(ms, work))
-    torch._foreach_mul_(delta, c.step)
-    if anchors is None:
-        torch._foreach_neg_(delta)
-    else:
-        pull = list(torch._foreach_sub(_like(anchors, ms), old))
-        torch._foreach_mul_(pull, c.recall)
-        if importances is not None:
-            torch._foreach_mul_(pull, _like(importances, ms))
-        torch._foreach_sub_(pull, delta)
-        delta = pull
-    if c.decay:
-        torch._foreach_sub_(delta, list(torch._foreach_mul(old, c.decay)))
+    pulls = anchors is not None
+    delta, m, v = formula(
+        Lists(old),
+        Lists(_like(grads, ms)),
+        # Read once, by the formula's first lines: what these make of them may lie where they were.
+        Lists(ms, spent=True),
+        Lists(vs, spent=True),
+        Lists(_like(anchors, ms)) if anchors is not None else None,
+        Lists(_like(importances, ms)) if pulls and importances is not None else None,
+        *(c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.recall, c.decay or None),
+        lambda x: x.root(exact),
+        Lists.over,
+    )
     if old is thetas:
-        torch._foreach_add_(thetas, delta)
+        torch._foreach_add_(thetas, delta.tensors)
     else:
-        torch._foreach_copy_(thetas, list(torch._foreach_add(old, delta)))
+        torch._foreach_copy_(thetas, list(torch._foreach_add(old, delta.tensors)))
+    for xs, new in ((ms, m.tensors), (vs, v.tensors)):
+        if new is not xs:
+            torch._foreach_copy_(xs, new)
+
+
+class Lists:
+    """Tensors to compute with as with one number; results lie where an operand was that is needed no more."""
+
+    def __init__(self, tensors: list[Tensor], spent: bool = False) -> None:
+        self.tensors, self.spent = tensors, spent
+
+    def _with(self, other: Any, name: str) -> Lists:
+        ys = other.tensors if isinstance(other, Lists) else other
+        if self.spent:
+            getattr(torch, f"_foreach_{name}_")(self.tensors, ys)
+            return self
+        return Lists(list(getattr(torch, f"_foreach_{name}")(self.tensors, ys)), spent=True)
+
+    def __mul__(self, other: Any) -> Lists:
+        # A product is the same either way round.
+        if isinstance(other, Lists) and other.spent and not self.spent:
+            return other._with(self, "mul")
+        return self._with(other, "mul")
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> Lists:
+        return self._with(other, "add")
+
+    def __sub__(self, other: Any) -> Lists:
+        return self._with(other, "sub")
+
+    def __neg__(self) -> Lists:
+        torch._foreach_neg_(self.tensors)
+        return self
+
+    def over(self, other: Lists) -> Lists:
+        """The quotient, in new memory: what is divided is kept."""
+        return Lists(list(torch._foreach_div(self.tensors, other.tensors)), spent=True)
+
+    def root(self, exact: bool) -> Lists:
+        """The square root, in new memory."""
+        roots = [_sqrt(x) for x in self.tensors] if exact else list(torch._foreach_sqrt(self.tensors))
+        return Lists(roots, spent=True)
 
 
 def _sqrt(x: Tensor) -> Tensor:

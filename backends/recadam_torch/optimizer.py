@@ -77,7 +77,7 @@ class RecAdam(Optimizer):
             the first step, with a warning, if it was overwritten before, as by DDP's broadcast.
         importance: how much each weight matters to the old task, by parameter name: tensors in [0, 1] of
             the parameters' shapes, by which the pull is multiplied (as EWC has the Fisher information). Every
-            anchored parameter has one, or none does. Such parameters are not stepped in one pass.
+            anchored parameter has one, or none does.
         bias_correction: whether the moments are corrected for their start at zero.
         form: "decoupled" (the paper's algorithm), "released" (the authors' code) or "proximal"
             (stable at any lr * gamma).
@@ -331,7 +331,6 @@ class RecAdam(Optimizer):
             group["capturable"]
             and group["rounding"] == "nearest"
             and chosen_fused(group, p.device) == "triton"
-            and "importance" not in self.state[p]
             for group in self.param_groups
             for p in group["params"]
         )
@@ -458,7 +457,7 @@ class RecAdam(Optimizer):
                 )
             if traced:  # numbers that change would be compiled anew
                 t = c = None
-            fused = "" if compiling or weighed else chosen_fused(ways, device)
+            fused = "" if compiling else chosen_fused(ways, device)
             if wrapper and fused:
                 if ways["fused"]:
                     raise RecAdamError(

@@ -26,12 +26,6 @@ class Prepared:
     """The work of the last step of groups, for as long as their parameters and states are the same objects.
 
     A thousand small parameters cost more to look up than to step.
-
-    Args:
-        groups: groups that share policy and learning rate.
-        policy: their policy.
-        work: the last step's, of all of their parameters.
-        states: the states of those.
     """
 
     def __init__(
@@ -60,17 +54,7 @@ class Prepared:
         rate: float | None,
         state: Mapping[Tensor, Any] | None,
     ) -> Work | None:
-        """The work of the next step; None when anything is not as it was.
-
-        Args:
-            groups: the groups.
-            policy: their policy.
-            rate: their learning rate.
-            state: the optimizer's, to look the parameters' up in; None when no entry is another one.
-
-        Raises:
-            RecAdamError: when the annealing or a coefficient is no good.
-        """
+        """The work of the next step; None when anything is not as it was."""
         work = self._work
         params = list(chain.from_iterable(group["params"] for group in groups))
         same = (

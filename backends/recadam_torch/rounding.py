@@ -17,12 +17,7 @@ ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 
 def widened(theta: Tensor, residual: Tensor | None) -> Tensor:
-    """A 16-bit parameter in float32, with what rounding has left over.
-
-    Example:
-        >>> widened(torch.ones(1, dtype=torch.bfloat16), torch.full((1,), 0.001, dtype=torch.bfloat16))
-        tensor([1.0010])
-    """
+    """A 16-bit parameter in float32, with what rounding has left over."""
     wide = theta.detach().float()
     return wide if residual is None else wide.add_(residual)
 
@@ -35,18 +30,6 @@ def round_(theta: Tensor, new: Tensor, residual: Tensor | None, chance: Tensor |
         mean $x$. With a residual, $\theta = \mathrm{round}(x)$ and $\rho = \mathrm{round}(x - \theta)$, so
         that $\theta + \rho$ has the digits of both.
 
-    Args:
-        theta: parameter, 16-bit; overwritten.
-        new: what it should be, float32.
-        residual: of theta's dtype; overwritten with what rounding leaves over. None keeps nothing.
-        chance: int32 in [0, 2^16), theta's shape, for bfloat16; None rounds to the nearest.
-
-    Example:
-        >>> theta = torch.ones(1, dtype=torch.bfloat16)
-        >>> round_(theta, torch.tensor([1.001]), None, torch.tensor([65000], dtype=torch.int32))
-        >>> theta
-        tensor([1.0078], dtype=torch.bfloat16)
-
     Source: Zamirai and others, Revisiting BFloat16 Training, arXiv 2010.06192.
     """
     if chance is not None:
@@ -58,28 +41,10 @@ def round_(theta: Tensor, new: Tensor, residual: Tensor | None, chance: Tensor |
 
 
 def noise(p: Tensor, name: str, t: Any) -> Tensor:
-    """Chance that depends on parameter, element and step alone: the same after a resume, however sharded.
-
-    Args:
-        p: the parameter.
-        name: its name, or its place among the others.
-        t: the step; an int or a 0-d integer tensor.
-
-    Returns:
-        int32 in [0, 2^16), of the shape of this process's part.
-
-    Example:
-        >>> noise(torch.ones(3), "w", 1).tolist()
-        [58930, 48770, 46165]
-    """
+    """Chance that depends on parameter, element and step alone: the same after a resume, however sharded."""
     return (mix(positions(part(p), p.shape, p.device) + key_of(p, name, t)) & 0xFFFF).int()
 
 
 def key_of(p: Tensor, name: str, t: Any) -> Tensor:
-    """What is added to each element's position, before it is mixed, for `noise`; arguments as there.
-
-    Example:
-        >>> mix(key_of(torch.ones(1), "w", 1)).item() & 0xFFFF
-        58930
-    """
+    """What is added to each element's position, before it is mixed, for `noise`; arguments as there."""
     return mix(torch.as_tensor(t, device=p.device).long() + (zlib.crc32(name.encode()) << 31))

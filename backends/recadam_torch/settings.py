@@ -63,15 +63,7 @@ SETTINGS = ("lr", *_STEPPED)
 
 
 class Policy(NamedTuple):
-    """What a group's settings come to, but for its learning rate.
-
-    Example:
-        >>> w = torch.nn.Parameter(torch.ones(1))
-        >>> policy_of(torch.optim.AdamW([w]).param_groups[0])
-        Traceback (most recent call last):
-        ...
-        recadam_core.errors.RecAdamError: RecAdam: a group has no 'gamma'; give one that RecAdam made
-    """
+    """What a group's settings come to, but for its learning rate."""
 
     hp: Hyperparameters  # its lr is the default, not the group's
     ways: Mapping[str, Any]  # how to step: the flags
@@ -87,17 +79,6 @@ def settled(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A group's settings as plain scalars, which weights-only loading accepts, all of them checked.
 
     What a constructor takes, a group may hold in mid-training and a checkpoint may bring is decided here.
-
-    Args:
-        settings: of a group; what is none of RecAdam's is left as it is.
-
-    Returns:
-        All of them. The lr is a Python number or the given 0-d tensor; an annealing of our own is a dict, a
-        stranger's the object itself.
-
-    Raises:
-        RecAdamError: for a setting that is missing or outside of its range, and for two that exclude each
-            other.
     """
     return _checked(settings)[0]
 
@@ -158,11 +139,7 @@ class Policies:
         self._known: dict[Any, Policy] = {}
 
     def of(self, groups: Iterable[dict[str, Any]]) -> list[Policy]:
-        """The policies, one object for equal settings; new settings are made plain in their groups.
-
-        Raises:
-            RecAdamError: for the settings of any group; then no group has changed.
-        """
+        """The policies, one object for equal settings; new settings are made plain in their groups."""
         found, changed = [], []
         for group in groups:
             values = _values(group)

@@ -34,52 +34,23 @@ _CHUNK = 2**16  # elements at once: what a core's cache holds
 
 
 def is_sharded(x: Any) -> bool:
-    """Whether the tensor is a DTensor, without importing what would be slow to import.
-
-    Example:
-        >>> is_sharded(torch.ones(2))
-        False
-    """
+    """Whether the tensor is a DTensor, without importing what would be slow to import."""
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and isinstance(x, tensors.DTensor)
 
 
 def is_wrapper(x: Tensor) -> bool:
-    """Whether this process's part of a tensor is of a class that sees to operations itself, without memory.
-
-    Example:
-        >>> is_wrapper(torch.nn.Parameter(torch.ones(2)))
-        False
-    """
+    """Whether this process's part of a tensor is of a class that has no memory of its own to walk."""
     return type(local(x)).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def in_memory(x: Tensor) -> bool:
-    """Whether there are values to read: not of a freed storage, nor on the meta device.
-
-    Example:
-        >>> in_memory(torch.ones(2)), in_memory(torch.ones(2, device="meta"))
-        (True, False)
-    """
+    """Whether there are values to read: not of a freed storage, nor on the meta device."""
     return not x.numel() or is_wrapper(x) or bool(local(x).data_ptr())
 
 
 def local(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """This process's part of a tensor: its own memory, not a copy.
-
-    Args:
-        x: any tensor.
-        like: a parameter whose sharding the part is to have; `x` is redistributed where its own differs,
-            as a gradient that is still to be summed is.
-
-    Returns:
-        A plain tensor; `x` itself when it is one.
-
-    Example:
-        >>> x = torch.ones(2)
-        >>> local(x) is x
-        True
-    """
+    """This process's part of a tensor, not a copy; redistributed where `like` is sharded otherwise."""
     if not is_sharded(x):
         return x
     sharded: Any = x
@@ -91,18 +62,7 @@ def local(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def part(p: Tensor) -> tuple[slice, ...]:
-    """Where this process's part of a parameter lies in the whole.
-
-    Args:
-        p: parameter; the whole is its part where it is not sharded.
-
-    Returns:
-        A slice for each dimension.
-
-    Example:
-        >>> part(torch.ones(2, 3))
-        (slice(0, 2, None), slice(0, 3, None))
-    """
+    """Where this process's part of a parameter lies in the whole."""
     if not is_sharded(p):
         return tuple(slice(0, n) for n in p.shape)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -115,19 +75,7 @@ def part(p: Tensor) -> tuple[slice, ...]:
 
 
 def like(p: Tensor, read: Callable[[tuple[slice, ...]], Tensor]) -> Tensor:
-    """A tensor that is sharded as a parameter is, from what reads parts of the whole.
-
-    Args:
-        p: the parameter.
-        read: gives the part in these slices, on any device, in any dtype.
-
-    Returns:
-        A plain tensor for a plain parameter, else a DTensor with the same placements.
-
-    Example:
-        >>> like(torch.ones(2), lambda where: torch.arange(2.0)[where])
-        tensor([0., 1.])
-    """
+    """A tensor that is sharded as a parameter is, from what reads parts of the whole."""
     mine = read(part(p))
     if not is_sharded(p):
         return mine
@@ -140,16 +88,6 @@ def like(p: Tensor, read: Callable[[tuple[slice, ...]], Tensor]) -> Tensor:
 
 def mix(x: Tensor) -> Tensor:
     """Thoroughly mixed bits (splitmix64's finalizer), elementwise.
-
-    Args:
-        x: int64, any shape.
-
-    Returns:
-        int64 of the same shape.
-
-    Example:
-        >>> mix(torch.tensor([1, 2])).tolist()
-        [6238072747940578789, -2606959012126976886]
 
     Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, 2014.
     """
@@ -164,20 +102,7 @@ def _shifted(x: Tensor, by: int) -> Tensor:
 
 
 def positions(where: Sequence[slice], shape: Sequence[int], device: torch.device) -> Tensor:
-    """Positions in the flattened whole of a part's elements.
-
-    Args:
-        where: the part, as `part` gives it.
-        shape: shape of the whole.
-        device: where to make them.
-
-    Returns:
-        int64, of the part's shape.
-
-    Example:
-        >>> positions((slice(1, 2), slice(0, 3)), (2, 3), torch.device("cpu"))
-        tensor([[3, 4, 5]])
-    """
+    """Positions in the flattened whole of a part's elements."""
     found = torch.zeros((), dtype=torch.int64, device=device)
     stride = 1
     for axis in reversed(range(len(shape))):
@@ -211,18 +136,6 @@ def fingerprints(tensors: Iterable[Tensor], rows: Iterable[int | None] | None = 
         takes no order, so each process adds up its own part.
 
     A checkpoint that pulls towards other weights is found out by it; an adversary is not.
-
-    Args:
-        tensors: floating tensors; sharded ones make this a collective call.
-        rows: how many of each one's rows count, None for all; None if all of all do.
-
-    Returns:
-        A number for each, never 0.
-
-    Example:
-        >>> x = torch.tensor([1.0, 2.0])
-        >>> fingerprints([x]) == fingerprints([x.double()]), fingerprints([x]) == fingerprints([x.flip(0)])
-        (True, False)
     """
     tensors = list(tensors)
     counts = [None] * len(tensors) if rows is None else list(rows)
@@ -236,19 +149,7 @@ def fingerprints(tensors: Iterable[Tensor], rows: Iterable[int | None] | None = 
 
 
 def summed(parts: Sequence[Tensor], owners: Sequence[Tensor]) -> list[Tensor]:
-    """Sums over the processes among which tensors are spread.
-
-    Args:
-        parts: each process's own part of each sum, 0-d, of one dtype.
-        owners: the tensors that they are of; of plain ones the part is the sum.
-
-    Returns:
-        The sums, on the CPU.
-
-    Example:
-        >>> summed([torch.tensor(2)], [torch.ones(3)])
-        [tensor(2)]
-    """
+    """Sums over the processes among which tensors are spread."""
     sums = [x.cpu() for x in parts]
     shared: dict[Any, list[int]] = {}
     for index, x in enumerate(owners):

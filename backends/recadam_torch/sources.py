@@ -29,27 +29,12 @@ WIDE = ("F16", "BF16", "F32", "F64")
 
 
 def is_wide(x: Tensor) -> bool:
-    """Whether a tensor holds real floating numbers of 16 bits or more.
-
-    Example:
-        >>> is_wide(torch.ones(1)), is_wide(torch.ones(1).to(torch.float8_e4m3fn))
-        (True, False)
-    """
+    """Whether a tensor holds real floating numbers of 16 bits or more."""
     return x.is_floating_point() and x.dtype.itemsize > 1
 
 
 class Mapped:
-    """A file that is mapped into memory: where it is cut short, reading its pages ends the process.
-
-    Args:
-        path: the file. It may be replaced by renaming another onto it, but not be written to.
-
-    Example:
-        >>> from tempfile import NamedTemporaryFile
-        >>> with NamedTemporaryFile() as file:
-        ...     mapped = Mapped(Path(file.name))
-        ...     mapped.check()
-    """
+    """A file that is mapped into memory: where it is cut short, reading its pages ends the process."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._handle = path, os.open(path, os.O_RDONLY)
@@ -77,27 +62,12 @@ _MAPPED: Any = WeakTensorKeyDictionary()
 
 
 def mapped_files(anchors: Iterable[Tensor]) -> set[Mapped]:
-    """The files whose pages these anchors are.
-
-    Example:
-        >>> mapped_files([torch.ones(2)])
-        set()
-    """
+    """The files whose pages these anchors are."""
     return {_MAPPED[x] for x in anchors if x in _MAPPED}
 
 
 class Tensors:
-    """Tensors in memory, as a state dict has them.
-
-    Args:
-        tensors: by name.
-        path: the file they were loaded from; empty when there is none.
-        files: those that they are mapped from.
-
-    Example:
-        >>> Tensors({"w": torch.arange(3)}).read("w", (slice(1, 2),))
-        tensor([1])
-    """
+    """Tensors in memory, as a state dict has them."""
 
     mapped = False
 
@@ -142,12 +112,7 @@ def _storage(x: Tensor) -> int:
 
 
 class Files:
-    """Tensors in .safetensors files: mapped into memory, and read when they are asked for.
-
-    Args:
-        files: the file of each tensor by name.
-        path: what the user named: the file, the index or the folder.
-    """
+    """Tensors in .safetensors files: mapped into memory, and read when they are asked for."""
 
     mapped = True
 
@@ -197,23 +162,7 @@ def _of_dtype(name: str) -> str:
 
 
 def open_source(given: str | Path | Mapping[str, Tensor] | torch.nn.Module) -> Source:
-    """The source that is meant by a path, a state dict or a model.
-
-    Args:
-        given: a `.safetensors` file, its index (`.safetensors.index.json`), a checkpoint of `torch.save`
-            (`.bin`, `.pt`, `.pth`), a folder with one of these as Hugging Face names them, the name of a
-            repository on the Hugging Face hub ("org/model"), a state dict, or a model.
-
-    Returns:
-        The source. Of files only headers are read.
-
-    Raises:
-        RecAdamError: when there is no such file, it is damaged, or it holds no tensors.
-
-    Example:
-        >>> list(open_source(torch.nn.Linear(2, 1)))
-        ['weight', 'bias']
-    """
+    """The source that is meant by a path, a state dict or a model."""
     if isinstance(given, torch.nn.Module):
         given = dict(given.named_parameters(remove_duplicate=False))
     if isinstance(given, Mapping):

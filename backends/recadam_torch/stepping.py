@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recadam_core import Coefficients, Hyperparameters, Moments, RecAdamError, apply, coefficients, update
 
-from .fused import is_writable
+from .memory import is_writable
 from .rounding import key_of, noise, round_, widened
 from .shards import in_memory, is_sharded
 
@@ -49,11 +49,7 @@ _shape = attrgetter("shape")
 
 
 def check_alike(work: Work) -> None:
-    """Raise unless everything that belongs to a parameter has its shape.
-
-    Raises:
-        RecAdamError: naming the parameter; as after its data was replaced by some of another size.
-    """
+    """Raise unless everything that belongs to a parameter has its shape."""
     shapes = list(map(_shape, work.thetas))
     for what, xs in _columns(work):
         if list(map(_shape, xs)) != shapes:
@@ -65,11 +61,7 @@ def check_alike(work: Work) -> None:
 
 
 def check_written(work: Work) -> None:
-    """Raise unless what a step writes can be written, and lies where its parameter does.
-
-    Raises:
-        RecAdamError: naming the parameter; as after the model was moved, or of an expanded tensor.
-    """
+    """Raise unless what a step writes can be written, and lies where its parameter does."""
     for name, theta, *moments in zip(work.names, work.thetas, work.ms, work.vs, strict=True):
         for what, x in (("data", theta), *zip(("first moment", "second moment"), moments, strict=True)):
             if x.device != theta.device:
@@ -93,11 +85,7 @@ def check_written(work: Work) -> None:
 
 
 def check_memory(work: Work) -> None:
-    """Raise unless every tensor has values to read.
-
-    Raises:
-        RecAdamError: naming the parameter; as after its storage was freed, or on the meta device.
-    """
+    """Raise unless every tensor has values to read."""
     for what, xs in (("data", work.thetas), *_columns(work)):
         if 0 in map(Tensor.data_ptr, xs):
             for name, x in zip(work.names, xs, strict=True):
@@ -118,17 +106,7 @@ def _columns(work: Work) -> list[tuple[str, list[Tensor]]]:
 
 
 def looked_at(work: Work) -> Work:
-    """The work, when all that it reads and writes was looked at: before any of it is written.
-
-    Args:
-        work: what to step.
-
-    Returns:
-        The same; where the kernel has laid out where everything is, with what then takes the step.
-
-    Raises:
-        RecAdamError: as the three checks, naming the parameter.
-    """
+    """The work, when all that it reads and writes was looked at: before any of it is written."""
     lay = getattr(work.kernel, "lay", None)
     narrow = work.thetas[0].dtype in (torch.bfloat16, torch.float16)
     copied = work.ways["maximize"] or (narrow and work.ways["rounding"] != "nearest")
@@ -136,7 +114,8 @@ def looked_at(work: Work) -> Work:
         run = None
         if lay and work.c and not copied:
             anchors = work.anchors if work.c.recall else None
-            run = lay(work.thetas, work.grads, work.ms, work.vs, anchors)
+            importances = work.importances if anchors else None
+            run = lay(work.thetas, work.grads, work.ms, work.vs, anchors, importances)
         if run is None:
             check_memory(work)
         return work._replace(run=run)
@@ -147,13 +126,7 @@ def looked_at(work: Work) -> Work:
 
 
 def execute(work: Work, scale: Tensor | None = None, found: Tensor | None = None) -> None:
-    """Take the step, in place on parameters, moments, residuals and step counts.
-
-    Args:
-        work: what to step.
-        scale: by which gradients were multiplied; None for 1. For Triton.
-        found: not 0 where a gradient is infinite, and nothing must change; None for 0. For Triton.
-    """
+    """Take the step, in place on parameters, moments, residuals and step counts."""
     ways, anchors = work.ways, work.anchors
     count = len(work.params)
     c = work.c or _traced(work)
@@ -173,7 +146,8 @@ def execute(work: Work, scale: Tensor | None = None, found: Tensor | None = None
         for part, stars in _streamed(anchors, count, work.thetas[0].device):
             lists = [xs[part] for xs in (work.thetas, work.grads, work.ms, work.vs)]
             own = Coefficients(*(x[part] if isinstance(x, Tensor) and x.ndim else x for x in c))
-            work.kernel(*lists, stars, own, keys=None if keys is None else keys[part], **options)
+            weights = work.importances and work.importances[part] if stars else None
+            work.kernel(*lists, stars, own, weights, keys=None if keys is None else keys[part], **options)
     else:
         _step(work, rounding, anchors, c)
     if found is not None:
@@ -188,7 +162,6 @@ def _step(work: Work, rounding: str, anchors: list[Tensor] | None, c: Coefficien
     """As `execute`, by kernels that know of nothing but the formula."""
     ways = work.ways
     grads = list(torch._foreach_neg(work.grads)) if ways["maximize"] else work.grads
-    # One-pass kernels do not know of importances, and are not chosen where there are any.
     more: dict[str, Any] = {} if work.importances is None else {"importances": work.importances}
     if work.c is None and not work.fused:  # the formula takes a coefficient of the device for each parameter
         c = Coefficients(*(list(x.unbind()) if isinstance(x, Tensor) else x for x in c))

@@ -6,6 +6,7 @@ With `TRITON_INTERPRET=1` set before this module is imported it runs on CPU tens
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from recadam_core import Coefficients
+from recadam_core.update import formula
 
-from .fused import regular
+from .memory import regular
 from .shards import FIRST, SECOND
 
 __all__ = ["CHUNK", "TritonKernel"]
@@ -65,12 +67,35 @@ def _put(at, x, inside):
 
 
 @triton.jit
+def _sqrt(x):
+    if x.dtype == tl.float64:  # the _rn functions are float32's; float64's own are rounded so
+        root = tl.sqrt(x)
+    else:
+        root = tl.sqrt_rn(x)
+    return root
+
+
+@triton.jit
+def _divide(x, y):
+    if x.dtype == tl.float64:
+        quotient = x / y
+    else:
+        quotient = tl.div_rn(x, y)
+    return quotient
+
+
+# Triton looks for its language among a function's globals.
+_formula = triton.jit(FunctionType(formula.__code__, globals(), "formula"))
+
+
+@triton.jit
 def _block(
     theta_at,
     grad_at,
     m_at,
     v_at,
     anchor_at,
+    importance_at,
     scale_at,
     key,
     i,
@@ -84,6 +109,7 @@ def _block(
     recall,
     decay,
     pulls: tl.constexpr,
+    weighs: tl.constexpr,
     decays: tl.constexpr,
     chance: tl.constexpr,
     negates: tl.constexpr,
@@ -101,18 +127,35 @@ def _block(
     grad = grad.to(wide)
     if negates:
         grad = -grad
-    m = beta1 * tl.load(m_at + i, mask=inside).to(wide) + rest1 * grad
-    v = beta2 * tl.load(v_at + i, mask=inside).to(wide) + rest2 * (grad * grad)
-    if wide == tl.float64:  # the _rn functions are float32's; float64's own are rounded so
-        adam = step * (m / (tl.sqrt(v) + eps))
-    else:
-        adam = step * tl.div_rn(m, tl.sqrt_rn(v) + eps)
+    m = tl.load(m_at + i, mask=inside).to(wide)
+    v = tl.load(v_at + i, mask=inside).to(wide)
+    anchor = None
+    importance = None
+    factor = None
     if pulls:
-        delta = recall * (tl.load(anchor_at + i, mask=inside).to(wide) - theta) - adam
-    else:
-        delta = -adam
+        anchor = tl.load(anchor_at + i, mask=inside).to(wide)
+    if weighs:
+        importance = tl.load(importance_at + i, mask=inside).to(wide)
     if decays:
-        delta = delta - decay * theta
+        factor = decay
+    delta, m, v = _formula(
+        theta,
+        grad,
+        m,
+        v,
+        anchor,
+        importance,
+        beta1,
+        rest1,
+        beta2,
+        rest2,
+        step,
+        eps,
+        recall,
+        factor,
+        _sqrt,
+        _divide,
+    )
     new = theta + delta
     if chance:
         bits = (_mix(i + key) & 0xFFFF).to(tl.int32)
@@ -124,7 +167,7 @@ def _block(
 
 @triton.jit
 def _kernel(
-    table_at,  # int64, (6, tensors): addresses of theta, grad, m, v and anchor; elements
+    table_at,  # int64, (7, tensors): addresses of theta, grad, m, v, anchor and importance; elements
     chunks_at,  # int32, (2, programs): tensor, and chunk of it
     scalars_at,  # (8, 1) or (8, tensors)
     keys_at,  # int64, (tensors,): of the chance that rounds
@@ -135,10 +178,12 @@ def _kernel(
     m_like,
     v_like,
     anchor_like,
+    importance_like,
     tensors,
     programs,
     stride,
     pulls: tl.constexpr,
+    weighs: tl.constexpr,
     decays: tl.constexpr,
     chance: tl.constexpr,
     negates: tl.constexpr,
@@ -159,7 +204,8 @@ def _kernel(
     m_at = _at(tl.load(table_at + 2 * tensors + tensor), m_like, aligned)
     v_at = _at(tl.load(table_at + 3 * tensors + tensor), v_like, aligned)
     anchor_at = _at(tl.load(table_at + 4 * tensors + tensor), anchor_like, aligned)
-    size = tl.load(table_at + 5 * tensors + tensor)
+    importance_at = _at(tl.load(table_at + 5 * tensors + tensor), importance_like, aligned)
+    size = tl.load(table_at + 6 * tensors + tensor)
     own = scalars_at + stride * tensor
     step_by = stride * tensors + (1 - stride)
     beta1, rest1 = tl.load(own), tl.load(own + step_by)
@@ -176,6 +222,7 @@ def _kernel(
                 m_at,
                 v_at,
                 anchor_at,
+                importance_at,
                 scale_at,
                 key,
                 i,
@@ -189,6 +236,7 @@ def _kernel(
                 recall,
                 decay,
                 pulls,
+                weighs,
                 decays,
                 chance,
                 negates,
@@ -204,6 +252,7 @@ def _kernel(
                 m_at,
                 v_at,
                 anchor_at,
+                importance_at,
                 scale_at,
                 key,
                 i,
@@ -217,6 +266,7 @@ def _kernel(
                 recall,
                 decay,
                 pulls,
+                weighs,
                 decays,
                 chance,
                 negates,
@@ -226,16 +276,7 @@ def _kernel(
 
 
 class TritonKernel:
-    """One step by Triton, over all tensors in one launch; keeps on the device where they are.
-
-    Args:
-        joins: whether tensors are joined to one before, for Triton's interpreter, which takes its time by the
-            program.
-
-    Example:
-        >>> callable(TritonKernel())
-        True
-    """
+    """One step by Triton, over all tensors in one launch; keeps on the device where they are."""
 
     def __init__(self, joins: bool = False) -> None:
         self._joins = joins
@@ -254,24 +295,13 @@ class TritonKernel:
         vs: list[Tensor],
         anchors: list[Tensor] | None,
         c: Coefficients,
+        importances: list[Tensor] | None = None,
         negates: bool = False,
         keys: Tensor | None = None,
         scale: Tensor | None = None,
         found: Tensor | None = None,
     ) -> None:
         """One step, in place on `thetas`, `ms` and `vs`; on `grads` where there is a scale.
-
-        Args:
-            thetas: parameters of one dtype; overwritten.
-            grads: gradients, the parameters' shapes.
-            ms: first moments, in 16, 32 or 64 bits; overwritten.
-            vs: second moments, the same; overwritten.
-            anchors: pretrained values, in 16, 32 or 64 bits; None where `c.recall` is 0.
-            c: coefficients: numbers, or tensors of shape (tensors,) on the device.
-            negates: whether to climb.
-            keys: of the chance that rounds bfloat16 parameters, int64, (tensors,); None for the nearest.
-            scale: gradients are divided by it, and written; float32, 0-d.
-            found: nothing is done unless it is 0; float32, 0-d.
 
         Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12.
         """
@@ -282,18 +312,23 @@ class TritonKernel:
         written = thetas, grads, ms, vs
         shapes = [x.shape for x in thetas]
         thetas, grads, ms, vs = (regular(xs, wide, WALKABLE, shapes, device, True) for xs in written)
-        stars = grads if anchors is None else regular(anchors, wide, WALKABLE, shapes, device)
+        stars, weights = (
+            grads if xs is None else regular(xs, wide, WALKABLE, shapes, device)
+            for xs in (anchors, importances)
+        )
         if self._joins and len(thetas) > 1 and keys is None and not any(isinstance(x, Tensor) for x in c):
             sizes = list(map(Tensor.numel, thetas))
-            theta, grad, m, v, star = (
-                [torch.cat([x.detach().reshape(-1) for x in xs])] for xs in (thetas, grads, ms, vs, stars)
+            theta, grad, m, v, star, weight = (
+                [torch.cat([x.detach().reshape(-1) for x in xs])]
+                for xs in (thetas, grads, ms, vs, stars, weights)
             )
-            self(theta, grad, m, v, None if anchors is None else star, c, negates, None, scale, found)
+            more = (None if xs is None else joined for xs, joined in ((anchors, star), (importances, weight)))
+            self(theta, grad, m, v, next(more), c, next(more), negates, None, scale, found)
             for xs, flat in zip(written, (theta, grad, m, v), strict=True):
                 parts = torch.split(flat[0], sizes)
                 torch._foreach_copy_(xs, [x.view(y.shape) for x, y in zip(parts, xs, strict=True)])
             return
-        self._locate([thetas, grads, ms, vs, stars], device)
+        self._locate([thetas, grads, ms, vs, stars, weights], device)
         scalars = self._scalars(c, len(thetas), wide, device)
         programs = self._chunks.shape[1]
         interpreted = device.type != "cuda"
@@ -305,17 +340,18 @@ class TritonKernel:
             self._table if keys is None else keys,
             scalars if scale is None else scale,
             scalars if found is None else found,
-            *(xs[0] for xs in (thetas, grads, ms, vs, stars)),
+            *(xs[0] for xs in (thetas, grads, ms, vs, stars, weights)),
             len(thetas),
             programs,
             int(scalars.shape[1] > 1),
             pulls=anchors is not None,
+            weighs=anchors is not None and importances is not None,
             decays=not (isinstance(c.decay, float) and c.decay == 0),
             chance=keys is not None,
             negates=negates,
             scaled=scale is not None,
             guarded=found is not None,
-            aligned=not bool((self._places[:5] % 16).any()),
+            aligned=not bool((self._places[:6] % 16).any()),
             chunk=self._chunk,
             block=self._chunk if interpreted else BLOCK,
             **options,
@@ -333,7 +369,7 @@ class TritonKernel:
         if (sizes, device) != self._shape:
             # The interpreter takes its time by the operation, and for the elements of a whole block.
             self._chunk = CHUNK if device.type == "cuda" else min(CHUNK, triton.next_power_of_2(max(sizes)))
-            counts = -(-places[5] // self._chunk)
+            counts = -(-places[6] // self._chunk)
             owner = np.repeat(np.arange(len(sizes)), counts)
             chunk = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
             self._chunks = self._sent(np.stack([owner, chunk]).astype(np.int32), device)

@@ -18,33 +18,13 @@ _JOINED = ("exp_avg", "exp_avg_sq", "anchor", "importance")
 
 
 def is_flat_part(params: Sequence[Tensor], lost: Sequence[Tensor]) -> bool:
-    """Whether a group's one parameter is a flat part of others, which DeepSpeed has linked to it.
-
-    Args:
-        params: the group's parameters now.
-        lost: those that it had.
-
-    Example:
-        >>> is_flat_part([torch.ones(2)], [torch.ones(2)])
-        False
-    """
+    """Whether a group's one parameter is a flat part of others, which DeepSpeed has linked to it."""
     flat = len(params) == 1 and params[0].ndim == 1
     return flat and bool(lost) and all(hasattr(p, "_hp_mapping") for p in lost)
 
 
 def joined(flat: Tensor, states: Mapping[str, tuple[Tensor, dict[str, Any]]]) -> dict[str, Any]:
-    """The state of a flat part, from the states of the parameters that it is made of.
-
-    Args:
-        flat: this process's part of the group.
-        states: parameter and state by name, in the group's order.
-
-    Returns:
-        The state: moments, anchor and importance as flat as the part; zeros where it is padded.
-
-    Raises:
-        RecAdamError: when some of the parameters are anchored and others are not.
-    """
+    """The state of a flat part, from the states of the parameters that it is made of."""
     anchored = {name for name, (_, state) in states.items() if "anchor_hash" in state}
     if anchored and len(anchored) < len(states):
         new = next(name for name in states if name not in anchored)

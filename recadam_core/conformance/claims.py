@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ..backends import Backend, Variant
-from ..coefficients import Coefficients, coefficients
+from ..backends import Backend
+from ..coefficients import Coefficients, coefficients, coefficients_of
 from ..errors import RecAdamError, unknown
 from ..hyperparameters import FORMS, Hyperparameters
+from ..variants import Variant
 from . import oracle
 from .cases import ANNEALINGS, BOTH, DENORMALS, EXACT, FAST, WEIGHED, Case
 from .manners import MANNERS
@@ -186,26 +187,25 @@ def _claims(
             kinds = {
                 "exact": EXACT,
                 "denormals": DENORMALS,
-                **({"weighed": WEIGHED} if variant.weighs else {}),
+                "weighed": WEIGHED,
             }
             for kind, cases in kinds.items():
                 claim = Claim(kind, level, dtype, tuple(case.name for case in cases[dtype]))
                 # What is never exact promises no bits; that it misses them may be shown all the same.
-                if variant.exact.how != "never" or {kind, claim.name} & set(variant.misses):
+                if variant.exact.promised or {kind, claim.name} & set(variant.misses):
                     found.append(claim)
     else:
         for dtype, fast in FAST.items():
-            names = tuple(case.name for case in (*fast, *WEIGHED[dtype][: variant.weighs]))
+            names = tuple(case.name for case in (*fast, WEIGHED[dtype][0]))
             found.append(Claim("step", level, dtype, names))
             if f"trajectory {dtype}" in BOUNDS:
                 found.append(Claim("trajectory", level, dtype, names))
-        if variant.traced or variant.name == "specification":
-            found += [Claim("coefficients", level, dtype, tuple(ANNEALINGS)) for dtype in EXACT]
+        if variant.coefficients is not None:
+            dtypes_of_them = EXACT if variant.traced else ("float64",)  # of the host
+            found += [Claim("coefficients", level, dtype, tuple(ANNEALINGS)) for dtype in dtypes_of_them]
         found += [Claim("golden", level, dtype, paths) for dtype, paths in golden.items()]
         usual = "float32" if "float32" in dtypes else dtypes[0]
         found.append(Claim("manners", level, usual, tuple(MANNERS)))
-    if variant.name == "specification":  # computed on the host, in float64
-        found = [claim for claim in found if claim.name != "coefficients float32"]
     return [claim for claim in found if claim.dtype in dtypes]
 
 
@@ -472,12 +472,14 @@ SOME = np.unique(np.concatenate([np.arange(1, 101), np.geomspace(100, STEPS, 100
 def _coefficients(backend: Backend, variant: Variant, claim: Claim, case: str) -> Measured:
     """The largest error of a coefficient over many steps, as a share of its bound."""
     worst, where, largest, total, count = 0.0, "", 0.0, 0.0, 0
+    computes = variant.coefficients or coefficients_of
     for form in FORMS:
         hp = Hyperparameters(lr=1e-3, gamma=300.0, weight_decay=0.01, annealing=ANNEALINGS[case], form=form)
         # A new head's coefficients know no annealing: once is enough.
         for anchored in (True, False) if case == "sigmoid" else (True,):
             t, expected = _expected(hp, anchored, claim.dtype)
-            ours = _computed(backend, variant, t, hp, anchored, claim.dtype)
+            computed = computes(t, hp, anchored, claim.dtype)[2:]
+            ours = [np.broadcast_to(np.asarray(x, dtype=np.float64), t.shape) for x in computed]
             may = oracle.spread(t, hp, hp.lr, anchored, claim.dtype, Coefficients(0.0, 0.0, *expected))
             for name, got, want, bound in zip(Spread._fields, ours, expected, may, strict=True):
                 error = np.abs(got - want)
@@ -503,16 +505,6 @@ def _expected(hp: Hyperparameters, anchored: bool, dtype: str) -> tuple[Any, lis
     for column, x in zip(columns, whole, strict=True):
         x[SOME - 1] = column
     return t, whole
-
-
-def _computed(
-    backend: Any, variant: Variant, t: Any, hp: Hyperparameters, anchored: bool, dtype: str
-) -> list[Any]:
-    if variant.traced:
-        c = backend.traced_coefficients(t, hp, anchored, dtype)
-        return [np.broadcast_to(np.asarray(x, dtype=np.float64), t.shape) for x in c[2:]]
-    rows = [coefficients(int(x), hp, None, anchored)[2:] for x in t]
-    return [np.array(column) for column in zip(*rows, strict=True)]
 
 
 MEASURES: dict[str, Callable[[Backend, Variant, Claim, str], Measured]] = {

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ..backends import Backend, Stepper, Variant
+from ..backends import Backend
 from ..errors import RecAdamError
-from ..optimizer import RecAdam
+from ..optimizer import Functional, RecAdam, stepper_of
+from ..variants import Variant
 from .cases import Case
 from .replay import Recording
 
@@ -35,7 +36,7 @@ class _Run:
         self.names = names or tuple(self.group.theta0)
         self.anchors = self.place({n: x for n, x in self.group.anchors.items() if n in self.names})
         params = self.place({n: self.group.theta0[n] for n in self.names})
-        self.stepper: Stepper = backend.stepper(variant.name, params, dict(self.anchors), self.group.hp)
+        self.stepper = stepper_of(backend, variant, params, dict(self.anchors), self.group.hp)
 
     def gradients(self, t: int) -> Arrays:
         return self.place({name: self.group.grads[name][t - 1] for name in self.names})
@@ -114,7 +115,7 @@ def owns(backend: Backend, variant: Variant, dtype: str) -> None:
 def arguments(backend: Backend, variant: Variant, dtype: str) -> None:
     """No step changes gradients or anchors, nor, where it is pure, parameters, moments or older results."""
     run = _Run(backend, variant, dtype)
-    pure = variant.name == "functional"
+    pure = isinstance(run.stepper, Functional)
     held: list[tuple[str, Arrays, dict[str, Array]]] = []
 
     def hold(what: str, arrays: Arrays) -> None:
@@ -168,14 +169,14 @@ def not_finite(backend: Backend, variant: Variant, dtype: str) -> None:
 
 def mixed_dtypes(backend: Backend, variant: Variant, dtype: str) -> None:
     """Parameters of several dtypes in one optimizer keep them."""
-    dtypes = backend.capabilities.dtypes
-    if variant.name != "functional" or len(dtypes) < 2:
+    dtypes, stepper = backend.capabilities.dtypes, _Run(backend, variant, dtype).stepper
+    if not isinstance(stepper, Functional) or len(dtypes) < 2:
         return
     group = _recording("float32").groups[0]
     with backend.precision("float64"):
         params = {d: backend.from_numpy(group.theta0["vector"], d) for d in dtypes}
         grads = {d: backend.from_numpy(group.grads["vector"][0], d) for d in dtypes}
-        optimizer = RecAdam(group.hp, backend)
+        optimizer = RecAdam(group.hp, stepper.backend)
         new, _ = optimizer.step(params, grads, optimizer.init(params, {}))
     for d, x in new.items():
         if x.dtype != params[d].dtype:

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..annealing import Annealing, Constant, Linear, Sigmoid
-from ..backends import Backend, Functional, Specification, Stepper
+from ..backends import Backend, Specification
 from ..errors import RecAdamError
 from ..hyperparameters import Hyperparameters
+from ..optimizer import Functional, stepper_of
 from ..update import Moments
 
 __all__ = [
@@ -166,7 +167,7 @@ class Frame(NamedTuple):
 def walk(
     recording: Recording,
     backend: Backend | None = None,
-    variant: str = "functional",
+    variant: str = "",
     exact: bool = False,
     moments: bool = False,
 ) -> Iterator[Frame]:
@@ -175,7 +176,7 @@ def walk(
     Args:
         recording: what to feed.
         backend: the backend; None walks the specification itself, in NumPy.
-        variant: one of the backend's variants.
+        variant: one of the backend's variants; empty for its first.
         exact: whether the backend is to be in its exact setting.
         moments: whether the frames hold moments; reading them takes time.
 
@@ -191,6 +192,7 @@ def walk(
         [0, 1, 2]
     """
     backend = Specification(np) if backend is None else backend
+    chosen = backend.capabilities.variant(variant) if variant else backend.capabilities.variants[0]
     # What overflows is part of some cases, and warnings of it are not.
     with backend.precision(recording.dtype), np.errstate(all="ignore"):
         for index, group in enumerate(recording.groups):
@@ -204,14 +206,8 @@ def walk(
             params, anchors = place(group.theta0, 0), place(group.anchors, 2)
             if not all(map(backend.owns, params.values())):
                 raise RecAdamError(f"backend {backend.name!r} does not own what it made itself; mend owns")
-            # A backend that takes no importance need not know the argument.
-            more: Any = {"importance": place(group.importance, 2)} if group.importance else {}
-            stepper = backend.stepper(variant, params, anchors, group.hp, exact, **more)
-            if variant == "functional" and not _is_functional(stepper, backend):
-                raise RecAdamError(
-                    "stepper('functional', ...) is not recadam_core.backends.Functional over this backend; "
-                    "return that, so that Backend.step is what is tried"
-                )
+            importance = place(group.importance, 2) if group.importance else None
+            stepper = stepper_of(backend, chosen, params, anchors, group.hp, exact, importance)
             kinds = {name: (x.dtype, tuple(x.shape)) for name, x in params.items()}
             for t in range(len(recording.lr) + 1):
                 lr = float(recording.lr[t - 1]) if t else 0.0
@@ -239,10 +235,6 @@ def walk(
                     {n: backend.to_numpy(x) for n, x in params.items()},
                     {n: Moments(*map(backend.to_numpy, state)) for n, state in states.items()},
                 )
-
-
-def _is_functional(stepper: Stepper, backend: Backend) -> bool:
-    return isinstance(stepper, Functional) and type(stepper.backend) is type(backend)
 
 
 def _copies(backend: Backend, *arrays: Mapping[str, Any]) -> list[dict[str, Array]]:
@@ -276,7 +268,7 @@ def _place(backend: Backend, x: Array, dtype: str, layout: str) -> Any:
 def replay(
     recording: Recording,
     backend: Backend | None = None,
-    variant: str = "functional",
+    variant: str = "",
     exact: bool = False,
 ) -> list[dict[str, Array]]:
     """The trajectory of one group after another under a backend.
@@ -284,7 +276,7 @@ def replay(
     Args:
         recording: what to replay.
         backend: the backend; None replays the specification itself, in NumPy.
-        variant: one of the backend's variants.
+        variant: one of the backend's variants; empty for its first.
         exact: whether the backend is to be in its exact setting.
 
     Returns:

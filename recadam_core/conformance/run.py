@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..backends import Backend, Variant, get_backend
+from ..backends import Backend, get_backend
 from ..errors import RecAdamError, unknown
+from ..variants import Variant
 from .cases import Case
 from .claims import LEVELS, MEASURES, Claim, Result, check, claims
 
@@ -147,7 +148,7 @@ def _chosen(claim: Claim, cases: Sequence[str], variant: Variant) -> Iterator[st
             fits = claim.kind in (own, "step", "trajectory")
             # With eps 0 a zero gradient has no exact step.
             fits = fits and (claim.kind != "step" or parsed.settings != "bare")
-            if fits and parsed.dtype == claim.dtype and (variant.weighs or parsed.arrays != "weighed"):
+            if fits and parsed.dtype == claim.dtype:
                 yield case
 
 

