@@ -82,7 +82,8 @@ def run(session: nox.Session, which: str, constraints: Sequence[str] = ()) -> No
     """Install the wheel, run what can run there, and keep the figures."""
     result = RESULTS / f"{session.python}-{which}.json"
     result.unlink(missing_ok=True)
-    extras, packages = ["jax", "cpu", "conformance", "finetune", "test"], ["core", "numpy", "jax"]
+    extras = ["jax", "cpu", "conformance", "finetune", "test"]
+    packages = ["core", "numpy", "jax", "harness"]
     wanted = []
     if TORCH and session.python in TORCH_ON:
         extras += ["torch", "experiments", "test-torch"]
