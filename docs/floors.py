@@ -86,7 +86,7 @@ def circle(edges: dict[str, set[str]]) -> list[str]:
 
 WIDTH, HEIGHT, GAP = 210, 62, 58
 ROLES = {
-    "recadam_core": "specification and conformance kit; needs NumPy alone",
+    "recadam_core": "specification and conformance kit; needs no framework",
     "recadam_numpy": "NumPy, and numba's loop",
     "recadam_torch": "torch.optim.Optimizer",
     "recadam_jax": "optax transformation",

@@ -20,6 +20,7 @@ from recadam_core.hyperparameters import FORMS
 
 from .archives import ARCHIVES, fetch
 from .compare import PREDICTIONS, compare_runs
+from .demo import PLAN, plan_demo, run_demo
 from .engines import OPTIMIZERS
 from .experiments.data import TARGETS
 from .experiments.glue import TASKS as GLUE
@@ -233,11 +234,9 @@ def report(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the runs and the report.")] = Path("runs/demo"),
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each on its share of the cores.")] = 2,
-    only: Annotated[str | None, typer.Option(help=f"One task alone: {' or '.join(TASKS)}.")] = None,
+    only: Annotated[str | None, typer.Option(help=f"One task alone: {' or '.join(PLAN)}.")] = None,
 ) -> None:
     """Every task on every backend with RecAdam and AdamW, compared, with a report. Exit 1 on disagreement."""
-    from .demo import plan_demo, run_demo
-
     plan = plan_demo(only)
     for task in dict.fromkeys(task for task, _, _ in plan):
         for name in get_task(task).archives():

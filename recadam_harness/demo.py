@@ -16,7 +16,6 @@ from .compare import Comparison
 from .processes import settle, shares, thread_limits
 from .report import compare_all, write_report
 from .run import Run, load_run
-from .tasks import TASKS
 
 __all__ = ["plan_demo", "run_demo"]
 
@@ -30,7 +29,7 @@ On the first backend RecAdam runs without its pull, too: what of the effect is t
 def plan_demo(only: str | None = None) -> list[tuple[str, str, str]]:
     """The runs of the demo: (task, backend, optimizer), for the backends that are installed."""
     if only is not None and only not in PLAN:
-        raise unknown("task", only, TASKS)
+        raise unknown("task", only, PLAN)
     installed = available_backends()
     return [
         (task, backend, optimizer)

@@ -142,7 +142,7 @@ MUTATIONS = [
         ("beta2 for beta1 in one place", "betas = beta1, 1 - beta1, beta2", "betas = beta1, 1 - beta2, beta2"),
         ("the importance is missing", "anchor, importance, *_ = *others, None, None", "anchor, importance, *_ = *others[:1], None, None"),
         ("the decay is missing", "number(c.decay) if c.decay else None", "None"),
-        ("torch's own root for a scalar alone", "star, c, True, weight)", "star, c, False, weight)"),
+        ("torch's own root for a scalar alone", "star, c, weight, exact=True)", "star, c, weight)"),
     ),
     *_kernel(
         "torch", "recadam_torch.fused", "fused",

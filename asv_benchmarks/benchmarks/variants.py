@@ -45,9 +45,8 @@ class Variants:
         if device == "cpu" and variant.environment:
             raise NotImplementedError(f"{which} is interpreted on the CPU")
         try:
-            self.steps = {
-                way: step(name, way, device) for way in {chosen, backend.capabilities.variants[0].name}
-            }
+            pair = (backend.capabilities.variants[0], variant)
+            self.steps = {v.name: step(backend, v, device) for v in pair}
             for take in self.steps.values():
                 take()
         except RecAdamError as error:
@@ -65,10 +64,8 @@ def step(backend, variant, device):
     """A step of a variant, that waits for its device."""
 
     def put(seed):
-        return {
-            str(i): placed(backend.from_numpy(x), backend.name, device)
-            for i, x in enumerate(arrays(SHAPES, seed))
-        }
+        made = map(backend.from_numpy, arrays(SHAPES, seed))
+        return {str(i): placed(x, backend.name, device) for i, x in enumerate(made)}
 
     params, grads, anchors = put(0), put(1), put(0)
     stepper = stepper_of(backend, variant, params, anchors, HP)

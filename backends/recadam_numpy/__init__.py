@@ -1,4 +1,4 @@
-"""RecAdam for NumPy arrays: the kernel with its intermediate results in reused memory.
+"""RecAdam for NumPy arrays: the kernel in place, or in one pass over memory, by numba.
 
 import recadam_core as rc
 

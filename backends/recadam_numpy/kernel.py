@@ -1,4 +1,4 @@
-"""The kernel in NumPy, in place and with two scratch arrays."""
+"""The kernel in NumPy, in place."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ class TorchBackend:
             [self.copy(x) for x in xs] for xs in (params, (s.m for s in moments), (s.v for s in moments))
         )
         stars, weights = (None if xs is None else list(xs) for xs in (anchors, importances))
-        kernel_(thetas, list(grads), ms, vs, stars, c, self._exact, weights)
+        kernel_(thetas, list(grads), ms, vs, stars, c, weights, self._exact)
         return thetas, [Moments(m, v) for m, v in zip(ms, vs, strict=True)]
 
     def from_numpy(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> Tensor:

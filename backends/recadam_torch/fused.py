@@ -1,7 +1,7 @@
-"""The kernel in one pass over memory: numba or inductor on the CPU, Triton on CUDA.
+"""The kernel in one pass over memory: by numba on the CPU, by Triton on CUDA, by inductor on both.
 
-Each takes the arguments of `kernel_` and gives the specification's bits. That shapes agree was checked
-before: what is walked here is walked by address.
+Each takes the arguments of `kernel_` but `exact`, and gives the specification's bits. Memory is walked by
+address, so numba's and Triton's look first at all that they get.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class NumbaKernel:
         run = self.lay(thetas, grads, ms, vs, anchors, importances)
         if run is None:  # moments of several widths, say
             exact = ms[0].dtype in _walkable()
-            kernel_(thetas, grads, ms, vs, anchors, c, exact, importances)
+            kernel_(thetas, grads, ms, vs, anchors, c, importances, exact)
         else:
             run(c)
 
@@ -213,7 +213,7 @@ def compiled_(
     if flat[0].numel() < 2:  # inductor would compile sizes 0 and 1 apart
         theta, grad, m, v, *others = ([x] for x in flat)
         star, weight, *_ = *others, None, None
-        kernel_(theta, grad, m, v, star, c, True, weight)
+        kernel_(theta, grad, m, v, star, c, weight, exact=True)
     else:
         _inductor(c, *flat)
     sizes = [thetas[i].numel() for i in small]

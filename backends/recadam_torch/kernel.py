@@ -21,8 +21,8 @@ def kernel_(
     vs: list[Tensor],
     anchors: list[Tensor] | None,
     c: Coefficients,
-    exact: bool = False,
     importances: list[Tensor] | None = None,
+    exact: bool = False,
 ) -> None:
     r"""One step for tensors that share their coefficients, in place on `thetas`, `ms` and `vs`.
 
@@ -36,10 +36,10 @@ def kernel_(
         ms: first moments, at least float32; overwritten.
         vs: second moments, at least float32; overwritten.
         anchors: pretrained values, the parameters' shapes; None where `c.recall` is 0.
-        c: coefficients, Python floats.
+        c: coefficients: Python floats, or a list of 0-d tensors, one a parameter.
+        importances: by which the pulls are multiplied, the parameters' shapes; None for 1.
         exact: whether to round the square root correctly, too, as torch's own does everywhere but on the
             CPU. There NumPy takes it then, on the tensors' memory and in one thread.
-        importances: by which the pulls are multiplied, the parameters' shapes; None for 1.
 
     Example:
         >>> theta, m, v = torch.ones(2), torch.zeros(2), torch.zeros(2)

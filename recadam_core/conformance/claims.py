@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..backends import Backend
-from ..coefficients import Coefficients, coefficients, coefficients_of
+from ..coefficients import Coefficients, coefficients
 from ..errors import RecAdamError, unknown
 from ..hyperparameters import FORMS, Hyperparameters
 from ..variants import Variant
@@ -472,7 +472,7 @@ SOME = np.unique(np.concatenate([np.arange(1, 101), np.geomspace(100, STEPS, 100
 def _coefficients(backend: Backend, variant: Variant, claim: Claim, case: str) -> Measured:
     """The largest error of a coefficient over many steps, as a share of its bound."""
     worst, where, largest, total, count = 0.0, "", 0.0, 0.0, 0
-    computes = variant.coefficients or coefficients_of
+    computes: Any = variant.coefficients
     for form in FORMS:
         hp = Hyperparameters(lr=1e-3, gamma=300.0, weight_decay=0.01, annealing=ANNEALINGS[case], form=form)
         # A new head's coefficients know no annealing: once is enough.

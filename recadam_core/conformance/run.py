@@ -127,14 +127,14 @@ def _by_environment(
                 if kinds and claim.kind not in kinds:
                     continue
                 if cases:
-                    claim = dataclasses.replace(claim, cases=tuple(_chosen(claim, cases, variant)))
+                    claim = dataclasses.replace(claim, cases=tuple(_chosen(claim, cases)))
                 if claim.cases:
                     key = tuple(sorted(environment(variant, level).items()))
                     jobs.setdefault(key, []).append((variant.name, claim))
     return jobs
 
 
-def _chosen(claim: Claim, cases: Sequence[str], variant: Variant) -> Iterator[str]:
+def _chosen(claim: Claim, cases: Sequence[str]) -> Iterator[str]:
     """Of the cases asked for those that are the claim's; cases of the kit may be new ones."""
     for case in cases:
         if claim.kind == "golden":

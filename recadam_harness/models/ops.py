@@ -37,7 +37,7 @@ class Model(Protocol):
 
     @property
     def kind(self) -> str:
-        """Kind of model, as in `Capabilities.finetunes`."""
+        """Kind of model, as an engine's `kinds` names it."""
         ...
 
     def features(self, ops: Ops, params: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
