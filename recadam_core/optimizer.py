@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from .annealing import release_step
@@ -16,7 +16,7 @@ from .importance import check_importance, check_weighable
 from .update import Moments
 from .variants import Stepper, Variant
 
-__all__ = ["Functional", "RecAdam", "State", "check_anchors", "stepper_of"]
+__all__ = ["Functional", "RecAdam", "State", "check_anchors", "functional_over", "stepper_of"]
 
 
 class State(NamedTuple):
@@ -319,6 +319,34 @@ class Functional:
     def moments(self) -> dict[str, Moments]:
         """The moments by name."""
         return self.state.moments
+
+
+def functional_over(backend_of: Callable[[bool], Backend]) -> Callable[..., Functional]:
+    """What makes a variant that is `RecAdam` over some backend, for `Variant.make`.
+
+    Args:
+        backend_of: gives the backend, asked whether it is to be in its exact setting.
+
+    Returns:
+        A function of (params, anchors, hp, exact, importance).
+
+    Example:
+        >>> import numpy as np
+        >>> make = functional_over(lambda exact: backend_for(np.ones(1)))
+        >>> make({"w": np.ones(1)}, {}, Hyperparameters(lr=0.5))({"w": np.ones(1)}, 0.25)["w"]
+        array([0.75])
+    """
+
+    def make(
+        params: dict[str, Any],
+        anchors: dict[str, Any],
+        hp: Hyperparameters,
+        exact: bool = False,
+        importance: dict[str, Any] | None = None,
+    ) -> Functional:
+        return Functional(backend_of(exact), params, anchors, hp, importance)
+
+    return make
 
 
 def stepper_of(

@@ -23,8 +23,8 @@ from recadam_core import (
     update,
 )
 from recadam_core.backends import Specification
-from recadam_core.optimizer import Functional
-from recadam_core.variants import Exact, Stepper, Variant
+from recadam_core.optimizer import functional_over
+from recadam_core.variants import Exact, Variant
 
 from .transformation import from_hyperparameters, host_coefficients
 
@@ -77,17 +77,6 @@ def _traced(t: np.ndarray[Any, Any], hp: Hyperparameters, anchored: bool, dtype:
         return Coefficients(*hp.betas, *(np.asarray(x) for x in values))
 
 
-def _functional(
-    jit: bool,
-    params: dict[str, Any],
-    anchors: dict[str, Any],
-    hp: Hyperparameters,
-    exact: bool = False,
-    importance: dict[str, Any] | None = None,
-) -> Stepper:
-    return Functional(JaxBackend(jit, exact), params, anchors, hp, importance)
-
-
 class JaxBackend:
     """The backend of JAX arrays.
 
@@ -119,14 +108,14 @@ class JaxBackend:
                     "no AVX2 in the whole process; to be set before JAX starts",
                     {"XLA_FLAGS": FLAG},
                 ),
-                make=lambda *given, **more: _functional(True, *given, **more),
+                make=functional_over(lambda exact: JaxBackend(exact=exact)),
                 misses=FLUSHED,
             ),
             Variant(
                 "eager",
                 "RecAdam(hp, JaxBackend(jit=False))",
                 Exact(price="one dispatch an operation"),
-                make=lambda *given, **more: _functional(False, *given, **more),
+                make=functional_over(lambda exact: JaxBackend(jit=False)),
                 misses=FLUSHED,
             ),
             Variant(

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from recadam_core import Backend, Capabilities, Coefficients, Hyperparameters, Moments, RecAdamError
+from recadam_core import Capabilities, Coefficients, Moments, RecAdamError
 from recadam_core.arrays import check_arrays
 from recadam_core.backends import Shared, Specification
 from recadam_core.coefficients import coefficients_of
 from recadam_core.errors import check_flag
-from recadam_core.optimizer import Functional
+from recadam_core.optimizer import functional_over
 from recadam_core.update import scalars
 from recadam_core.variants import Variant
 
@@ -44,14 +44,14 @@ class NumpyBackend(Specification):
             Variant(
                 "specification",
                 "recadam_core.update",
-                make=lambda *given, **more: _over(Specification(np), *given, **more),
+                make=functional_over(lambda exact: Specification(np)),
                 coefficients=coefficients_of,
             ),
             Variant(
                 "fused",
                 "RecAdam(hp, NumpyBackend(fused=True))",
                 needs=("numba",),
-                make=lambda *given, **more: _over(NumpyBackend(fused=True), *given, **more),
+                make=functional_over(lambda exact: NumpyBackend(fused=True)),
             ),
         ),
     )
@@ -168,18 +168,6 @@ class NumpyBackend(Specification):
                 raise RecAdamError(
                     f"NumpyBackend: {what} of {name!r} is read-only; give a copy, or leave in_place out"
                 )
-
-
-def _over(
-    backend: Backend,
-    params: dict[str, Any],
-    anchors: dict[str, Any],
-    hp: Hyperparameters,
-    exact: bool,
-    importance: dict[str, Any] | None = None,
-) -> Functional:
-    """`recadam_core.RecAdam` over a kernel; all are exact."""
-    return Functional(backend, params, anchors, hp, importance)
 
 
 def _as_was(old: Array, new: Array) -> Array:

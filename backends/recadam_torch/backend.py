@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recadam_core import Capabilities, Coefficients, Hyperparameters, Moments
-from recadam_core.optimizer import Functional
+from recadam_core.optimizer import functional_over
 from recadam_core.variants import Exact, Stepper, Variant
 
 from .kernel import kernel_
@@ -22,16 +22,6 @@ __all__ = ["TorchBackend", "backend"]
 
 
 BY_NUMPY = Exact("exact=True", "the square root in one thread on the CPU, by NumPy; nothing on CUDA")
-
-
-def _functional(
-    params: dict[str, Any],
-    anchors: dict[str, Any],
-    hp: Hyperparameters,
-    exact: bool = False,
-    importance: dict[str, Any] | None = None,
-) -> Stepper:
-    return Functional(TorchBackend(exact), params, anchors, hp, importance)
 
 
 def _stepping(**way: Any) -> Callable[..., Stepper]:
@@ -71,7 +61,7 @@ class TorchBackend:
                 "functional",
                 "recadam_core.RecAdam",
                 Exact("TorchBackend(exact=True)", BY_NUMPY.price),
-                make=_functional,
+                make=functional_over(lambda exact: TorchBackend(exact)),
             ),
             _way("single", BY_NUMPY, foreach=False),
             _way("foreach", BY_NUMPY, foreach=True),

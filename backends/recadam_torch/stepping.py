@@ -108,8 +108,7 @@ def _columns(work: Work) -> list[tuple[str, list[Tensor]]]:
 def looked_at(work: Work) -> Work:
     """The work, when all that it reads and writes was looked at: before any of it is written."""
     lay = getattr(work.kernel, "lay", None)
-    narrow = work.thetas[0].dtype in (torch.bfloat16, torch.float16)
-    copied = work.ways["maximize"] or (narrow and work.ways["rounding"] != "nearest")
+    copied = work.ways["maximize"] or _rounding(work) != "nearest"
     try:
         run = None
         if lay and work.c and not copied:
@@ -125,6 +124,12 @@ def looked_at(work: Work) -> Work:
         raise
 
 
+def _rounding(work: Work) -> str:
+    """How sums are rounded: only 16-bit parameters have another way than to the nearest."""
+    narrow = work.thetas[0].dtype in (torch.bfloat16, torch.float16)
+    return str(work.ways["rounding"]) if narrow else "nearest"
+
+
 def execute(work: Work, scale: Tensor | None = None, found: Tensor | None = None) -> None:
     """Take the step, in place on parameters, moments, residuals and step counts."""
     ways, anchors = work.ways, work.anchors
@@ -132,7 +137,7 @@ def execute(work: Work, scale: Tensor | None = None, found: Tensor | None = None
     c = work.c or _traced(work)
     if c.recall == 0 if isinstance(c.recall, float) else anchors is None:
         anchors, c = None, c._replace(recall=0.0)
-    rounding = ways["rounding"] if work.thetas[0].dtype in (torch.bfloat16, torch.float16) else "nearest"
+    rounding = _rounding(work)
     if work.run is not None:
         work.run(c)
     elif work.fused == "triton" and (
