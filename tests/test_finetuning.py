@@ -381,6 +381,7 @@ def test_configuration_survives_a_dict():
     assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+@pytest.mark.needs("torch")
 def test_report_is_one_page_with_its_pictures_inside(digits, tmp_path):
     page = write_report([digits[name, "recadam"] for name in BACKENDS[:2]], tmp_path)
     text = page.read_text()
