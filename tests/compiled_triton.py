@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from recadam_torch.triton_kernel import BLOCK, CHUNK, _kernel
+from recadam_torch.kernels.triton import BLOCK, CHUNK, _kernel
 
 LIKE = ("theta", "grad", "m", "v", "anchor", "importance")
 USUAL = dict.fromkeys(("weighs", "decays", "chance", "negates", "scaled", "guarded"), False)

@@ -117,7 +117,7 @@ MUTATIONS = [
         ("gradients are read as if they were in C order", "[np.ascontiguousarray(x) for x in grads]", "list(grads)"),
     ),
     *_kernel(
-        "torch", "recadam_torch.kernel", "functional single foreach",
+        "torch", "recadam_torch.kernels.lists", "functional single foreach",
         ("beta2 for beta1 in one place", "c.beta1, 1 - c.beta1, c.beta2", "c.beta1, 1 - c.beta2, c.beta2"),
         ("the decay is missing", "c.decay or None", "None"),
         ("what is divided is lost", "Lists(list(torch._foreach_div(self.tensors, other.tensors)), spent=True)",
@@ -129,31 +129,31 @@ MUTATIONS = [
          "torch._foreach_add_(thetas, _like(delta.tensors, thetas))"),
     ),
     *_kernel(
-        "torch", "recadam_torch.optimizer", "foreach",
-        ("t is off by one", '_taken(name, state["step"]) + 1', '_taken(name, state["step"]) + 2'),
-        ("heads and bodies are one list", 'anchored = "anchor" in state and', "anchored ="),
+        "torch", "recadam_torch.plan", "foreach",
+        ("t is off by one", 'steps_taken(name, state[p]["step"]) + 1', 'steps_taken(name, state[p]["step"]) + 2'),
+        ("heads and bodies are one list", 'anchored = "anchor" in state[p] and', "anchored ="),
     ),
     *_kernel(
         "torch", "recadam_torch.stepping", "capturable",
         ("t is off by one", "torch.stack(work.steps) + 1", "torch.stack(work.steps) + 2"),
     ),
     *_kernel(
-        "torch", "recadam_torch.fused", "compiled",
+        "torch", "recadam_torch.kernels.compiled", "compiled",
         ("beta2 for beta1 in one place", "betas = beta1, 1 - beta1, beta2", "betas = beta1, 1 - beta2, beta2"),
         ("the importance is missing", "anchor, importance, *_ = *others, None, None", "anchor, importance, *_ = *others[:1], None, None"),
         ("the decay is missing", "number(c.decay) if c.decay else None", "None"),
         ("torch's own root for a scalar alone", "star, c, weight, exact=True)", "star, c, weight)"),
     ),
     *_kernel(
-        "torch", "recadam_torch.fused", "fused",
+        "torch", "recadam_torch.kernels.numba", "fused",
         ("other layouts are not written back", "if new is not old:", "if False:"),
     ),
     *_kernel(
-        "torch", "recadam_torch.prepared", "fused",
+        "torch", "recadam_torch.plan", "fused",
         ("t is off by one", "int(steps.pop()) + 1", "int(steps.pop()) + 2"),
     ),
     *_kernel(
-        "triton", "recadam_torch.triton_kernel", "triton",
+        "triton", "recadam_torch.kernels.triton", "triton",
         ("beta2 for beta1 in one place", "numbers = (c.beta1, 1 - c.beta1", "numbers = (c.beta1, 1 - c.beta2"),
         ("the root of float64 is another", "root = tl.sqrt(x)", "root = tl.sqrt(x + 1e-8)"),
         ("the root is another", "root = tl.sqrt_rn(x)", "root = tl.sqrt_rn(x + 1e-8)"),

@@ -31,7 +31,7 @@ def one_thread(function, pointer, workers):
 def torch_threads():
     import torch
 
-    from recadam_torch.fused import torch_team
+    from recadam_torch.kernels.numba import torch_team
 
     torch.ones(10**6).add_(1)  # wakes torch's threads, if there are any
     return torch_team()

@@ -23,14 +23,14 @@ from torch import nn
 from recadam_core import Coefficients, RecAdamError, Sigmoid
 from recadam_torch import Anchors, kernel_
 from recadam_torch import RecAdam as TorchRecAdam
-from recadam_torch.fused import FUSED, fused_kernel
+from recadam_torch.kernels import FUSED, fused_kernel
 
 # Triton's interpreter takes a process of its own, which sees this file with Triton's tests alone.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CHUNK = 1 << 14
 if INTERPRETED:
+    from recadam_torch.kernels.triton import CHUNK, TritonKernel
     from recadam_torch.rounding import key_of, noise, round_
-    from recadam_torch.triton_kernel import CHUNK, TritonKernel
 
 SHAPES = ((300, 300), (7,), (3, 5), (), (1,), (0,), (2, CHUNK + 1))
 F32, F64, B16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -208,7 +208,7 @@ def test_nothing_that_changes_between_steps_goes_unseen(change):
                 change(opt, named)
             opt.step()
         freed = optimizer.state[ours[0][1]]["anchor"] is None
-        assert optimizer._prepared or freed or (change in (no_grad, other_flag) and t > 2)
+        assert optimizer._planner._prepared or freed or (change in (no_grad, other_flag) and t > 2)
         for (name, p), (_, q) in zip(ours, theirs, strict=True):
             assert torch.equal(p, q), (t, name)
             assert optimizer.state[p]["step"] == reference.state[q]["step"]
@@ -295,7 +295,7 @@ def test_the_default_is_one_pass_and_holds_no_gradients():
         backward(named, t)
         optimizer.step()
     held = [weakref.ref(p.grad) for _, p in named]
-    assert len(optimizer._prepared) == 1
+    assert len(optimizer._planner._prepared) == 1
     optimizer.zero_grad()
     assert not any(ref() is not None for ref in held)
 

@@ -592,7 +592,7 @@ def test_a_parametrization_leaves_its_original_and_that_one_s_anchor():
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_triton_is_for_those_who_name_it(device):
-    from recadam_torch.fused import chosen_fused
+    from recadam_torch.kernels import chosen_fused
 
     settings = dict.fromkeys(("foreach", "fused")) | dict.fromkeys(
         ("exact", "differentiable", "capturable"), False

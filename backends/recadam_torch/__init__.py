@@ -5,14 +5,15 @@ from recadam_torch import RecAdam
 optimizer = RecAdam(model.named_parameters(), lr=2e-5)     # anchored where the model is now
 """
 
-from .anchors import Anchors, Coverage, CoverageWarning, lora_anchors
+from .anchors import Anchors, CoverageWarning, lora_anchors
 from .backend import TorchBackend, backend
+from .drift import Drift
 from .groups import param_groups
 from .importance import feature_importance, importance_of
-from .kernel import kernel_
+from .kernels import kernel_
+from .matching import Coverage
 from .optimizer import RecAdam
 from .probing import probe_head
-from .telemetry import Drift
 
 __all__ = [
     "Anchors",

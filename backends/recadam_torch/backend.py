@@ -15,7 +15,7 @@ from recadam_core import Capabilities, Coefficients, Hyperparameters, Moments
 from recadam_core.optimizer import functional_over
 from recadam_core.variants import Exact, Stepper, Variant
 
-from .kernel import kernel_
+from .kernels import kernel_
 from .optimizer import RecAdam
 
 __all__ = ["TorchBackend", "backend"]

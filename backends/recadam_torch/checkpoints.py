@@ -1,13 +1,11 @@
-"""Anchors at both ends of a checkpoint: hashes go in, and at resume what is there is held against them."""
+"""States made again from what was saved of them: all of it checked, anchors held against their hashes."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,114 +14,14 @@ from torch.optim import Optimizer
 
 from recadam_core import RecAdamError
 from recadam_core.errors import check_number, shown
-from recadam_core.importance import check_importance, check_weighable
-from recadam_core.optimizer import check_anchors
+from recadam_core.importance import check_importance
 
-from .anchors import PLACES, Anchors, bare, more_rows, placed
+from .anchors import PLACES, from_file, hashes_of, no_hash, rows_of, take_hashes
+from .matching import bare
 from .settings import FLAGS, FROM, check_parameter, named, policy_of, settled
-from .shards import fingerprints, is_sharded, like, local, summed
-from .sources import is_wide, open_source
+from .shards import is_sharded, local
 
-__all__ = [
-    "Entry",
-    "anchor_of",
-    "blank",
-    "checked",
-    "from_file",
-    "no_hash",
-    "resumed",
-    "states_of",
-    "take_hashes",
-    "weigh",
-]
-
-
-def anchor_of(anchors: Mapping[str, Tensor] | None, name: str, p: Tensor) -> Tensor | None:
-    """The anchor of a parameter, copied: where it is now without `anchors`; None when there is none."""
-    if anchors is None:
-        anchor: Tensor | None = p.detach().clone()
-    elif isinstance(anchors, Anchors):
-        anchor = anchors.part(name, p) if anchors.match(name).has_anchor else None
-    elif name in anchors:
-        given = anchors[name]
-        check_anchors({name: p.shape}, {name: given})
-        _check_kind(name, given)
-        if is_sharded(given):
-            anchor = given.detach().clone()
-        else:
-            if given.is_meta and not p.is_meta:
-                raise RecAdamError(f"anchors: {name!r} is on the meta device; give the pretrained values")
-            anchor = like(p, partial(_copied, given, p.device))
-    else:
-        anchor = None
-    if anchor is None or anchor.is_meta:
-        return anchor
-    _check_kind(name, anchor)
-    infinite = (~torch.isfinite(local(anchor))).sum()
-    if not p.requires_grad:  # a mask, say, which nobody steps; in all processes alike
-        return None if int(summed([infinite], [anchor])[0]) else anchor
-    if int(infinite):
-        remedy = "give the pretrained values"
-        if anchors is None:
-            remedy = "freeze it, or put it into a group that says 'anchored': False"
-        raise RecAdamError(f"anchors: {name!r} holds NaN or infinity; {remedy}")
-    return anchor
-
-
-def _check_kind(name: str, anchor: Any) -> None:
-    """Raise unless it is a dense tensor of floating numbers."""
-    if not isinstance(anchor, Tensor) or not anchor.is_floating_point():
-        raise RecAdamError(f"anchors: {name!r} is {getattr(anchor, 'dtype', anchor)}; give a floating tensor")
-    if not is_wide(anchor):
-        raise RecAdamError(f"anchors: {name!r} is {anchor.dtype}; give one of 16 bits or more")
-    if anchor.layout != torch.strided:
-        raise RecAdamError(f"anchors: {name!r} is sparse; give it as a dense tensor")
-
-
-def _copied(given: Tensor, device: torch.device, where: tuple[slice, ...]) -> Tensor:
-    return given.detach()[where].to(device, copy=True)
-
-
-def weigh(group: Mapping[str, Any], states: list[dict[str, Any]], importance: Any) -> None:
-    """Put each parameter's importance into its state: 0 for rows of a grown vocabulary without an anchor."""
-    grown = [name for (name, _), state in zip(named(group), states, strict=True) if "anchor_rows" in state]
-    if grown and group["form"] != "decoupled":
-        raise RecAdamError(
-            f"RecAdam: {grown[0]!r} has rows without an anchor, with which form={group['form']!r} does not "
-            "go; leave that out, or call the parameter new"
-        )
-    for (_, p), state in zip(named(group), states, strict=True):
-        if "anchor_rows" in state:
-            state["importance"] = like(p, partial(_first_rows, p, int(state["anchor_rows"])))
-    if importance is None or not group["anchored"]:
-        return
-    check_weighable(group["form"])
-    if not isinstance(importance, Mapping):
-        raise RecAdamError(
-            f"importance: {type(importance).__name__}; give a dict of tensors by parameter name"
-        )
-    if "param_names" not in group:
-        raise RecAdamError(
-            "importance is matched by name; pass model.named_parameters() instead of model.parameters()"
-        )
-    for (name, p), state in zip(named(group), states, strict=True):
-        if "anchor" not in state:
-            continue
-        given = importance.get(name)
-        check_importance(name, given, p.shape)
-        if not isinstance(given, Tensor) or given.is_meta != p.is_meta:
-            what = "without data" if isinstance(given, Tensor) else f"a {type(given).__name__}"
-            raise RecAdamError(f"importance of {name!r} is {what}; give a tensor")
-        sharded = is_sharded(given)
-        weights = given.detach().clone() if sharded else like(p, partial(_copied, given, p.device))
-        state["importance"] = weights * state["importance"] if "importance" in state else weights
-
-
-def _first_rows(p: Tensor, rows: int, where: tuple[slice, ...]) -> Tensor:
-    """1 in the first rows, then 0: in the memory of a column."""
-    at = torch.arange(where[0].start, where[0].stop, dtype=torch.int64, device=p.device)
-    mine = tuple(s.stop - s.start for s in where)
-    return (at < rows).to(p.dtype).reshape(-1, *(1,) * (p.ndim - 1)).expand(mine)
+__all__ = ["Entry", "blank", "checked", "resumed", "states_of"]
 
 
 def blank(p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,55 +32,6 @@ def blank(p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         "exp_avg": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
         "exp_avg_sq": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
     }
-
-
-def no_hash(rows: int | None = None) -> dict[str, Tensor]:
-    """What a state has of a hash that is still to be taken, of so many rows or all."""
-    found = {"anchor_hash": torch.zeros((), dtype=torch.int64, device="cpu")}
-    if rows is not None:
-        found["anchor_rows"] = torch.tensor(rows, dtype=torch.int64, device="cpu")
-    return found
-
-
-def take_hashes(states: Iterable[Mapping[str, Any]]) -> None:
-    """Put in the anchors' hashes where they are still to be taken."""
-    states = [s for s in states if s.get("anchor") is not None and not s["anchor"].is_meta]
-    states = [s for s in states if not int(s["anchor_hash"])]
-    for state, number in zip(states, _hashes(states), strict=True):
-        state["anchor_hash"].fill_(number)
-
-
-def _hashes(states: Sequence[Mapping[str, Any]]) -> list[int]:
-    return fingerprints((s["anchor"] for s in states), map(_rows, states))
-
-
-def _rows(state: Mapping[str, Any]) -> int | None:
-    """How many rows of a grown vocabulary are anchored; None for all."""
-    return int(state["anchor_rows"]) if "anchor_rows" in state else None
-
-
-def from_file(
-    group: Mapping[str, Any], wanted: list[tuple[Tensor, int]], files: Collection[str]
-) -> dict[Tensor, dict[str, Any]]:
-    """Anchors of a group's parameters, read again from the file that they came from."""
-    path, names = group["anchor_source"], group["anchor_names"]
-    if not wanted or path not in files or not Path(path).is_file():
-        return {}
-    try:
-        source = open_source(path)
-    except RecAdamError:
-        return {}
-    dtype = getattr(torch, group["anchor_dtype"]) if group["anchor_dtype"] else None
-    shapes = {name: source.shape(name) for name in set(source) & set(names) if not source.unfit(name)}
-    found = {}
-    for p, index in wanted:
-        stored = names[index] if index < len(names) else ""
-        shape = shapes.get(stored, ())
-        if stored in shapes and (shape == tuple(p.shape) or more_rows(shape, tuple(p.shape))):
-            anchor = placed(source, stored, p, dtype, group["anchor_place"])
-            found[p] = {"anchor": anchor, **no_hash(shape[0] if shape != tuple(p.shape) else None)}
-    take_hashes(found.values())
-    return found
 
 
 class Entry(NamedTuple):
@@ -401,7 +250,7 @@ def states_of(
                 )
             continue
         anchor, here, sought = state.get("anchor"), mine.get("anchor"), int(state.get("anchor_hash", 0))
-        found[p].update(no_hash(_rows(state)), anchor=None)
+        found[p].update(no_hash(rows_of(state)), anchor=None)
         found[p]["anchor_hash"].fill_(sought)
         if anchor is not None and anchor is not here:
             given.append((entry, anchor, sought))
@@ -412,7 +261,7 @@ def states_of(
         else:
             wanted.append((entry, sought))
     hashed = [x for x in given if x[2]]
-    numbers = _hashes([{**found[entry.p], "anchor": anchor} for entry, anchor, _ in hashed])
+    numbers = hashes_of([{**found[entry.p], "anchor": anchor} for entry, anchor, _ in hashed])
     for (entry, _, sought), number in zip(hashed, numbers, strict=True):
         if number != sought:
             raise RecAdamError(

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from recadam_core.optimizer import check_anchors
 
-from .anchors import Anchors, check_made, check_module
+from .anchors import Anchors
+from .matching import check_made, check_module
 
 __all__ = ["param_groups"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor
 
 from recadam_core import RecAdamError, importance_from
 from recadam_core.errors import shown
+from recadam_core.importance import check_importance, check_weighable
 
-from .anchors import check_made
+from .matching import check_made
+from .settings import named
+from .shards import like, part_of
 
-__all__ = ["feature_importance", "importance_of"]
+__all__ = ["feature_importance", "importance_of", "weigh"]
 
 
 def importance_of(
@@ -143,3 +147,44 @@ def _tensors(given: Iterable[Any], what: str) -> Iterator[Tensor]:
                 f"importance: the {what} of batch {batch} are a {type(x).__name__}; give a tensor"
             )
         yield x
+
+
+def weigh(group: Mapping[str, Any], states: list[dict[str, Any]], importance: Any) -> None:
+    """Put each parameter's importance into its state: 0 for rows of a grown vocabulary without an anchor."""
+    grown = [name for (name, _), state in zip(named(group), states, strict=True) if "anchor_rows" in state]
+    if grown and group["form"] != "decoupled":
+        raise RecAdamError(
+            f"RecAdam: {grown[0]!r} has rows without an anchor, with which form={group['form']!r} does not "
+            "go; leave that out, or call the parameter new"
+        )
+    for (_, p), state in zip(named(group), states, strict=True):
+        if "anchor_rows" in state:
+            state["importance"] = like(p, partial(_first_rows, p, int(state["anchor_rows"])))
+    if importance is None or not group["anchored"]:
+        return
+    check_weighable(group["form"])
+    if not isinstance(importance, Mapping):
+        raise RecAdamError(
+            f"importance: {type(importance).__name__}; give a dict of tensors by parameter name"
+        )
+    if "param_names" not in group:
+        raise RecAdamError(
+            "importance is matched by name; pass model.named_parameters() instead of model.parameters()"
+        )
+    for (name, p), state in zip(named(group), states, strict=True):
+        if "anchor" not in state:
+            continue
+        given = importance.get(name)
+        check_importance(name, given, p.shape)
+        if not isinstance(given, Tensor) or given.is_meta != p.is_meta:
+            what = "without data" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+            raise RecAdamError(f"importance of {name!r} is {what}; give a tensor")
+        own = part_of(given, p)
+        state["importance"] = own * state["importance"] if "importance" in state else own
+
+
+def _first_rows(p: Tensor, rows: int, where: tuple[slice, ...]) -> Tensor:
+    """1 in the first rows, then 0: in the memory of a column."""
+    at = torch.arange(where[0].start, where[0].stop, dtype=torch.int64, device=p.device)
+    mine = tuple(s.stop - s.start for s in where)
+    return (at < rows).to(p.dtype).reshape(-1, *(1,) * (p.ndim - 1)).expand(mine)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .shards import mix, part, positions
+from .shards import local, mix, part, positions
 
-__all__ = ["ROUNDINGS", "key_of", "noise", "round_", "widened"]
+__all__ = ["ROUNDINGS", "key_of", "noise", "residual_of", "round_", "widened"]
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 """Ways to round: to the nearest; up or down by chance, right on average; keeping what was lost for later."""
@@ -20,6 +21,15 @@ def widened(theta: Tensor, residual: Tensor | None) -> Tensor:
     """A 16-bit parameter in float32, with what rounding has left over."""
     wide = theta.detach().float()
     return wide if residual is None else wide.add_(residual)
+
+
+def residual_of(p: Tensor, state: dict[str, Any], ways: Mapping[str, Any]) -> Tensor | None:
+    """This process's part of what rounding has left over; None where that is not kept."""
+    if ways["rounding"] != "compensated" or p.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if "residual" not in state:
+        state["residual"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    return local(state["residual"])
 
 
 def round_(theta: Tensor, new: Tensor, residual: Tensor | None, chance: Tensor | None) -> None:

@@ -13,7 +13,7 @@ from recadam_core import Hyperparameters, RecAdamError, annealing_from_dict, ann
 from recadam_core.annealing import ANNEALINGS
 from recadam_core.errors import check_flag, check_number, shown, unknown
 
-from .fused import chosen_fused, fused_kernel
+from .kernels import chosen_fused, fused_kernel
 from .rounding import ROUNDINGS
 from .sources import is_wide
 

@@ -21,6 +21,7 @@ __all__ = [
     "local",
     "mix",
     "part",
+    "part_of",
     "positions",
     "summed",
 ]
@@ -84,6 +85,13 @@ def like(p: Tensor, read: Callable[[tuple[slice, ...]], Tensor]) -> Tensor:
     sharded: Any = p
     whole = {"shape": sharded.shape, "stride": sharded.stride()}
     return DTensor.from_local(mine, sharded.device_mesh, sharded.placements, run_check=False, **whole)
+
+
+def part_of(whole: Tensor, p: Tensor) -> Tensor:
+    """A copy of what belongs to a parameter, sharded as it is; of a sharded tensor as that is."""
+    if is_sharded(whole):
+        return whole.detach().clone()
+    return like(p, lambda where: whole.detach()[where].to(p.device, copy=True))
 
 
 def mix(x: Tensor) -> Tensor:

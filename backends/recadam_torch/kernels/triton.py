@@ -18,8 +18,8 @@ from torch import Tensor
 from recadam_core import Coefficients
 from recadam_core.update import formula
 
-from .memory import regular
-from .shards import FIRST, SECOND
+from ..memory import regular
+from ..shards import FIRST, SECOND
 
 __all__ = ["CHUNK", "TritonKernel"]
 
@@ -88,33 +88,16 @@ def _divide(x, y):
 _formula = triton.jit(FunctionType(formula.__code__, globals(), "formula"))
 
 
+# Rows of arguments that belong together.
+# fmt: off
+
+
 @triton.jit
 def _block(
-    theta_at,
-    grad_at,
-    m_at,
-    v_at,
-    anchor_at,
-    importance_at,
-    scale_at,
-    key,
-    i,
-    size,
-    beta1,
-    rest1,
-    beta2,
-    rest2,
-    step,
-    eps,
-    recall,
-    decay,
-    pulls: tl.constexpr,
-    weighs: tl.constexpr,
-    decays: tl.constexpr,
-    chance: tl.constexpr,
-    negates: tl.constexpr,
-    scaled: tl.constexpr,
-    masked: tl.constexpr,
+    theta_at, grad_at, m_at, v_at, anchor_at, importance_at, scale_at, key, i, size,
+    beta1, rest1, beta2, rest2, step, eps, recall, decay,
+    pulls: tl.constexpr, weighs: tl.constexpr, decays: tl.constexpr, chance: tl.constexpr,
+    negates: tl.constexpr, scaled: tl.constexpr, masked: tl.constexpr,
 ):
     """A block of elements; without a mask, which alone is read and written in words of 16 bytes."""
     wide = beta1.dtype
@@ -139,22 +122,8 @@ def _block(
     if decays:
         factor = decay
     delta, m, v = _formula(
-        theta,
-        grad,
-        m,
-        v,
-        anchor,
-        importance,
-        beta1,
-        rest1,
-        beta2,
-        rest2,
-        step,
-        eps,
-        recall,
-        factor,
-        _sqrt,
-        _divide,
+        theta, grad, m, v, anchor, importance,
+        beta1, rest1, beta2, rest2, step, eps, recall, factor, _sqrt, _divide,
     )
     new = theta + delta
     if chance:
@@ -173,25 +142,11 @@ def _kernel(
     keys_at,  # int64, (tensors,): of the chance that rounds
     scale_at,  # float32: by which gradients were multiplied
     found_at,  # float32: not 0 where a gradient is not finite
-    theta_like,
-    grad_like,
-    m_like,
-    v_like,
-    anchor_like,
-    importance_like,
-    tensors,
-    programs,
-    stride,
-    pulls: tl.constexpr,
-    weighs: tl.constexpr,
-    decays: tl.constexpr,
-    chance: tl.constexpr,
-    negates: tl.constexpr,
-    scaled: tl.constexpr,
-    guarded: tl.constexpr,
-    aligned: tl.constexpr,
-    chunk: tl.constexpr,
-    block: tl.constexpr,
+    theta_like, grad_like, m_like, v_like, anchor_like, importance_like,
+    tensors, programs, stride,
+    pulls: tl.constexpr, weighs: tl.constexpr, decays: tl.constexpr, chance: tl.constexpr,
+    negates: tl.constexpr, scaled: tl.constexpr, guarded: tl.constexpr, aligned: tl.constexpr,
+    chunk: tl.constexpr, block: tl.constexpr,
 ):
     if guarded:  # noqa: SIM102  # the one is known when this is compiled, the other is not
         if tl.load(found_at) != 0:
@@ -217,62 +172,21 @@ def _kernel(
         for offset in range(0, chunk, block):
             i = start + offset + tl.arange(0, block)
             _block(
-                theta_at,
-                grad_at,
-                m_at,
-                v_at,
-                anchor_at,
-                importance_at,
-                scale_at,
-                key,
-                i,
-                size,
-                beta1,
-                rest1,
-                beta2,
-                rest2,
-                step,
-                eps,
-                recall,
-                decay,
-                pulls,
-                weighs,
-                decays,
-                chance,
-                negates,
-                scaled,
-                False,
+                theta_at, grad_at, m_at, v_at, anchor_at, importance_at, scale_at, key, i, size,
+                beta1, rest1, beta2, rest2, step, eps, recall, decay,
+                pulls, weighs, decays, chance, negates, scaled, False,
             )
     else:
         for offset in range(0, chunk, block):
             i = start + offset + tl.arange(0, block)
             _block(
-                theta_at,
-                grad_at,
-                m_at,
-                v_at,
-                anchor_at,
-                importance_at,
-                scale_at,
-                key,
-                i,
-                size,
-                beta1,
-                rest1,
-                beta2,
-                rest2,
-                step,
-                eps,
-                recall,
-                decay,
-                pulls,
-                weighs,
-                decays,
-                chance,
-                negates,
-                scaled,
-                True,
+                theta_at, grad_at, m_at, v_at, anchor_at, importance_at, scale_at, key, i, size,
+                beta1, rest1, beta2, rest2, step, eps, recall, decay,
+                pulls, weighs, decays, chance, negates, scaled, True,
             )
+
+
+# fmt: on
 
 
 class TritonKernel:

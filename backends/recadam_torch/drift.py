@@ -1,0 +1,162 @@
+"""How far the weights are from their anchors, what pulls them, and the weights in between."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from recadam_core import Coefficients, Hyperparameters, RecAdamError, coefficients
+from recadam_core.annealing import annealed_weights
+from recadam_core.arrays import check_named
+from recadam_core.errors import check_number
+
+from .anchors import anchor_of, from_file
+from .settings import named
+from .shards import local, summed
+
+__all__ = ["Drift", "drift_of", "exchanged", "weights_between"]
+
+
+class Drift(NamedTuple):
+    """How far a parameter is from its anchor, and what pulls it.
+
+    Example:
+        >>> Drift("w", 0.5, 0.25, 0.1, 0.9, 0.1, 1e-3).distance
+        0.5
+    """
+
+    name: str  # of the parameter; empty for all together
+    distance: float  # Euclidean, to the anchor; NaN where that was freed
+    relative: float  # distance / norm of the anchor
+    pull_share: float  # of the last update: norm of the pull / (that + norm of the task's step)
+    task: float  # task weight of the last step
+    recall: float  # recall weight of the last step
+    rate: float  # lr * gamma
+    parameters: Mapping[str, Drift] = {}  # each by name, in the figures of all together
+
+
+def drift_of(
+    pairs: Iterable[tuple[str, Tensor]],
+    states: Mapping[Tensor, dict[str, Any]],
+    last: Mapping[Tensor, tuple[Hyperparameters, float, bool]],
+) -> Drift:
+    """The drift of parameters, from their states and what they were last stepped with."""
+    unknown = (math.nan, math.nan, math.nan)
+    parts: list[Tensor] = []
+    owners: list[Tensor] = []
+    weights: dict[str, tuple[float, float, float]] = {}  # of task and recall, and the rate
+    for name, p in pairs:
+        state = states[p]
+        if state.get("anchor") is None:
+            continue
+        _check_shape(name, p, state["anchor"])
+        if p.is_meta:
+            raise RecAdamError(f"drift: parameter {name!r} is on the meta device and has no values")
+        c, weights[name] = None, unknown
+        if p in last:
+            t, (hp, lr, anchored) = int(state["step"]), last[p]
+            task, recall = annealed_weights(hp.annealing, t) if anchored else (1.0, 0.0)
+            weights[name] = task, recall, lr * hp.gamma
+            with contextlib.suppress(RecAdamError):  # one that diverges, as the device does not refuse
+                c = coefficients(t, hp, lr, anchored)
+        parts += _squares(p, state, c)
+        owners += [p] * 4
+    if not weights:
+        return Drift("", math.nan, math.nan, math.nan, *unknown)
+    sums = torch.tensor([float(x) for x in summed(parts, owners)], dtype=torch.float64, device="cpu")
+    rows = sums.reshape(-1, 4)
+    each = {name: _figures(name, row, *weights[name]) for name, row in zip(weights, rows, strict=True)}
+    stepped = next((some for some in weights.values() if some is not unknown), unknown)
+    total = rows.sum(0) if stepped is unknown else rows.nansum(0)
+    return _figures("", total, *stepped)._replace(parameters=each)
+
+
+def _squares(p: Tensor, state: dict[str, Any], c: Coefficients | None) -> list[Tensor]:
+    """Sums of squares over this process's part: distance, anchor, the last pull, the last task step."""
+    m, v = local(state["exp_avg"]), local(state["exp_avg_sq"])
+    theta, star = (local(x).to(m.device, m.dtype) for x in (p, state["anchor"]))
+    terms = [theta - star, star]
+    if c is None or abs(1 - c.recall - c.decay) < 1e-3:  # too little is left of where it stood
+        terms += [torch.full_like(m, torch.nan)] * 2
+    else:
+        adam = c.step * (m / (v.sqrt() + c.eps))
+        recall = c.recall * local(state["importance"]).to(m.dtype) if "importance" in state else c.recall
+        before = (theta - recall * star + adam) / (1 - recall - c.decay)
+        terms += [recall * (star - before), adam]
+    return [x.square().sum(dtype=torch.float64) for x in terms]
+
+
+def _figures(name: str, sums: Tensor, task: float, recall: float, rate: float) -> Drift:
+    distance, norm, pull, adam = sums.sqrt().tolist()
+    share = 0.0 if pull + adam == 0 else pull / (pull + adam)
+    return Drift(name, distance, distance / norm if norm else float("inf"), share, task, recall, rate)
+
+
+def weights_between(
+    groups: Iterable[Mapping[str, Any]],
+    states: Mapping[Tensor, dict[str, Any]],
+    files: Collection[str],
+    alpha: float,
+    anchors: Mapping[str, Tensor] | None,
+) -> dict[Tensor, Tensor]:
+    """What `RecAdam.interpolate` returns, by parameter; freed anchors are read again from `files`."""
+    check_number("interpolate", "alpha", alpha)
+    if anchors is not None:
+        check_named("anchors", anchors)
+    between = {}
+    for group in groups:
+        pairs = named(group)
+        freed = {p: i for i, (_, p) in enumerate(pairs) if states[p].get("anchor", p) is None}
+        again: dict[Tensor, Tensor | None] = {}
+        if anchors is not None:
+            again = {p: anchor_of(anchors, pairs[i][0], p) for p, i in freed.items()}
+        elif freed:
+            read = from_file(group, list(freed.items()), files).items()
+            again = {p: x["anchor"] for p, x in read if x["anchor_hash"] == states[p]["anchor_hash"]}
+        for name, p in pairs:
+            anchor = again.get(p) if p in freed else states[p].get("anchor")
+            if p in freed and anchor is None:
+                raise RecAdamError(
+                    f"interpolate: the anchor of {name!r} was freed, and is not to be had again; "
+                    "give the pretrained weights as anchors=..."
+                )
+            new = p.detach().clone()
+            if anchor is not None:
+                _check_shape(name, p, anchor)
+                mine, star = local(new), local(anchor).to(p.device)
+                wide = torch.promote_types(p.dtype, torch.float32)
+                if alpha != 1:  # at the ends exactly, whatever is at the other
+                    part = alpha * mine.to(wide) if alpha else 0.0
+                    mine.copy_((1 - alpha) * star.to(wide) + part)
+            between[p] = new
+    return between
+
+
+@contextlib.contextmanager
+def exchanged(weights: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Parameters with other weights, for as long as the context lasts."""
+    olds = {p: local(p).detach().clone() for p in weights}
+    try:
+        _put(weights)
+        yield
+    finally:
+        _put(olds)
+
+
+@torch.no_grad()
+def _put(weights: Mapping[Tensor, Tensor]) -> None:
+    for p, x in weights.items():
+        local(p).copy_(local(x))
+
+
+def _check_shape(name: str, p: Tensor, anchor: Tensor) -> None:
+    if anchor.shape != p.shape:
+        raise RecAdamError(
+            f"parameter {name!r} has shape {tuple(p.shape)}, its anchor {tuple(anchor.shape)}: its shape was "
+            "changed; make a new optimizer"
+        )

@@ -1,0 +1,142 @@
+"""The kernel in one pass over memory by numba: all tensors in one call, on torch's own threads."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable
+from functools import cache
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recadam_core import Coefficients, RecAdamError
+
+from ..memory import regular
+from .lists import kernel_
+
+__all__ = ["NumbaKernel", "torch_team"]
+
+
+class NumbaKernel:
+    """One step by numba, over all tensors in one call.
+
+    Every tensor is asked every step where its memory is, how much, and of what kind: a stale address is
+    somebody else's memory.
+    """
+
+    def __init__(self) -> None:
+        self._table: Any = None
+        self._shape: Any = None
+        self._filled: Any = None
+
+    def __call__(
+        self,
+        thetas: list[Tensor],
+        grads: list[Tensor],
+        ms: list[Tensor],
+        vs: list[Tensor],
+        anchors: list[Tensor] | None,
+        c: Coefficients,
+        importances: list[Tensor] | None = None,
+    ) -> None:
+        """As `kernel_`."""
+        run = self.lay(thetas, grads, ms, vs, anchors, importances)
+        if run is None:  # moments of several widths, say
+            exact = ms[0].dtype in _walkable()
+            kernel_(thetas, grads, ms, vs, anchors, c, importances, exact)
+        else:
+            run(c)
+
+    def lay(
+        self,
+        thetas: list[Tensor],
+        grads: list[Tensor],
+        ms: list[Tensor],
+        vs: list[Tensor],
+        anchors: list[Tensor] | None,
+        importances: list[Tensor] | None = None,
+    ) -> Callable[[Coefficients], None] | None:
+        """Look at all that a step reads and writes; what then takes it, None for dtypes that are not walked.
+
+        Raises:
+            RecAdamError: when something cannot be stepped; which parameter it is, the checks of a step say.
+        """
+        from recadam_numpy.one_pass import Table
+
+        wide = ms[0].dtype
+        walkable = _walkable().get(wide)
+        if walkable is None or {*map(_dtype, ms), *map(_dtype, vs)} - {wide}:
+            return None
+        shapes = list(map(_shape, thetas))
+        columns: list[list[Tensor]] = []
+        places: list[list[int]] = []
+        # List by list: what is asked of a tensor a second time is in the caches then.
+        for xs in (thetas, grads, ms, vs, anchors, importances):
+            if xs is None:  # never read
+                columns.append(columns[1])
+                places.append(places[1])
+            else:
+                columns.append(
+                    regular(xs, wide, walkable, shapes, _HOST, is_written=len(columns) in (0, 2, 3))
+                )
+                places.append(list(map(Tensor.data_ptr, columns[-1])))
+        sizes = list(map(Tensor.numel, thetas))
+        names = [str(xs[0].dtype).removeprefix("torch.") for xs in columns]
+        shape = names, torch.get_num_threads(), sizes
+        if shape != self._shape:
+            self._table, self._shape = Table(sizes, names, shape[1]), shape
+            self._filled = np.array(sizes) > 0
+        table = self._table
+        table.addresses[:] = places
+        if not table.addresses.all() and not table.addresses[:, self._filled].all():
+            raise RecAdamError("there is no memory to step over (a freed storage, or the meta device)")
+
+        def run(c: Coefficients) -> None:
+            table.run(c, anchors is not None, torch_team(), importances is not None)
+            for old, new in ((thetas, columns[0]), (ms, columns[2]), (vs, columns[3])):
+                if new is not old:
+                    torch._foreach_copy_(old, new)
+            # Written behind autograd's back: say so, for graphs that still hold the old values.
+            torch.autograd.graph.increment_version(thetas)
+
+        return run
+
+
+_HOST = torch.device("cpu")
+_dtype, _shape = map(attrgetter, ("dtype", "shape"))
+
+
+@cache
+def _walkable() -> dict[torch.dtype, frozenset[torch.dtype]]:
+    """The dtypes that can be widened to one to compute in, by that."""
+    from recadam_numpy.one_pass import has_half
+
+    narrow = {torch.float32, torch.bfloat16, *([torch.float16] if has_half() else [])}
+    return {torch.float32: frozenset(narrow), torch.float64: frozenset([torch.float64])}
+
+
+@cache
+def torch_team() -> Callable[[int, int, int], None] | None:
+    """Torch's own threads for a compiled function; None where its OpenMP is not found.
+
+    After an operation they wait for the next one awake, and would keep other threads from their cores.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"/\S*/torch/lib/lib(gomp|iomp5|omp)\S*\.so\S*", maps)
+    try:
+        parallel = ctypes.CDLL(found.group()).GOMP_parallel if found else None
+    except (OSError, AttributeError):
+        return None
+    if parallel is None:
+        return None
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return lambda function, pointer, workers: parallel(function, pointer, workers, 0)
