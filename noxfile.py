@@ -82,7 +82,7 @@ def run(session: nox.Session, which: str, constraints: Sequence[str] = ()) -> No
     """Install the wheel, run what can run there, and keep the figures."""
     result = RESULTS / f"{session.python}-{which}.json"
     result.unlink(missing_ok=True)
-    extras = ["jax", "cpu", "conformance", "finetune", "test"]
+    extras = ["jax", "cpu", "conformance", "finetune", "test", "test-jax"]
     packages = ["core", "numpy", "jax", "harness"]
     wanted, flags = [], ["--doctest-ignore-import-errors"]  # of modules whose framework is left out
     if TORCH and session.python in TORCH_ON:

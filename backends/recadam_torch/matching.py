@@ -64,6 +64,7 @@ class Coverage:
         expected_new: patterns of the parameters that the user called new.
 
     Example:
+        >>> from recadam_torch import Anchors
         >>> net = torch.nn.Linear(2, 1)
         >>> print(Anchors.of(net, {"weight": torch.ones(1, 2)}, new=["bias"]).coverage)
         1 of 2 parameters anchored (66.7% of 3 numbers) in memory; new: bias

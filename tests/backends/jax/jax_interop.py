@@ -1,4 +1,4 @@
-"""Where `recadam_jax.recadam` is put, and what then holds: `python tests/jax_interop.py` prints the table."""
+"""Where `recadam_jax.recadam` is put, and what then holds; as a script it prints the table."""
 
 from __future__ import annotations
 

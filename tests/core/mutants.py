@@ -1,6 +1,6 @@
 """Does the conformance kit notice? Small changes to the kernels, and what catches each.
 
-    python tests/mutants.py numpy torch triton jax
+    python tests/core/mutants.py numpy torch triton jax
 
 A group is a process: it imports its framework once and forks for every change. The child loads the changed
 module from a temporary file, holds one variant to short cases of the kit, and says which claim is missed.

@@ -31,7 +31,7 @@ spec = importlib.util.spec_from_file_location("jax_interop", HERE / "jax_interop
 jax_interop = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(jax_interop)
 
-DOCS = HERE.parent / "docs" / "jax.md"
+DOCS = HERE.parents[2] / "docs" / "jax.md"
 DOCUMENTED = dict(re.findall(r"^\| (.+?) \| (.*) \|$", DOCS.read_text(encoding="utf-8"), re.M))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent.parent / "asv_benchmarks"
+FOLDER = Path(__file__).parents[2] / "asv_benchmarks"
 
 pytestmark = [pytest.mark.tree, pytest.mark.needs("torch", "jax", "asv")]
 

@@ -60,7 +60,7 @@ def test_every_kernel_is_mutated():
 
 @pytest.mark.tree
 def test_every_mutation_finds_its_text_once():
-    root = HERE.parent
+    root = HERE.parents[1]
     for mutation in mutants.MUTATIONS:
         path = mutation.module.replace(".", "/") + ".py"
         (source,) = (file for file in (root / path, root / "backends" / path) if file.exists())

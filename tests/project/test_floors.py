@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.tree
-SCRIPT = Path(__file__).parents[1] / "docs" / "floors.py"
+SCRIPT = Path(__file__).parents[2] / "docs" / "floors.py"
 
 
 @pytest.fixture(scope="module")

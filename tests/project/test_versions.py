@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 LISTS = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
 DECLARED = [r for r in map(Requirement, chain.from_iterable(LISTS)) if r.specifier]

@@ -20,7 +20,7 @@ from recadam_core.advice import schedule_advice
 from recadam_core.variants import Variant
 from recadam_harness import load_run
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def test_finetune_prints_its_figures_and_its_directory(recadam, tmp_path):

@@ -14,7 +14,7 @@ pytest.importorskip("mpmath")
 from recadam_core import get_backend
 from recadam_core.conformance.run import plan
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BACKENDS = ("jax", "numpy", "torch")
 
