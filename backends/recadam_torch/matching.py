@@ -65,8 +65,8 @@ class Coverage:
 
     Example:
         >>> from recadam_torch import Anchors
-        >>> net = torch.nn.Linear(2, 1)
-        >>> print(Anchors.of(net, {"weight": torch.ones(1, 2)}, new=["bias"]).coverage)
+        >>> net = nn.Linear(2, 1)
+        >>> print(Anchors.of(net, {"weight": net.weight}, new=["bias"]).coverage)
         1 of 2 parameters anchored (66.7% of 3 numbers) in memory; new: bias
     """
 
