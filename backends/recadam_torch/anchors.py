@@ -161,22 +161,22 @@ class Anchors(Mapping[str, Tensor]):
         Raises:
             RecAdamError: when the model that was matched has no such parameter.
         """
-        found = self._found(name)
-        if found is None:
+        match = self._found(name)
+        if match is None:
             near = difflib.get_close_matches(name, self._matches, n=1)
             hint = f" (the nearest is {near[0]!r})" if near else ""
             raise RecAdamError(
                 f"anchors: they were matched to a model without a parameter {name!r}{hint}; "
                 "give the model's own names, or Anchors.of this model"
             )
-        return found
+        return match
 
     def _found(self, name: str) -> Match | None:
         return self._matches.get(name) or self._matches.get(bare(name))
 
     def __contains__(self, name: object) -> bool:
-        found = self._found(name) if isinstance(name, str) else None
-        return found is not None and found.has_anchor
+        match = self._found(name) if isinstance(name, str) else None
+        return match is not None and match.has_anchor
 
     def __getitem__(self, name: str) -> Tensor:
         match = self._found(name)
@@ -238,7 +238,7 @@ def lora_anchors(model: nn.Module) -> dict[str, Tensor]:
     Source: LoRA is arXiv 2106.09685; that B starts at zero, its section 4.1.
     """
     check_module("lora_anchors", model)
-    found = {}
+    anchors = {}
     for name, p in model.named_parameters():
         check_made(name, p)
         if p.requires_grad and re.search(r"(^|\.)lora_(embedding_)?B(\.|$)", name):
@@ -247,12 +247,12 @@ def lora_anchors(model: nn.Module) -> dict[str, Tensor]:
                     f"lora_anchors: {name!r} is not zero; call it before training, with an initialisation "
                     "that leaves the pretrained weights in place (init_lora_weights=True)"
                 )
-            found[name] = torch.zeros_like(p)
-    if not found:
+            anchors[name] = torch.zeros_like(p)
+    if not anchors:
         raise RecAdamError(
             "lora_anchors: no trainable parameter is called lora_B; give a model with LoRA adapters"
         )
-    return found
+    return anchors
 
 
 def anchor_of(anchors: Mapping[str, Tensor] | None, name: str, p: Tensor) -> Tensor | None:
@@ -262,12 +262,12 @@ def anchor_of(anchors: Mapping[str, Tensor] | None, name: str, p: Tensor) -> Ten
     elif isinstance(anchors, Anchors):
         anchor = anchors.part(name, p) if anchors.match(name).has_anchor else None
     elif name in anchors:
-        given = anchors[name]
-        check_anchors({name: p.shape}, {name: given})
-        _check_kind(name, given)
-        if given.is_meta and not (p.is_meta or is_sharded(given)):
+        value = anchors[name]
+        check_anchors({name: p.shape}, {name: value})
+        _check_kind(name, value)
+        if value.is_meta and not (p.is_meta or is_sharded(value)):
             raise RecAdamError(f"anchors: {name!r} is on the meta device; give the pretrained values")
-        anchor = part_of(given, p)
+        anchor = part_of(value, p)
     else:
         anchor = None
     if anchor is None or anchor.is_meta:
@@ -306,17 +306,17 @@ def placed(source: Source, stored: str, p: Tensor, dtype: torch.dtype | None, pl
             end = shape[0]
             first, rest = where[0], where[1:]
             old = slice(min(first.start, end), min(first.stop, end))
-            found = source.read(stored, (old, *rest))
-            return put(torch.cat([found, local(p).detach()[old.stop - old.start :].to(found)]))
+            values = source.read(stored, (old, *rest))
+            return put(torch.cat([values, local(p).detach()[old.stop - old.start :].to(values)]))
         return put(source.read(stored, where))
 
-    def put(found: Tensor) -> Tensor:
+    def put(values: Tensor) -> Tensor:
         if place == "file":
-            return found
+            return values
         if place == "device":
-            return found.to(p.device, dtype, copy=True)
-        kept = found.to("cpu", dtype, copy=True)
-        return kept.pin_memory() if torch.cuda.is_available() else kept
+            return values.to(p.device, dtype, copy=True)
+        on_host = values.to("cpu", dtype, copy=True)
+        return on_host.pin_memory() if torch.cuda.is_available() else on_host
 
     anchor = like(p, read)
     if place == "file" and isinstance(source, Files) and shape == tuple(p.shape):
@@ -326,10 +326,10 @@ def placed(source: Source, stored: str, p: Tensor, dtype: torch.dtype | None, pl
 
 def no_hash(rows: int | None = None) -> dict[str, Tensor]:
     """What a state has of a hash that is still to be taken, of so many rows or all."""
-    found = {"anchor_hash": torch.zeros((), dtype=torch.int64, device="cpu")}
+    entries = {"anchor_hash": torch.zeros((), dtype=torch.int64, device="cpu")}
     if rows is not None:
-        found["anchor_rows"] = torch.tensor(rows, dtype=torch.int64, device="cpu")
-    return found
+        entries["anchor_rows"] = torch.tensor(rows, dtype=torch.int64, device="cpu")
+    return entries
 
 
 def take_hashes(states: Iterable[Mapping[str, Any]]) -> None:
@@ -363,12 +363,12 @@ def from_file(
         return {}
     dtype = getattr(torch, group["anchor_dtype"]) if group["anchor_dtype"] else None
     shapes = {name: source.shape(name) for name in set(source) & set(names) if not source.unfit(name)}
-    found = {}
+    anchors = {}
     for p, index in wanted:
         stored = names[index] if index < len(names) else ""
         shape = shapes.get(stored, ())
         if stored in shapes and (shape == tuple(p.shape) or more_rows(shape, tuple(p.shape))):
             anchor = placed(source, stored, p, dtype, group["anchor_place"])
-            found[p] = {"anchor": anchor, **no_hash(shape[0] if shape != tuple(p.shape) else None)}
-    take_hashes(found.values())
-    return found
+            anchors[p] = {"anchor": anchor, **no_hash(shape[0] if shape != tuple(p.shape) else None)}
+    take_hashes(anchors.values())
+    return anchors

@@ -52,12 +52,12 @@ _COUNTED = 2**24
 
 
 def resumed(
-    optimizer: Optimizer, saved: Any, held: Mapping[Tensor, dict[str, Any]], files: Collection[str]
+    optimizer: Optimizer, saved: Any, left: Mapping[Tensor, dict[str, Any]], files: Collection[str]
 ) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]], dict[Tensor, str]]:
     """What a checkpoint makes of an optimizer, which is not changed here."""
     try:
         groups = _groups(optimizer, saved)
-        entries, missing = _entries(optimizer, groups, saved, held)
+        entries, missing = _entries(optimizer, groups, saved, left)
     except (RecAdamError, MemoryError):
         raise
     except Exception as error:  # what a file may hold has no end
@@ -68,8 +68,8 @@ def resumed(
     for group, ours, some in zip(groups, optimizer.param_groups, entries, strict=True):
         said = group["anchor_source"] if group["anchor_source"].isprintable() else ""
         group.update({key: ours[key] for key in ("anchor_source", "anchor_names")})
-        found, others = states_of(_LOAD, group, some, files, said)
-        states.update(found)
+        of_group, others = states_of(_LOAD, group, some, files, said)
+        states.update(of_group)
         if not others:
             group.update({key: ours[key] for key in FROM})
     return groups, states, missing
@@ -92,7 +92,7 @@ def _groups(optimizer: Optimizer, saved: Any) -> list[dict[str, Any]]:
             f"{_LOAD}: the state has {len(theirs)} groups and the optimizer has "
             f"{len(optimizer.param_groups)}; make the groups as then"
         )
-    found = []
+    checked_groups = []
     for group, ours in zip(theirs, optimizer.param_groups, strict=True):
         chosen = {**{key: ours[key] for key in ("fused", *FLAGS)}, **group}
         names, here = ([bare(name) for name in g.get("param_names") or ()] for g in (group, ours))
@@ -116,19 +116,19 @@ def _groups(optimizer: Optimizer, saved: Any) -> list[dict[str, Any]]:
         source, dtype, place = (chosen[key] for key in ("anchor_source", "anchor_dtype", "anchor_place"))
         known = place in PLACES and (dtype == "" or getattr(torch, dtype, None) in _FLOATS)
         if not isinstance(source, str) or not known:
-            kept = source, dtype, place
+            where = source, dtype, place
             raise RecAdamError(
-                f"{_LOAD}: anchors were kept as {shown(kept)}; give a state that RecAdam saved"
+                f"{_LOAD}: anchors were kept as {shown(where)}; give a state that RecAdam saved"
             )
-        found.append(chosen)
-    return found
+        checked_groups.append(chosen)
+    return checked_groups
 
 
 def _entries(
     optimizer: Optimizer,
     groups: list[dict[str, Any]],
     saved: Mapping[str, Any],
-    held: Mapping[Tensor, dict[str, Any]],
+    left: Mapping[Tensor, dict[str, Any]],
 ) -> tuple[list[list[Entry]], dict[Tensor, str]]:
     """What was saved of each parameter, group by group; and the trained ones of which nothing was."""
     counts = Counter(index for group in groups for index in group["params"])
@@ -140,7 +140,7 @@ def _entries(
             raise RecAdamError(
                 f"{_LOAD}: a state of {shown(index)}, which no group has; make the groups as then"
             )
-    found: list[list[Entry]] = []
+    by_group: list[list[Entry]] = []
     missing: dict[Tensor, str] = {}
     first: Any = None
     for group, theirs, ours in zip(groups, saved["param_groups"], optimizer.param_groups, strict=True):
@@ -155,11 +155,11 @@ def _entries(
             elif p.requires_grad:  # torch's distributed checkpoints leave out what is not
                 first = index if not missing else first
                 missing[p] = name
-            entries.append(Entry(name, p, place, state, held.get(p, {})))
-        found.append(entries)
-    if missing and all(e.saved is None or not e.p.requires_grad for some in found for e in some):
+            entries.append(Entry(name, p, place, state, left.get(p, {})))
+        by_group.append(entries)
+    if missing and all(e.saved is None or not e.p.requires_grad for some in by_group for e in some):
         raise _none(_LOAD, first, next(iter(missing)), "nothing was saved")
-    return found, missing
+    return by_group, missing
 
 
 def _none(where: str, index: Any, p: Tensor, why: str) -> RecAdamError:
@@ -235,12 +235,12 @@ def states_of(
     """States of a group's parameters, from what was saved of them."""
     take_hashes(entry.mine for entry in entries if "anchor_hash" in entry.mine)
     release = policy_of(group).release()
-    found: dict[Tensor, dict[str, Any]] = {}
-    given: list[tuple[Entry, Tensor, int]] = []
+    states: dict[Tensor, dict[str, Any]] = {}
+    brought: list[tuple[Entry, Tensor, int]] = []
     wanted: list[tuple[Entry, int]] = []
     for entry in entries:
         name, p, _, saved, mine = entry
-        found[p] = _moments(where, group, entry)
+        states[p] = _moments(where, group, entry)
         state = mine if saved is None else saved
         if "anchor" not in state and "anchor_hash" not in state:
             if "anchor" in mine:
@@ -250,30 +250,30 @@ def states_of(
                 )
             continue
         anchor, here, sought = state.get("anchor"), mine.get("anchor"), int(state.get("anchor_hash", 0))
-        found[p].update(no_hash(rows_of(state)), anchor=None)
-        found[p]["anchor_hash"].fill_(sought)
+        states[p].update(no_hash(rows_of(state)), anchor=None)
+        states[p]["anchor_hash"].fill_(sought)
         if anchor is not None and anchor is not here:
-            given.append((entry, anchor, sought))
+            brought.append((entry, anchor, sought))
         elif release is not None and saved is not None and not p.is_meta and int(saved["step"]) >= release:
             pass  # freed
         elif here is not None and (anchor is here or int(mine["anchor_hash"]) == sought):
-            found[p]["anchor"] = here
+            states[p]["anchor"] = here
         else:
             wanted.append((entry, sought))
-    hashed = [x for x in given if x[2]]
-    numbers = hashes_of([{**found[entry.p], "anchor": anchor} for entry, anchor, _ in hashed])
+    hashed = [x for x in brought if x[2]]
+    numbers = hashes_of([{**states[entry.p], "anchor": anchor} for entry, anchor, _ in hashed])
     for (entry, _, sought), number in zip(hashed, numbers, strict=True):
         if number != sought:
             raise RecAdamError(
                 f"{where}: the saved anchor of {entry.name!r} is not the one that its hash is of; "
                 "the state is damaged, give another"
             )
-    for entry, anchor, sought in given:
+    for entry, anchor, sought in brought:
         if not sought and not bool(torch.isfinite(local(anchor)).all()):
             raise RecAdamError(
                 f"{where}: the anchor of {entry.name!r} holds NaN or infinity; give another state"
             )
-        found[entry.p]["anchor"] = anchor.detach().to(entry.p.device, copy=True)
+        states[entry.p]["anchor"] = anchor.detach().to(entry.p.device, copy=True)
     again = from_file(group, [(entry.p, entry.place) for entry, _ in wanted], files)
     for entry, sought in wanted:
         if entry.p not in again or again[entry.p]["anchor_hash"] != sought:
@@ -283,8 +283,8 @@ def states_of(
                 f"{where}: the anchor of {entry.name!r} {what} {theirs}; make the optimizer with the "
                 "pretrained weights as anchors=..., or save with save_anchors=True"
             )
-        found[entry.p].update(again[entry.p])
-    return found, bool(given or wanted)
+        states[entry.p].update(again[entry.p])
+    return states, bool(brought or wanted)
 
 
 def _moments(where: str, group: Mapping[str, Any], entry: Entry) -> dict[str, Any]:

@@ -82,10 +82,10 @@ class RecAdamCallback(TrainerCallback):
 
     def figures(self, optimizer: Any) -> dict[str, float]:
         """The figures by name; none when the optimizer is another."""
-        found = _unwrapped(optimizer)
-        if found is None:
+        ours = _unwrapped(optimizer)
+        if ours is None:
             return {}
-        drift = found.drift()
+        drift = ours.drift()
         names = {
             "lambda": drift.task,
             "recall": drift.recall,
@@ -112,10 +112,10 @@ class RecAdamCallback(TrainerCallback):
         if logs is None or "loss" not in logs:
             return  # an evaluation's
         with torch.no_grad():
-            found = self.figures(kwargs.get("optimizer"))
-        logs.update(found)
+            figures = self.figures(kwargs.get("optimizer"))
+        logs.update(figures)
         if state.log_history:
-            state.log_history[-1].update(found)
+            state.log_history[-1].update(figures)
 
 
 def _unwrapped(optimizer: Any) -> RecAdam | None:

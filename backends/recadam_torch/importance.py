@@ -111,11 +111,11 @@ def feature_importance(
     """
     generator = torch.Generator("cpu").manual_seed(seed)  # on the host: the same u on every device
 
-    def projected(found: Tensor) -> Tensor:
-        found = found.to(torch.promote_types(found.dtype, torch.float32))
+    def projected(rows: Tensor) -> Tensor:
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         # Of float32 whatever the default is: the same u in every program, too.
-        u = torch.randn(found.shape, generator=generator, dtype=torch.float32, device="cpu")
-        return (found * u.to(found)).sum()
+        u = torch.randn(rows.shape, generator=generator, dtype=torch.float32, device="cpu")
+        return (rows * u.to(rows)).sum()
 
     return importance_of(params, map(projected, _tensors(features, "features")))
 
@@ -123,25 +123,27 @@ def feature_importance(
 def _by_name(params: Any) -> dict[str, Tensor]:
     """A dict, or the pairs of `named_parameters()`."""
     try:
-        found = dict(params)
+        by_name = dict(params)
     except (TypeError, ValueError):
-        found = {}
-    if not found or not all(isinstance(p, Tensor) for p in found.values()):
+        by_name = {}
+    if not by_name or not all(isinstance(p, Tensor) for p in by_name.values()):
         raise RecAdamError(
             f"importance: the parameters are a {type(params).__name__}; give model.named_parameters() or a "
             "dict of tensors by name"
         )
-    for name, p in found.items():
+    for name, p in by_name.items():
         check_made(name, p)
-    return found
+    return by_name
 
 
-def _tensors(given: Iterable[Any], what: str) -> Iterator[Tensor]:
-    if isinstance(given, Tensor):
+def _tensors(batches: Iterable[Any], what: str) -> Iterator[Tensor]:
+    if isinstance(batches, Tensor):
         raise RecAdamError(f"importance: the {what} are one tensor; give a list or generator of one a batch")
-    if not isinstance(given, Iterable):
-        raise RecAdamError(f"importance: the {what} are {shown(given)}; give a list or generator of tensors")
-    for batch, x in enumerate(given):
+    if not isinstance(batches, Iterable):
+        raise RecAdamError(
+            f"importance: the {what} are {shown(batches)}; give a list or generator of tensors"
+        )
+    for batch, x in enumerate(batches):
         if not isinstance(x, Tensor):
             raise RecAdamError(
                 f"importance: the {what} of batch {batch} are a {type(x).__name__}; give a tensor"
@@ -174,13 +176,13 @@ def weigh(group: Mapping[str, Any], states: list[dict[str, Any]], importance: An
     for (name, p), state in zip(named(group), states, strict=True):
         if "anchor" not in state:
             continue
-        given = importance.get(name)
-        check_importance(name, given, p.shape)
-        if not isinstance(given, Tensor) or given.is_meta != p.is_meta:
-            what = "without data" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        factors = importance.get(name)
+        check_importance(name, factors, p.shape)
+        if not isinstance(factors, Tensor) or factors.is_meta != p.is_meta:
+            what = "without data" if isinstance(factors, Tensor) else f"a {type(factors).__name__}"
             raise RecAdamError(f"importance of {name!r} is {what}; give a tensor")
-        own = part_of(given, p)
-        state["importance"] = own * state["importance"] if "importance" in state else own
+        mine = part_of(factors, p)
+        state["importance"] = mine * state["importance"] if "importance" in state else mine
 
 
 def _first_rows(p: Tensor, rows: int, where: tuple[slice, ...]) -> Tensor:

@@ -112,14 +112,14 @@ class Coverage:
         from rich.table import Table
         from rich.text import Text
 
-        found = [
+        lines = [
             (m.parameter, "×".join(map(str, m.shape)) or "scalar", m.status, m.note or _under(m))
             for m in self.matches
         ]
-        found += [
+        lines += [
             (name, "", "not used", f"nearest: {near}" if near else "") for name, near in self.unused.items()
         ]
-        rows = Counter(tuple(re.sub(r"\b\d+\.", "*.", cell) for cell in row) for row in found)
+        rows = Counter(tuple(re.sub(r"\b\d+\.", "*.", cell) for cell in row) for row in lines)
         table = Table(box=None, pad_edge=False)
         for column in ("name", "shape", "", "", "note"):
             table.add_column(column, overflow="fold")
@@ -166,7 +166,7 @@ def _renaming(model: nn.Module) -> Callable[[str], str]:
 def _saved_by_peft(model: nn.Module) -> dict[int, list[str]]:
     """The names under which peft saves the adapters that are in use, by the ids of their parameters."""
     library: Any = sys.modules.get("peft")
-    found: dict[int, list[str]] = {}
+    names: dict[int, list[str]] = {}
     for module in model.modules() if library is not None else ():
         if not isinstance(module, library.PeftModel):
             continue
@@ -177,8 +177,8 @@ def _saved_by_peft(model: nn.Module) -> dict[int, list[str]]:
                 module, state_dict=ours, adapter_name=adapter, save_embedding_layers=False
             )
             for name, p in saved.items():
-                found.setdefault(id(p), []).append(name)
-    return {id(p): found[id(p)] for p in model.parameters() if id(p) in found}
+                names.setdefault(id(p), []).append(name)
+    return {id(p): names[id(p)] for p in model.parameters() if id(p) in names}
 
 
 def matched(model: nn.Module, source: Source, patterns: tuple[str, ...]) -> Coverage:
@@ -208,22 +208,20 @@ def matched(model: nn.Module, source: Source, patterns: tuple[str, ...]) -> Cove
         if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
             matches.append(match)
             continue
-        found = [alias for alias in aliases if alias in exact][:1]
-        for keys in (
-            () if found else zip(*(_keys(bare(alias), to_drop, to_add) for alias in aliases), strict=True)
-        ):
-            found = list(dict.fromkeys(n for some in keys for key in some for n in stored.get(key, ())))
-            if found:
+        candidates = [alias for alias in aliases if alias in exact][:1]
+        for keys in zip(*(_keys(bare(alias), to_drop, to_add) for alias in aliases), strict=True):
+            if candidates:
                 break
-        if len(found) > 1:
-            match = match._replace(status="ambiguous", note=f"several match: {some_of(found)}")
-        elif found:
-            taken.add(found[0])
-            match = match._replace(stored=found[0])
-            if source.shape(found[0]) != match.shape:
-                there = "×".join(map(str, source.shape(found[0]))) or "scalar"
+            candidates = list(dict.fromkeys(n for some in keys for key in some for n in stored.get(key, ())))
+        if len(candidates) > 1:
+            match = match._replace(status="ambiguous", note=f"several match: {some_of(candidates)}")
+        elif candidates:
+            taken.add(candidates[0])
+            match = match._replace(stored=candidates[0])
+            if source.shape(candidates[0]) != match.shape:
+                there = "×".join(map(str, source.shape(candidates[0]))) or "scalar"
                 match = match._replace(status="shape", note=f"is {there} in the source")
-            elif unfit := source.unfit(found[0]):
+            elif unfit := source.unfit(candidates[0]):
                 match = match._replace(status="shape", note=unfit)
             else:
                 match = match._replace(status="anchored")
@@ -245,8 +243,8 @@ def matched(model: nn.Module, source: Source, patterns: tuple[str, ...]) -> Cove
             matches[i] = matches[i]._replace(status="anchored", rows=old, note=note)
     for i, match in enumerate(matches):
         if not parameters[match.parameter][1].requires_grad:
-            kept = match.stored if match.status == "anchored" else ""
-            matches[i] = match._replace(status="frozen", stored=kept)
+            stored_as = match.stored if match.status == "anchored" else ""
+            matches[i] = match._replace(status="frozen", stored=stored_as)
     # Two that come to one stored tensor by what was dropped or added: one of them may be a new head.
     claims: dict[str, list[int]] = {}
     for i, match in enumerate(matches):
@@ -289,12 +287,12 @@ def _prefixes(names: Iterable[str], others: set[str]) -> set[str]:
 
     A base model's, that is; not a head's, one of whose names may agree by chance.
     """
-    found: dict[str, list[bool]] = {}
+    rests: dict[str, list[bool]] = {}
     for name in names:
         first, dot, rest = name.partition(".")
         if dot:
-            found.setdefault(first, []).append(rest in others)
-    return {first for first, among in found.items() if sum(among) * 2 > len(among)}
+            rests.setdefault(first, []).append(rest in others)
+    return {first for first, among in rests.items() if sum(among) * 2 > len(among)}
 
 
 def _renamed(name: str) -> str:

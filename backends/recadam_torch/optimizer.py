@@ -193,21 +193,21 @@ class RecAdam(Optimizer):
         for name in group.keys() - _KNOWN:  # others may keep words of their own in a group
             if isinstance(name, str) and difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.8):
                 raise unknown("setting of a group:", name, _KNOWN)
-        own, importance = group.pop("anchors", None), group.pop("importance", importance)
+        of_group, importance = group.pop("anchors", None), group.pop("importance", importance)
         settings = settled({**self.defaults, **group})
         group.update({name: settings[name] for name in group})
-        for what, given in (("anchors", own), ("an importance", param_group.get("importance"))):
+        for what, given in (("anchors", of_group), ("an importance", param_group.get("importance"))):
             if given is not None and not settings["anchored"]:
                 raise RecAdamError(f"RecAdam: a group has {what} and says 'anchored': False; leave one out")
-        anchors = anchors if own is None else own
+        anchors = anchors if of_group is None else of_group
         if anchors is not None:
             check_named("anchors", anchors)
         super().add_param_group(group)
         group = self.param_groups[-1]
         try:
-            if own is not None and not isinstance(own, Anchors) and "param_names" in group:
+            if of_group is not None and not isinstance(of_group, Anchors) and "param_names" in group:
                 shapes = [p.shape for p in group["params"]]
-                check_anchors(dict(zip(group["param_names"], shapes, strict=True)), own)
+                check_anchors(dict(zip(group["param_names"], shapes, strict=True)), of_group)
             self._states.add(group, anchors, importance)
         except BaseException:
             self.param_groups.pop()
@@ -351,18 +351,18 @@ class RecAdam(Optimizer):
                 f"load_state_dict: {type(state_dict).__name__}; give what RecAdam's state_dict() returned"
             )
         self._states.adopt()
-        found: list[dict[Tensor, dict[str, Any]]] = []
+        resumed_states: list[dict[Tensor, dict[str, Any]]] = []
         missing: dict[Tensor, str] = {}
 
         def check(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             groups, states, without = resumed(self, saved, self._states.left, self._states.files)
-            found.append(states)
+            resumed_states.append(states)
             missing.update(without)
             # All is checked, and made: the base class puts in the groups.
             return {"state": {}, "param_groups": groups}
 
         def fill(_: Optimizer) -> None:
-            for p, state in found[-1].items():
+            for p, state in resumed_states[-1].items():
                 self._states.put(p, state)
             for p in missing:  # which may be tuned already
                 self._states.copies.pop(p, None)
@@ -440,8 +440,8 @@ class RecAdam(Optimizer):
         Source: arXiv 2109.01903, eq. (1).
         """
         pairs = [pair for group in self.param_groups for pair in named(group)]
-        given = all("param_names" in group for group in self.param_groups)
-        if not given or len({name for name, _ in pairs}) < len(pairs):
+        have_names = all("param_names" in group for group in self.param_groups)
+        if not have_names or len({name for name, _ in pairs}) < len(pairs):
             raise RecAdamError(
                 "interpolate: parameters need names, each its own; pass model.named_parameters()"
             )

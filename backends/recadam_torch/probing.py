@@ -55,14 +55,14 @@ def probe_head(head: nn.Module, features: Any, labels: Any, inverse_strength: fl
     if head.out_features < 2:
         raise RecAdamError("probe_head: the head has one output; give a layer with one for each class")
     try:
-        given, y = torch.as_tensor(features).detach().cpu(), torch.as_tensor(labels).cpu().numpy()
-        if given.is_complex():
+        rows, y = torch.as_tensor(features).detach().cpu(), torch.as_tensor(labels).cpu().numpy()
+        if rows.is_complex():
             raise TypeError
     except (TypeError, ValueError, RuntimeError):
         raise RecAdamError(
             "probe_head: the features or labels are no arrays of real numbers; number the classes from 0"
         ) from None
-    x = given.to(torch.promote_types(given.dtype, torch.float32)).numpy()  # numpy has no bfloat16
+    x = rows.to(torch.promote_types(rows.dtype, torch.float32)).numpy()  # numpy has no bfloat16
     if x.ndim != 2 or y.shape != x.shape[:1] or x.shape[1] != head.in_features:
         raise RecAdamError(
             f"probe_head: features of shape {x.shape} and labels of shape {y.shape} for a head of "

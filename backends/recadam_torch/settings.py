@@ -90,32 +90,32 @@ def policy_of(settings: Mapping[str, Any]) -> Policy:
 
 def _checked(settings: Mapping[str, Any], reads: bool = True) -> tuple[dict[str, Any], Policy]:
     """Settings and policy; an lr on the device is only read where that is asked for."""
-    found = dict(settings)
+    plain = dict(settings)
     for name in ("lr", *_STEPPED):
-        if name not in found:
+        if name not in plain:
             raise RecAdamError(f"RecAdam: a group has no {name!r}; give one that RecAdam made")
     for name in _TRUTHS:
-        found[name] = check_flag("RecAdam", name, found[name])
+        plain[name] = check_flag("RecAdam", name, plain[name])
     for name in ("foreach", "fused"):
-        if found[name] is not None and not (name == "fused" and isinstance(found[name], str)):
-            found[name] = check_flag("RecAdam", name, found[name])
-    if not isinstance(found["rounding"], str) or found["rounding"] not in ROUNDINGS:
-        raise unknown("rounding", found["rounding"], ROUNDINGS)
+        if plain[name] is not None and not (name == "fused" and isinstance(plain[name], str)):
+            plain[name] = check_flag("RecAdam", name, plain[name])
+    if not isinstance(plain["rounding"], str) or plain["rounding"] not in ROUNDINGS:
+        raise unknown("rounding", plain["rounding"], ROUNDINGS)
     for name in ("betas", "eps", "weight_decay", "gamma"):
-        if any(isinstance(x, Tensor) for x in (found[name], *_items(found[name]))):
+        if any(isinstance(x, Tensor) for x in (plain[name], *_items(plain[name]))):
             raise RecAdamError(
-                f"RecAdam: {name} is {shown(found[name])}; give plain numbers, only lr may be a tensor"
+                f"RecAdam: {name} is {shown(plain[name])}; give plain numbers, only lr may be a tensor"
             )
-    if isinstance(found["annealing"], Mapping):
-        found["annealing"] = annealing_from_dict(found["annealing"])
-    if not isinstance(found["lr"], Tensor):
-        found["lr"] = rate_of(found["lr"])
+    if isinstance(plain["annealing"], Mapping):
+        plain["annealing"] = annealing_from_dict(plain["annealing"])
+    if not isinstance(plain["lr"], Tensor):
+        plain["lr"] = rate_of(plain["lr"])
     else:
-        rate_of(found["lr"], reads)
-    hp = Hyperparameters(**{name: found[name] for name in _POLICY})
-    found.update({name: getattr(hp, name) for name in _POLICY})
+        rate_of(plain["lr"], reads)
+    hp = Hyperparameters(**{name: plain[name] for name in _POLICY})
+    plain.update({name: getattr(hp, name) for name in _POLICY})
     if type(hp.annealing) in ANNEALINGS.values():
-        found["annealing"] = annealing_to_dict(hp.annealing)
+        plain["annealing"] = annealing_to_dict(hp.annealing)
     together = {
         ("foreach", "fused"): "give one of them",
         ("capturable", "exact"): "coefficients of the device differ in their last bits; give one of them",
@@ -124,11 +124,11 @@ def _checked(settings: Mapping[str, Any], reads: bool = True) -> tuple[dict[str,
         ("differentiable", "exact"): "give one of them",
     }
     for (one, other), remedy in together.items():
-        if found[one] and found[other]:
+        if plain[one] and plain[other]:
             raise RecAdamError(f"RecAdam: {one} and {other} are both set; {remedy}")
-    if found["differentiable"] and found["rounding"] != "nearest":
+    if plain["differentiable"] and plain["rounding"] != "nearest":
         raise RecAdamError("RecAdam: differentiable needs rounding='nearest'; give one of them")
-    return found, Policy(hp, {name: found[name] for name in _WAYS}, release_step(hp.annealing))
+    return plain, Policy(hp, {name: plain[name] for name in _WAYS}, release_step(hp.annealing))
 
 
 class Policies:
@@ -140,7 +140,7 @@ class Policies:
 
     def of(self, groups: Iterable[dict[str, Any]]) -> list[Policy]:
         """The policies, one object for equal settings; new settings are made plain in their groups."""
-        found, changed = [], []
+        policies, changed = [], []
         for group in groups:
             values = _values(group)
             seen = self._seen.get(id(group))
@@ -148,10 +148,10 @@ class Policies:
                 plain, policy = _checked(group, reads=group.get("capturable") is not True)
                 changed.append((group, plain))
                 seen = self._seen[id(group)] = group, _values(plain), self._one(plain, policy)
-            found.append(seen[2])
+            policies.append(seen[2])
         for group, plain in changed:
             group.update({name: plain[name] for name in ("lr", *_STEPPED)})
-        return found
+        return policies
 
     def _one(self, plain: dict[str, Any], policy: Policy) -> Policy:
         """One object for settings that are equal."""

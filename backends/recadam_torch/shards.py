@@ -111,13 +111,13 @@ def _shifted(x: Tensor, by: int) -> Tensor:
 
 def positions(where: Sequence[slice], shape: Sequence[int], device: torch.device) -> Tensor:
     """Positions in the flattened whole of a part's elements."""
-    found = torch.zeros((), dtype=torch.int64, device=device)
+    at = torch.zeros((), dtype=torch.int64, device=device)
     stride = 1
     for axis in reversed(range(len(shape))):
         along = torch.arange(where[axis].start, where[axis].stop, dtype=torch.int64, device=device) * stride
-        found = found + along.reshape(-1, *(1,) * (len(shape) - 1 - axis))
+        at = at + along.reshape(-1, *(1,) * (len(shape) - 1 - axis))
         stride *= shape[axis]
-    return found
+    return at
 
 
 def _hash(x: Tensor, where: Sequence[slice], shape: Sequence[int]) -> Tensor:

@@ -42,8 +42,8 @@ class Mapped:
         self._was = self._now()
 
     def _now(self) -> tuple[int, int]:
-        found = os.fstat(self._handle)
-        return found.st_size, found.st_mtime_ns
+        stat = os.fstat(self._handle)
+        return stat.st_size, stat.st_mtime_ns
 
     def intact(self) -> bool:
         """Whether nobody has written to it since."""

@@ -98,11 +98,11 @@ def check_memory(work: Work) -> None:
 
 def _columns(work: Work) -> list[tuple[str, list[Tensor]]]:
     """What belongs to each parameter."""
-    found = [("gradient", work.grads), ("first moment", work.ms), ("second moment", work.vs)]
-    found += [("anchor", work.anchors)] if work.anchors else []
-    found += [("importance", work.importances)] if work.importances else []
+    columns = [("gradient", work.grads), ("first moment", work.ms), ("second moment", work.vs)]
+    columns += [("anchor", work.anchors)] if work.anchors else []
+    columns += [("importance", work.importances)] if work.importances else []
     residuals = [x for x in work.residuals if x is not None]
-    return found + ([("residual", residuals)] if len(residuals) == len(work.thetas) else [])
+    return columns + ([("residual", residuals)] if len(residuals) == len(work.thetas) else [])
 
 
 def looked_at(work: Work) -> Work:
@@ -130,7 +130,7 @@ def _rounding(work: Work) -> str:
     return str(work.ways["rounding"]) if narrow else "nearest"
 
 
-def execute(work: Work, scale: Tensor | None = None, found: Tensor | None = None) -> None:
+def execute(work: Work, scale: Tensor | None = None, infinite: Tensor | None = None) -> None:
     """Take the step, in place on parameters, moments, residuals and step counts."""
     ways, anchors = work.ways, work.anchors
     count = len(work.params)
@@ -147,16 +147,17 @@ def execute(work: Work, scale: Tensor | None = None, found: Tensor | None = None
         if rounding == "stochastic":
             t = [step + 1 for step in work.steps] if work.t is None else [work.t] * count
             keys = torch.stack([key_of(*x) for x in zip(work.params, work.names, t, strict=True)])
-        options = {"negates": ways["maximize"], "scale": scale, "found": found}
+        options: dict[str, Any] = {"negates": ways["maximize"], "scale": scale, "found": infinite}
         for part, stars in _streamed(anchors, count, work.thetas[0].device):
             lists = [xs[part] for xs in (work.thetas, work.grads, work.ms, work.vs)]
-            own = Coefficients(*(x[part] if isinstance(x, Tensor) and x.ndim else x for x in c))
+            c_part = Coefficients(*(x[part] if isinstance(x, Tensor) and x.ndim else x for x in c))
             weights = work.importances and work.importances[part] if stars else None
-            work.kernel(*lists, stars, own, weights, keys=None if keys is None else keys[part], **options)
+            options["keys"] = None if keys is None else keys[part]
+            work.kernel(*lists, stars, c_part, weights, **options)
     else:
         _step(work, rounding, anchors, c)
-    if found is not None:
-        torch._foreach_add_(work.steps, 1 - found)
+    if infinite is not None:
+        torch._foreach_add_(work.steps, 1 - infinite)
     elif work.t is None:
         torch._foreach_add_(work.steps, 1)
     else:  # on the host a number would be made into a tensor for each of them
@@ -194,8 +195,8 @@ def _step(work: Work, rounding: str, anchors: list[Tensor] | None, c: Coefficien
     else:
         for part in (slice(i, i + 1) for i in range(len(work.thetas))):
             lists = (work.thetas[part], grads[part], work.ms[part], work.vs[part])
-            own = {name: xs[part] for name, xs in more.items()}
-            work.kernel(*lists, anchors and anchors[part], c, **own)
+            of_part = {name: xs[part] for name, xs in more.items()}
+            work.kernel(*lists, anchors and anchors[part], c, **of_part)
 
 
 BUCKET = 1 << 26
@@ -245,8 +246,8 @@ def _traced(work: Work) -> Coefficients:
     t = t.to(torch.float32 if t.device.type == "mps" else torch.float64)  # which has no other
     m, count = work.ms[0], len(work.steps)
     dtype = torch.promote_types(m.dtype, torch.float32)
-    found = coefficients(t, work.hp, work.lr, work.anchored, xp=torch)
-    return Coefficients(*(x.to(m.device, dtype).expand(count) if isinstance(x, Tensor) else x for x in found))
+    c = coefficients(t, work.hp, work.lr, work.anchored, xp=torch)
+    return Coefficients(*(x.to(m.device, dtype).expand(count) if isinstance(x, Tensor) else x for x in c))
 
 
 def _pick(c: Coefficients, index: int) -> Coefficients:

@@ -33,28 +33,28 @@ def joined(flat: Tensor, states: Mapping[str, tuple[Tensor, dict[str, Any]]]) ->
             "makes one tensor of both; make the groups with param_groups"
         )
     first = next(iter(states.values()))[1]
-    found: dict[str, Any] = {"step": first["step"].clone()}
+    whole: dict[str, Any] = {"step": first["step"].clone()}
     for key in _JOINED:
         parts = [state[key] for _, state in states.values() if state.get(key) is not None]
         if parts:
             dtype = max((x.dtype for x in parts), key=lambda d: d.itemsize)
             on_host = key == "anchor" and parts[0].device.type == "cpu"
-            found[key] = torch.zeros(flat.shape, dtype=dtype, device="cpu" if on_host else flat.device)
+            whole[key] = torch.zeros(flat.shape, dtype=dtype, device="cpu" if on_host else flat.device)
         elif key in first:
-            found[key] = None  # freed
+            whole[key] = None  # freed
     if anchored:
-        found["anchor_hash"] = torch.zeros((), dtype=torch.int64, device="cpu")
+        whole["anchor_hash"] = torch.zeros((), dtype=torch.int64, device="cpu")
     for p, state in states.values():
         mapping: Any = getattr(p, "_hp_mapping", None)
         if mapping is None:  # all of it is in other processes' parts
             continue
-        whole, here = mapping.lp_fragment_address, mapping.hp_fragment_address
+        its, here = mapping.lp_fragment_address, mapping.hp_fragment_address
         for key in _JOINED:
-            if found.get(key) is not None:
-                source = state[key].reshape(-1)[whole.start : whole.start + whole.numel]
-                found[key][here.start : here.start + here.numel].copy_(source)
+            if whole.get(key) is not None:
+                source = state[key].reshape(-1)[its.start : its.start + its.numel]
+                whole[key][here.start : here.start + here.numel].copy_(source)
     setattr(flat, SHARED, getattr(next(iter(states.values()))[0], "_dp_group", torch.distributed.group.WORLD))
-    return found
+    return whole
 
 
 def forget(params: Sequence[Tensor], key: str) -> None:

@@ -31,11 +31,11 @@ def compiled_(
     """One step by inductor: large tensors one by one in their places, small ones joined."""
     columns = [thetas, grads, ms, vs, *(xs for xs in (anchors, importances if anchors else None) if xs)]
     small = []
-    for i, own in enumerate(zip(*columns, strict=True)):
-        if own[0].numel() < SMALL or not all(map(Tensor.is_contiguous, own)):
+    for i, column in enumerate(zip(*columns, strict=True)):
+        if column[0].numel() < SMALL or not all(map(Tensor.is_contiguous, column)):
             small.append(i)
         else:
-            _inductor(c, *(x.detach().view(-1) for x in own))
+            _inductor(c, *(x.detach().view(-1) for x in column))
     if not small:
         return
     wide = ms[0].dtype

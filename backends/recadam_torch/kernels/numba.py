@@ -130,9 +130,9 @@ def torch_team() -> Callable[[int, int, int], None] | None:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    found = re.search(r"/\S*/torch/lib/lib(gomp|iomp5|omp)\S*\.so\S*", maps)
+    library = re.search(r"/\S*/torch/lib/lib(gomp|iomp5|omp)\S*\.so\S*", maps)
     try:
-        parallel = ctypes.CDLL(found.group()).GOMP_parallel if found else None
+        parallel = ctypes.CDLL(library.group()).GOMP_parallel if library else None
     except (OSError, AttributeError):
         return None
     if parallel is None:
