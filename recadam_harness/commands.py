@@ -20,12 +20,14 @@ from recadam_core.hyperparameters import FORMS
 
 from .archives import ARCHIVES, fetch
 from .compare import PREDICTIONS, compare_runs
+from .config import RunConfig
 from .demo import PLAN, plan_demo, run_demo
+from .directory import Run, load_run, resumable
 from .engines import OPTIMIZERS
 from .experiments.data import TARGETS
 from .experiments.glue import TASKS as GLUE
 from .experiments.grids import EXPERIMENTS, Options
-from .run import Run, RunConfig, finetune, load_run, resumable
+from .run import finetune
 from .schedules import SCHEDULES
 from .tasks import TASKS, get_task
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from recadam_core.errors import RecAdamError, check_number
 
-from .run import Run, flat
+from .config import flat
+from .directory import Run
 
 __all__ = ["TOLERANCES", "Comparison", "compare_runs", "setup_of"]
 

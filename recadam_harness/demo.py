@@ -13,9 +13,9 @@ from recadam_core.backends import available_backends
 from recadam_core.errors import RecAdamError, unknown
 
 from .compare import Comparison
+from .directory import Run, load_run
 from .processes import settle, shares, thread_limits
 from .report import compare_all, write_report
-from .run import Run, load_run
 
 __all__ = ["plan_demo", "run_demo"]
 

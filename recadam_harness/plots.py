@@ -10,7 +10,7 @@ import numpy as np
 from recadam_core.figures import COLOURS, new_figure, styled
 
 from .compare import TINY, Comparison
-from .run import Run
+from .directory import Run
 from .seeds import Sweep
 
 __all__ = ["SOURCE_LABELS", "seeds_figure", "task_figure"]

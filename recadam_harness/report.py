@@ -12,8 +12,8 @@ from recadam_core.errors import RecAdamError
 from recadam_core.files import replacing
 
 from .compare import Comparison, compare_runs, setup_of
+from .directory import Run
 from .plots import SOURCE_LABELS, task_figure
-from .run import Run
 
 __all__ = ["compare_all", "summary_rows", "write_report"]
 

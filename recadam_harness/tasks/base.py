@@ -41,6 +41,14 @@ class Problem:
     headline: tuple[str, bool]
     eval_batch: int = 64
 
+    def evaluate(self, call: Call) -> tuple[Array, dict[str, float]]:
+        """Scores of the test rows, and the figures of target and source task."""
+        scores = in_batches(call, "logits", self.test, self.eval_batch)
+        return scores, {
+            "target_accuracy": accuracy(scores, self.test["targets"]),
+            **self.measure_source(call),
+        }
+
 
 class Task(Protocol):
     """A target task with its data and model, and a measure of what its pretrained model knew."""
