@@ -50,7 +50,12 @@ class TorchEngine(Engine):
     def _begin(self, hp: Hyperparameters, pulled: frozenset[str]) -> None:
         self.optimizer: torch.optim.Optimizer
         if self.optimizer_name == "adamw":
-            settings: dict[str, Any] = {"lr": hp.lr, "betas": hp.betas, "eps": hp.eps, "weight_decay": hp.weight_decay}
+            settings: dict[str, Any] = {
+                "lr": hp.lr,
+                "betas": hp.betas,
+                "eps": hp.eps,
+                "weight_decay": hp.weight_decay,
+            }
             self.optimizer = torch.optim.AdamW(self.params.items(), **settings)
         else:
             settings = {name: getattr(hp, name) for name in hp.__dataclass_fields__}
