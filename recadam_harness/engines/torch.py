@@ -50,13 +50,8 @@ class TorchEngine(Engine):
     def _begin(self, hp: Hyperparameters, pulled: frozenset[str]) -> None:
         self.optimizer: torch.optim.Optimizer
         if self.optimizer_name == "adamw":
-            settings: dict[str, Any] = {
-                "lr": hp.lr,
-                "betas": hp.betas,
-                "eps": hp.eps,
-                "weight_decay": hp.weight_decay,
-            }
-            self.optimizer = torch.optim.AdamW(self.params.items(), **settings)
+            rates: Any = {"lr": hp.lr, "betas": hp.betas, "eps": hp.eps}
+            self.optimizer = torch.optim.AdamW(self.params.items(), **rates, weight_decay=hp.weight_decay)
         else:
             settings = {name: getattr(hp, name) for name in hp.__dataclass_fields__}
             anchors = {name: self.anchors[name] for name in pulled}

@@ -16,7 +16,7 @@ import numpy as np
 from recadam_core.errors import RecAdamError, unknown
 
 from ..archives import MODELS, fetch, tar_member
-from ..tasks.movie_reviews import read_bbc, read_reviews, read_snli, retrieval_figures
+from ..tasks.movie_reviews import read_bbc, read_reviews, read_snli, source_figures
 from . import glue
 from .texts import Splits, Texts
 
@@ -148,12 +148,9 @@ class Source:
 
     def measure(self, encode: Callable[[list[str]], Array]) -> dict[str, float]:
         """Figures of the source tasks."""
-        parts = (encode(part) for part in (self.premises, self.entailed, self.contradicted))
-        figures = {f"snli_{name}": x for name, x in retrieval_figures(*parts).items()}
-        if self.titles:
-            found = retrieval_figures(encode(self.titles), encode(self.bodies))
-            figures["bbc_recall_at_1"] = found["recall_at_1"]
-        return figures
+        pairs = [encode(part) for part in (self.premises, self.entailed, self.contradicted)]
+        articles = [encode(part) for part in (self.titles, self.bodies) if part]
+        return source_figures(pairs, articles)
 
     @staticmethod
     @lru_cache(maxsize=1)
