@@ -62,16 +62,16 @@ class Parting:
         equal = "equal, so the kernel made the difference"
         if first != second:
             equal = f"{first!r} and {second!r}, so differentiation made the first difference"
-        found = [
+        lines = [
             f"first difference: step {self.step}, {where}: {self.values[0]!r} and {self.values[1]!r}, "
             f"{self.ulps} ulp apart ({self.differing} elements of it differ)",
             f"gradients there: {equal}",
             *(f"kernel of {kernel}" for kernel in self.kernels),
         ]
         if not self.repeats:
-            found.append("taken again here the runs do not repeat their records bit for bit: they were made")
-            found[-1] += " elsewhere, by another release, or on another number of threads"
-        return found
+            lines.append("taken again here the runs do not repeat their records bit for bit: they were made")
+            lines[-1] += " elsewhere, by another release, or on another number of threads"
+        return lines
 
 
 @dataclass(frozen=True)
@@ -91,18 +91,18 @@ def bisect_runs(reference: Run, other: Run, progress: Callable[[int], None] | No
     with contextlib.ExitStack() as stack:
         for run in runs:
             stack.enter_context(get_backend(run.config.backend).precision(run.config.dtype))
-        found = None
+        difference = None
         repeats = True
         for t, records, weights in _together(runs):
             tell(t)
             for run, record in zip(runs, records, strict=True):
                 repeats = repeats and bool(record.loss == run.steps["loss"][t - 1])
-            found = _difference(*weights)
-            if found is not None:
+            difference = _difference(*weights)
+            if difference is not None:
                 break
-        if found is None:
+        if difference is None:
             return None
-        name, element, differing = found
+        name, element, differing = difference
         a, b = (w[name][element] for w in weights)
         inputs, outputs = _once_more(runs, t, name)
         return Parting(
@@ -196,9 +196,9 @@ def explain(
                 with np.errstate(all="ignore"):
                     theta, m, v = _candidate(before, c, picks, ulps)
                 same |= (theta == after.theta) & (m == after.moments.m) & (v == after.moments.v)
-            found = (int(same.sum()), -len(operations), operations)
-            if found[:2] > best[:2]:
-                best = found
+            tried = (int(same.sum()), -len(operations), operations)
+            if tried[:2] > best[:2]:
+                best = tried
     return best[2], best[0]
 
 

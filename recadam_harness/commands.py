@@ -83,8 +83,8 @@ def finetune_command(
     ] = 0,
 ) -> None:
     """Fine-tune on a task; settings that are not given are the task's own."""
-    own = ("task", "backend", "optimizer", "out", "overwrite", "resume", "checkpoint_every", "annealing")
-    changes = _settings(context, *own)
+    others = ("task", "backend", "optimizer", "out", "overwrite", "resume", "checkpoint_every", "annealing")
+    changes = _settings(context, *others)
     if annealing not in (None, "sigmoid"):
         curve: dict[str, Any] = {name: changes.pop(name) for name in ("k", "t0") if name in changes}
         changes["annealing"] = annealing_from_dict({"name": annealing, **curve})
@@ -255,7 +255,7 @@ def seeds(
     optimizer: Annotated[
         list[str] | None, typer.Option(help=f"Of {', '.join(OPTIMIZERS)}; give it again for more.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="One that trains many seeds at once: jax.")] = "jax",
+    backend: Annotated[str, typer.Option(help="One that trains many seeds at once.")] = "jax",
     count: Annotated[int, typer.Option(min=1, max=1024, help="Seeds, from 0.")] = 16,
     steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
     gamma: Annotated[float | None, typer.Option(help="Strength of the pull.")] = None,

@@ -162,8 +162,8 @@ def _train(
             began = time.perf_counter()
             record = engine.step(batch, lr)
             seconds = time.perf_counter() - began
-            task, recall, pull = _policy(config, t)
-            line = (t, *record, task, recall, lr, pull, seconds)
+            task_weight, recall_weight, pull = _policy(config, t)
+            line = (t, *record, task_weight, recall_weight, lr, pull, seconds)
             records.write(json.dumps(dict(zip(COLUMNS, line, strict=True))) + "\n")
             records.flush()
             status["step"] = t

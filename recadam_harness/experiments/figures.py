@@ -114,12 +114,12 @@ def pareto_figure(summaries: Sequence[Summary], title: str) -> Any:
 
 def _labelled(summaries: Sequence[Summary]) -> list[tuple[str, Summary]]:
     """Each arm's label; arms for which the same trials were chosen are one point, and share it."""
-    found: dict[Any, tuple[str, Summary]] = {}
+    labels: dict[Any, tuple[str, Summary]] = {}
     for summary in summaries:
         label = label_of(summary.arm)
-        first, same = found.get(trials := tuple(row.trial for row in summary.rows), ("", summary))
-        found[trials] = (f"{first} (also {label.removeprefix(f'{first}, ')})" if first else label, same)
-    return list(found.values())
+        first, same = labels.get(trials := tuple(row.trial for row in summary.rows), ("", summary))
+        labels[trials] = (f"{first} (also {label.removeprefix(f'{first}, ')})" if first else label, same)
+    return list(labels.values())
 
 
 def _place_labels(panel: Any, places: Sequence[tuple[float, float, str, str]]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from recadam_core.errors import unknown
 
 from . import glue
-from .data import TARGETS
+from .data import HELD_OUT, TARGETS
 from .table import Entry, Results, Row
 from .trial import Trial
 
@@ -174,7 +174,7 @@ QUICK_SIZE: dict[str, Any] = {"rows": 250, "steps": 30}
 QUICK = ("adamw", "recadam", "annealed", "l2sp", "wiseft", "frozen")
 
 
-def choose(rows: Sequence[Row], rule: str, held: int = 1000) -> Row:
+def choose(rows: Sequence[Row], rule: str) -> Row:
     r"""The trial whose settings are taken, among those of one arm on validation rows.
 
     "best" is the most accurate. "careful" is the one that forgets least (by the source task's loss) of
@@ -185,7 +185,7 @@ def choose(rows: Sequence[Row], rule: str, held: int = 1000) -> Row:
     if rule == "best":
         return best
     top = best.figures["accuracy"]
-    near = [row for row in rows if row.figures["accuracy"] >= top - np.sqrt(top * (1 - top) / held)]
+    near = [row for row in rows if row.figures["accuracy"] >= top - np.sqrt(top * (1 - top) / HELD_OUT)]
     return min(near, key=lambda row: row.figures["snli_mnr"])
 
 

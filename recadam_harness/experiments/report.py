@@ -131,8 +131,8 @@ def _glue_table(summaries: Sequence[Summary], target: str) -> Table:
     lines = []
     for s in summaries:
         low, high = (f"{100 * x:.1f}" for x in s.target[1:])
-        found = f"{100 * s.target.median:.1f} ({low} to {high})"
-        lines.append([s.arm, s.settings, found, str(paper.get(s.arm) or "")])
+        figures = f"{100 * s.target.median:.1f} ({low} to {high})"
+        lines.append([s.arm, s.settings, figures, str(paper.get(s.arm) or "")])
     return ["", "settings", figure, "the paper's median (BERT-base)"], lines
 
 

