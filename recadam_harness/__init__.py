@@ -5,7 +5,9 @@ two of them walked the same path; `write_report` shows any number of them on one
 """
 
 from .compare import Comparison, compare_runs
-from .run import Run, RunConfig, finetune, load_run
+from .config import RunConfig
+from .directory import Run, load_run
+from .run import finetune
 from .tasks import TASKS, get_task
 
 __all__ = ["TASKS", "Comparison", "Run", "RunConfig", "compare_runs", "finetune", "get_task", "load_run"]

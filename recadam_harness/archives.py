@@ -100,10 +100,10 @@ def fetch(name: str) -> Path:
     path = cache_folder() / "archives" / archive.file
     if not path.exists():
         _download(archive, path)
-    found = _sha256(path)
-    if found != archive.sha256:
+    digest = _sha256(path)
+    if digest != archive.sha256:
         raise RecAdamError(
-            f"{path}: damaged (sha256 {found[:16]}, expected {archive.sha256[:16]}); "
+            f"{path}: damaged (sha256 {digest[:16]}, expected {archive.sha256[:16]}); "
             "delete it and run `recadam fetch` again"
         )
     return path

@@ -14,13 +14,11 @@ from recadam_core.backends import get_backend
 from recadam_core.coefficients import Coefficients, coefficients
 from recadam_core.update import Moments
 
-from .engines import Engine, make_engine, policy
-from .run import Run, RunConfig, batch_order, learning_rate_of
-from .tasks import get_task
+from .directory import Run
+from .engines import Array, Engine, policy
+from .run import prepare
 
 __all__ = ["Inputs", "Kernel", "Parting", "bisect_runs", "explain"]
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -64,16 +62,16 @@ class Parting:
         equal = "equal, so the kernel made the difference"
         if first != second:
             equal = f"{first!r} and {second!r}, so differentiation made the first difference"
-        found = [
+        lines = [
             f"first difference: step {self.step}, {where}: {self.values[0]!r} and {self.values[1]!r}, "
             f"{self.ulps} ulp apart ({self.differing} elements of it differ)",
             f"gradients there: {equal}",
             *(f"kernel of {kernel}" for kernel in self.kernels),
         ]
         if not self.repeats:
-            found.append("taken again here the runs do not repeat their records bit for bit: they were made")
-            found[-1] += " elsewhere, by another release, or on another number of threads"
-        return found
+            lines.append("taken again here the runs do not repeat their records bit for bit: they were made")
+            lines[-1] += " elsewhere, by another release, or on another number of threads"
+        return lines
 
 
 @dataclass(frozen=True)
@@ -93,18 +91,18 @@ def bisect_runs(reference: Run, other: Run, progress: Callable[[int], None] | No
     with contextlib.ExitStack() as stack:
         for run in runs:
             stack.enter_context(get_backend(run.config.backend).precision(run.config.dtype))
-        found = None
+        difference = None
         repeats = True
         for t, records, weights in _together(runs):
             tell(t)
             for run, record in zip(runs, records, strict=True):
                 repeats = repeats and bool(record.loss == run.steps["loss"][t - 1])
-            found = _difference(*weights)
-            if found is not None:
+            difference = _difference(*weights)
+            if difference is not None:
                 break
-        if found is None:
+        if difference is None:
             return None
-        name, element, differing = found
+        name, element, differing = difference
         a, b = (w[name][element] for w in weights)
         inputs, outputs = _once_more(runs, t, name)
         return Parting(
@@ -122,32 +120,12 @@ def bisect_runs(reference: Run, other: Run, progress: Callable[[int], None] | No
         )
 
 
-def _set_up(config: RunConfig) -> tuple[Engine, Any, Array]:
-    problem = get_task(config.task).prepare(config.seed, **config.options)
-    engine = make_engine(
-        config.backend,
-        problem.model,
-        problem.params,
-        problem.anchored,
-        config.optimizer,
-        config.hp,
-        config.dtype,
-    )
-    rows = len(problem.train["targets"])
-    return engine, problem, batch_order(rows, config.batch_size, config.steps, config.seed)
-
-
-def _batch(problem: Any, order: Array, t: int) -> dict[str, Array]:
-    return {name: column[order[t - 1]] for name, column in problem.train.items()}
-
-
 def _together(runs: tuple[Run, Run]) -> Iterator[tuple[int, list[Any], list[dict[str, Array]]]]:
     """Step, records and weights of both runs, step by step."""
-    made = [_set_up(run.config) for run in runs]
+    both = [prepare(run.config) for run in runs]
     for t in range(1, runs[0].config.steps + 1):
-        lr = learning_rate_of(runs[0].config, t)
-        records = [engine.step(_batch(problem, order, t), lr) for engine, problem, order in made]
-        yield t, records, [engine.weights() for engine, _, _ in made]
+        records = [one.step(t) for one in both]
+        yield t, records, [one.engine.weights() for one in both]
 
 
 def _difference(a: Mapping[str, Array], b: Mapping[str, Array]) -> tuple[str, tuple[Any, ...], int] | None:
@@ -171,18 +149,18 @@ def _once_more(runs: tuple[Run, Run], t: int, name: str) -> tuple[list[Inputs], 
     """What both kernels read of a parameter at step t, and what they wrote."""
     inputs, outputs = [], []
     for run in runs:
-        engine, problem, order = _set_up(run.config)
+        again = prepare(run.config)
         for earlier in range(1, t):
-            engine.step(_batch(problem, order, earlier), learning_rate_of(run.config, earlier))
-        batch = _batch(problem, order, t)
+            again.step(earlier)
+        problem, engine = again.problem, again.engine
         _, pulled = policy(run.config.optimizer, run.config.hp, problem.anchored)
         anchor = np.asarray(problem.params[name], dtype=run.config.dtype) if name in pulled else None
 
         def read(grad: Array, engine: Engine = engine, anchor: Array | None = anchor) -> Inputs:
             return Inputs(engine.weights()[name].copy(), grad, engine.moments(name), anchor)
 
-        inputs.append(read(engine.gradients(batch)[name]))
-        engine.step(batch, learning_rate_of(run.config, t))
+        inputs.append(read(engine.gradients(again.batch(t))[name]))
+        again.step(t)
         outputs.append(read(inputs[-1].grad))
     return inputs, outputs
 
@@ -190,7 +168,7 @@ def _once_more(runs: tuple[Run, Run], t: int, name: str) -> tuple[list[Inputs], 
 def _kernel(run: Run, t: int, before: Inputs, after: Inputs) -> Kernel:
     config = run.config
     hp, _ = policy(config.optimizer, config.hp, frozenset())
-    lr = learning_rate_of(config, t)
+    lr = config.rate(t)
     anchored = before.anchor is not None
     choices = {"": coefficients(t, hp, lr, anchored)}
     for variant in get_backend(config.backend).capabilities.variants:
@@ -218,9 +196,9 @@ def explain(
                 with np.errstate(all="ignore"):
                     theta, m, v = _candidate(before, c, picks, ulps)
                 same |= (theta == after.theta) & (m == after.moments.m) & (v == after.moments.v)
-            found = (int(same.sum()), -len(operations), operations)
-            if found[:2] > best[:2]:
-                best = found
+            tried = (int(same.sum()), -len(operations), operations)
+            if tried[:2] > best[:2]:
+                best = tried
     return best[2], best[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -19,13 +20,15 @@ from recadam_core.errors import Interrupted, RecAdamError, unknown
 from recadam_core.hyperparameters import FORMS
 
 from .archives import ARCHIVES, fetch
-from .compare import PREDICTIONS, compare_runs
+from .compare import PREDICTIONS, Comparison, compare_runs
+from .config import RunConfig
 from .demo import PLAN, plan_demo, run_demo
-from .engines import OPTIMIZERS
+from .directory import Run, load_run, resumable
+from .engines import OPTIMIZERS, announced
 from .experiments.data import TARGETS
 from .experiments.glue import TASKS as GLUE
 from .experiments.grids import EXPERIMENTS, Options
-from .run import Run, RunConfig, finetune, load_run, resumable
+from .run import finetune
 from .schedules import SCHEDULES
 from .tasks import TASKS, get_task
 
@@ -36,8 +39,9 @@ app = typer.Typer()
 
 @app.command("finetune")
 def finetune_command(
+    context: typer.Context,
     task: Annotated[str, typer.Argument(help="; ".join(f"{t.name}: {t.about}" for t in TASKS.values()))],
-    backend: Annotated[str, typer.Option(help="numpy, torch or jax.")] = "torch",
+    backend: Annotated[str, typer.Option(help=f"{', '.join(announced())}.")] = "torch",
     optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = "recadam",
     out: Annotated[
         Path | None, typer.Option(help="Directory of the run [default: runs/TASK-BACKEND-OPTIMIZER-SEED].")
@@ -79,33 +83,11 @@ def finetune_command(
     ] = 0,
 ) -> None:
     """Fine-tune on a task; settings that are not given are the task's own."""
-    given: dict[str, Any] = {
-        "form": form,
-        "gamma": gamma,
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "eps": eps,
-        "schedule": schedule,
-        "warmup": warmup,
-        "steps": steps,
-        "batch_size": batch_size,
-        "seed": seed,
-        "dtype": dtype,
-        "model": model,
-        "train_rows": train_rows,
-        "test_rows": test_rows,
-        "source_rows": source_rows,
-        "bbc_rows": bbc_rows,
-        "max_length": max_length,
-        "eval_every": eval_every,
-        "snapshot_every": snapshot_every,
-    }
-    curve: dict[str, Any] = {name: value for name, value in (("k", k), ("t0", t0)) if value is not None}
+    others = ("task", "backend", "optimizer", "out", "overwrite", "resume", "checkpoint_every", "annealing")
+    changes = _settings(context, *others)
     if annealing not in (None, "sigmoid"):
-        given["annealing"] = annealing_from_dict({"name": annealing, **curve})
-    else:
-        given.update(curve)
-    changes = {name: value for name, value in given.items() if value is not None}
+        curve: dict[str, Any] = {name: changes.pop(name) for name in ("k", "t0") if name in changes}
+        changes["annealing"] = annealing_from_dict({"name": annealing, **curve})
     config = RunConfig.for_task(task, backend, optimizer, **changes)
     directory = out or Path("runs") / f"{task}-{backend}-{optimizer}-{seed}"
     # Before the bar, since pip shows one of its own.
@@ -119,29 +101,45 @@ def finetune_command(
     except KeyboardInterrupt:
         says = f"{directory} says so" if (directory / "status.json").exists() else ""
         raise Interrupted(says) from None
-    show(_summary([run]))
+    _summarize([run])
     print(run.path)
 
 
-def _summary(runs: list[Run]) -> Table:
+def _settings(context: typer.Context, *others: str) -> dict[str, Any]:
+    """The settings of a run that are given on the command line: all that is, but for these names."""
+    return {n: x for n, x in context.params.items() if x is not None and n not in others}
+
+
+def _print(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int | None = None) -> None:
+    """Print a table; numbers, from that column on, stand to the right."""
+    table = Table(box=None, pad_edge=False)
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if numbers is not None and i >= numbers else "left")
+    for row in rows:
+        table.add_row(*row)
+    show(table)
+
+
+def _summarize(runs: list[Run]) -> None:
     from .report import summary_rows
 
-    table = Table(box=None, pad_edge=False)
-    for name in ("task", "backend", "optimizer"):
-        table.add_column(name)
-    for name in ("target accuracy", "source figure", "before -> after", "distance to anchor"):
-        table.add_column(name, justify="right")
-    for row in summary_rows(runs):
-        table.add_row(
-            row["task"],
-            row["backend"],
-            row["optimizer"],
+    head = ["task", "backend", "optimizer"]
+    figures = ["target accuracy", "source figure", "before -> after", "distance to anchor"]
+    rows = [
+        [
+            *(row[name] for name in head),
             f"{row['target_before']:.3f} -> {row['target_after']:.3f}",
             f"{row['metric']} ({row['better']} is better)",
             f"{row['source_before']:.3f} -> {row['source_after']:.3f}",
             f"{row['distance']:.3f}",
-        )
-    return table
+        ]
+        for row in summary_rows(runs)
+    ]
+    _print(head + figures, rows, numbers=len(head))
+
+
+def _held(c: Comparison) -> list[str]:
+    return [c.second, c.first, "yes" if c.agree else "NO", f"{c.weights:.2g} of the way"]
 
 
 def _percent(share: float) -> str:
@@ -179,39 +177,23 @@ def compare(
         with progress(loaded[0].config.steps, "bisecting") as tell:
             parting = bisect_runs(loaded[0], loaded[1], lambda step: tell(step, ""))
     if as_json:
-        found = [asdict(result) for result in results]
+        values = [asdict(result) for result in results]
         if len(runs) == 2:
-            found[0]["parting"] = None if parting is None else asdict(parting)
-        print(json.dumps(found, indent=2))
+            values[0]["parting"] = None if parting is None else asdict(parting)
+        print(json.dumps(values, indent=2))
     else:
-        table = Table(box=None, pad_edge=False)
-        for name in (
-            "run",
-            "against",
-            "agree",
-            "weights apart",
-            "at",
-            "bound",
-            "same predictions",
-            "parted",
-            "first bit",
-        ):
-            table.add_column(name)
-        for c in results:
-            table.add_row(
-                c.second,
-                c.first,
-                "yes" if c.agree else "NO",
-                f"{c.weights:.2g} of the way",
+        head = ["run", "against", "agree", "weights apart", "at", "bound", "same predictions"]
+        rows = [
+            [
+                *_held(c),
                 f"step {c.weights_step} {c.weights_name}",
                 f"{c.tolerance:g}",
                 f"{_percent(c.predictions)} of {c.rows}",
-                "never" if c.parted is None else f"step {c.parted[0]}, {c.parted[1]}",
-                "never"
-                if c.first_difference is None
-                else f"step {c.first_difference[0]}, {c.first_difference[1]}",
-            )
-        show(table)
+                *("never" if x is None else f"step {x[0]}, {x[1]}" for x in (c.parted, c.first_difference)),
+            ]
+            for c in results
+        ]
+        _print([*head, "parted", "first bit"], rows)
         for line in parting.lines() if parting else ():
             print(line)
     if not all(result.agree for result in results):
@@ -246,16 +228,10 @@ def demo(
             runs, comparisons, page = run_demo(plan, out, jobs, tell)
     except KeyboardInterrupt:
         raise Interrupted(f"the runs in {out} say so") from None
-    show(_summary(runs))
-    table = Table(box=None, pad_edge=False)
-    for name in ("task", "run", "against", "agree", "weights apart", "same predictions"):
-        table.add_column(name)
-    for task, c in comparisons:
-        same = f"{_percent(c.predictions)} of {c.rows}"
-        table.add_row(
-            task, c.second, c.first, "yes" if c.agree else "NO", f"{c.weights:.2g} of the way", same
-        )
-    show(table)
+    _summarize(runs)
+    head = ["task", "run", "against", "agree", "weights apart", "same predictions"]
+    rows = [[task, *_held(c), f"{_percent(c.predictions)} of {c.rows}"] for task, c in comparisons]
+    _print(head, rows)
     print(f"report: {page.resolve()}")
     if not all(c.agree for _, c in comparisons):
         raise typer.Exit(1)
@@ -274,11 +250,12 @@ def fetch_command(
 
 @app.command()
 def seeds(
+    context: typer.Context,
     task: Annotated[str, typer.Argument(help=f"One of {', '.join(TASKS)}.")] = "digits",
     optimizer: Annotated[
         list[str] | None, typer.Option(help=f"Of {', '.join(OPTIMIZERS)}; give it again for more.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="One that trains many seeds at once: jax.")] = "jax",
+    backend: Annotated[str, typer.Option(help="One that trains many seeds at once.")] = "jax",
     count: Annotated[int, typer.Option(min=1, max=1024, help="Seeds, from 0.")] = 16,
     steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
     gamma: Annotated[float | None, typer.Option(help="Strength of the pull.")] = None,
@@ -290,13 +267,13 @@ def seeds(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier sweep in the directory.")] = False,
 ) -> None:
     """Train from many seeds in one program, and show how much they differ."""
-    from recadam_core.files import replacing, write_json
+    from recadam_core.files import write_json
 
+    from .pages import write_picture
     from .plots import seeds_figure
     from .seeds import sweep_seeds
 
-    given = {"steps": steps, "gamma": gamma, "lr": lr, "k": k, "t0": t0, "eval_every": eval_every}
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes = _settings(context, "task", "optimizer", "backend", "count", "out", "overwrite")
     names = list(dict.fromkeys(optimizer or ["recadam", "annealed", "adamw"]))
     configs = [RunConfig.for_task(task, backend, name, **changes) for name in names]
     if out.exists() and not out.is_dir():
@@ -313,18 +290,15 @@ def seeds(
             sweeps.append(sweep_seeds(config, range(count)))
         tell(len(configs), "")
     figures = list(sweeps[0].evaluations)
-    table = Table(box=None, pad_edge=False)
-    for title in ("optimizer", *(name.replace("_", " ") for name in figures)):
-        table.add_column(title, justify="left" if title == "optimizer" else "right")
+    rows = []
     for sweep in sweeps:
         spread = (sweep.quartiles(name) for name in figures)
         cells = (f"{middle:.4f} ({low:.4f} to {high:.4f})" for low, middle, high in spread)
-        table.add_row(sweep.config.optimizer, *cells)
-    show(table)
+        rows.append([sweep.config.optimizer, *cells])
+    _print(["optimizer", *(name.replace("_", " ") for name in figures)], rows, numbers=1)
     print(f"medians and middle halves of {count} seeds after step {sweeps[0].config.steps}")
     write_json(out / "seeds.json", [sweep.to_dict() for sweep in sweeps])
-    with replacing(out / "seeds.png") as beside:
-        seeds_figure(sweeps).savefig(beside, format="png", dpi=150)
+    write_picture(out / "seeds.png", seeds_figure(sweeps))
     print(out / "seeds.png")
 
 
@@ -349,13 +323,8 @@ def trial(
     if as_json:
         print(json.dumps(figures, indent=2))
         return
-    table = Table(box=None, pad_edge=False)
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    for name, value in figures.items():
-        if name != "curve":
-            table.add_row(name, f"{value:.6g}")
-    show(table)
+    rows = [[name, f"{value:.6g}"] for name, value in figures.items() if name != "curve"]
+    _print(["figure", "value"], rows, numbers=1)
 
 
 @app.command()

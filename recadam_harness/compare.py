@@ -10,7 +10,8 @@ import numpy as np
 
 from recadam_core.errors import RecAdamError, check_number
 
-from .run import Run, flat
+from .config import flat
+from .directory import Run
 
 __all__ = ["TOLERANCES", "Comparison", "compare_runs", "setup_of"]
 
@@ -163,11 +164,11 @@ def _same_setup(reference: Run, other: Run) -> None:
         )
 
 
-def _earliest(found: tuple[int, str] | None, where: Any, name: str) -> tuple[int, str] | None:
+def _earliest(earlier: tuple[int, str] | None, where: Any, name: str) -> tuple[int, str] | None:
     if not where.any():
-        return found
+        return earlier
     step = int(np.argmax(where)) + 1
-    return (step, name) if found is None or step < found[0] else found
+    return (step, name) if earlier is None or step < earlier[0] else earlier
 
 
 def _distance(a: Any, b: Any) -> float:

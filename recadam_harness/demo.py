@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from recadam_core.backends import available_backends
+from recadam_core.cli import main
 from recadam_core.errors import RecAdamError, unknown
 
 from .compare import Comparison
-from .processes import settle, shares, thread_limits
+from .directory import Run, load_run
+from .processes import pool
 from .report import compare_all, write_report
-from .run import Run, load_run
 
 __all__ = ["plan_demo", "run_demo"]
 
@@ -43,31 +43,15 @@ def plan_demo(only: str | None = None) -> list[tuple[str, str, str]]:
 def run_demo(
     plan: list[tuple[str, str, str]], out: Path, jobs: int, tell: Callable[[int, str], None]
 ) -> tuple[list[Run], list[tuple[str, Comparison]], Path]:
-    """Run a plan in processes of their own, each on its share of the cores."""
-    waiting, done = list(plan), 0
-    running: list[Entry] = []
-    slots = shares(jobs)
-    try:
-        while waiting or running:
-            while waiting and slots:
-                task, backend, optimizer = waiting.pop(0)
-                running.append(_start(out, task, backend, optimizer, slots.pop(0)))
-            for entry in [entry for entry in running if entry[0].poll() is not None]:
-                process, path, slot, log = entry
-                running.remove(entry)
-                slots.append(slot)
-                if process.returncode:
-                    lines = log.read_text(encoding="utf-8").strip().splitlines() or ["no output"]
-                    raise RecAdamError(f"{path}: {lines[-1].removeprefix('recadam: ')}; see {log}")
-                done += 1
-            tell(done, ", ".join(path.name for _, path, _, _ in running))
-            time.sleep(0.1)
-    finally:
-        for process, *_ in running:
-            process.terminate()
-        for process, *_ in running:
-            process.wait()
-    runs = [load_run(out / f"{t}-{b}-{o}") for t, b, o in plan]
+    """Run a plan in other processes, each on its share of the cores."""
+    paths = {out / "-".join(entry): entry for entry in plan}
+    unfinished = list(paths)
+    with pool(jobs) as each:
+        tell(0, ", ".join(path.name for path in unfinished[:jobs]))
+        for (path, _), _ in each(_finetune, paths.items()):
+            unfinished.remove(path)
+            tell(len(plan) - len(unfinished), ", ".join(path.name for path in unfinished[:jobs]))
+    runs = [load_run(path) for path in paths]
     comparisons = compare_all(runs)
     title = "RecAdam beside AdamW, in " + ", ".join(dict.fromkeys(b for _, b, _ in plan))
     page = write_report(runs, out, title, comparisons)
@@ -76,22 +60,27 @@ def run_demo(
     return runs, [(task_of[c.paths[0]], c) for c in by_task], page
 
 
-Entry = tuple["subprocess.Popen[str]", Path, list[int], Path]
-
-
-def _start(out: Path, task: str, backend: str, optimizer: str, slot: list[int]) -> Entry:
-    path = out / f"{task}-{backend}-{optimizer}"
-    log = out / "logs" / f"{path.name}.log"
+def _finetune(run: tuple[Path, tuple[str, str, str]]) -> None:
+    """In another process: a run by its command, and what that prints in a log."""
+    path, (task, backend, optimizer) = run
+    log = path.parent / "logs" / f"{path.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "recadam_core", "finetune", task, "--backend", backend]
-    command += ["--optimizer", optimizer, "--out", str(path), "--overwrite"]
     with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **thread_limits(slot)},
-            preexec_fn=lambda: settle(slot),
-            text=True,
-        )
-    return process, path, slot, log
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["recadam", "finetune", task, "--backend", backend, "--optimizer", optimizer]
+    sys.argv += ["--out", str(path), "--overwrite"]
+    try:
+        main()
+    except SystemExit as end:
+        if end.code == 130:  # interrupted, by the end of the parent: nobody waits for more
+            os._exit(130)
+        failed = bool(end.code)
+    except Exception:
+        traceback.print_exc()
+        failed = True
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if failed:
+        lines = log.read_text(encoding="utf-8").strip().splitlines() or ["no output"]
+        raise RecAdamError(f"{path}: {lines[-1].removeprefix('recadam: ')}; see {log}")

@@ -10,7 +10,7 @@ import numpy as np
 from recadam_core.figures import COLOURS, new_figure, styled
 
 from .compare import TINY, Comparison
-from .run import Run
+from .directory import Run
 from .seeds import Sweep
 
 __all__ = ["SOURCE_LABELS", "seeds_figure", "task_figure"]
@@ -38,8 +38,8 @@ def _smooth(y: Any, width: int) -> Any:
 
 @styled
 def task_figure(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Any:
-    """Four panels on the runs of one task: learning, drift, what was kept, and the same path."""
-    figure, (learn, drift, kept, path) = new_figure(4)
+    """Four panels on the runs of one task: learning, drift, what was keeps, and the same path."""
+    figure, (learn, drift, keeps, path) = new_figure(4)
     width = max(1, runs[0].config.steps // 15)
     backends = dict.fromkeys(run.config.backend for run in runs)
     dashes = {name: DASHES[min(i, len(DASHES) - 1)] for i, name in enumerate(backends)}
@@ -71,13 +71,13 @@ def task_figure(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Any:
     for run in runs:
         before, after = run.evaluations[0], run.evaluations[-1]
         colour = COLOURS[run.config.optimizer]
-        kept.annotate(
+        keeps.annotate(
             "",
             (after["target_accuracy"], after[metric]),
             (before["target_accuracy"], before[metric]),
             arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.25, "linewidth": 1.2},
         )
-        kept.plot(
+        keeps.plot(
             after["target_accuracy"],
             after[metric],
             MARKERS.get(run.config.backend, "s"),
@@ -87,13 +87,13 @@ def task_figure(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Any:
             markeredgewidth=2,
         )
     start = runs[0].evaluations[0]
-    kept.plot(start["target_accuracy"], start[metric], "D", color="#333333", markersize=6)
-    kept.annotate("before", (start["target_accuracy"], start[metric]), (6, 6), textcoords="offset points")
-    kept.margins(0.18)
+    keeps.plot(start["target_accuracy"], start[metric], "D", color="#333333", markersize=6)
+    keeps.annotate("before", (start["target_accuracy"], start[metric]), (6, 6), textcoords="offset points")
+    keeps.margins(0.18)
     if not more:
-        kept.invert_yaxis()
-    kept.set(title="Keeps: best is top right", xlabel="target accuracy")
-    kept.set_ylabel(SOURCE_LABELS.get(metric, metric) + ("" if more else ", axis turned"))
+        keeps.invert_yaxis()
+    keeps.set(title="Keeps: best is top right", xlabel="target accuracy")
+    keeps.set_ylabel(SOURCE_LABELS.get(metric, metric) + ("" if more else ", axis turned"))
 
     lowest = 1.0
     for c in comparisons:

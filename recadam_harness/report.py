@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from recadam_core.errors import RecAdamError
-from recadam_core.files import replacing
 
 from .compare import Comparison, compare_runs, setup_of
+from .directory import Run
+from .engines import reference_first
+from .pages import Table, write_page, write_picture
 from .plots import SOURCE_LABELS, task_figure
-from .run import Run
 
 __all__ = ["compare_all", "summary_rows", "write_report"]
 
@@ -33,8 +34,7 @@ def compare_all(runs: Sequence[Run]) -> list[Comparison]:
 
 def _ordered(runs: Sequence[Run]) -> list[Run]:
     """By backend, the reference first; within a backend as given."""
-    order = ("numpy", "torch", "jax")
-    return sorted(runs, key=lambda run: (*order, run.config.backend).index(run.config.backend))
+    return sorted(runs, key=lambda run: reference_first(run.config.backend)[0])
 
 
 def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -70,8 +70,6 @@ def write_report(
     comparisons: Sequence[Comparison] | None = None,
 ) -> Path:
     """Write report.html, and a PNG of each task's picture beside it."""
-    from jinja2 import Environment, PackageLoader
-
     out = Path(out)
     complete = [run for run in runs if run.status["state"] == "complete"]
     if not complete:
@@ -84,8 +82,7 @@ def write_report(
         paths = {str(run.path) for run in chosen}
         compared = [c for c in comparisons if paths.issuperset(c.paths)]
         figure = task_figure(chosen, compared)
-        with replacing(out / f"{task}.png") as beside:
-            figure.savefig(beside, format="png", dpi=150)
+        write_picture(out / f"{task}.png", figure)
         picture = io.StringIO()
         figure.savefig(picture, format="svg")
         svg = picture.getvalue()
@@ -93,27 +90,60 @@ def write_report(
             {
                 "task": task,
                 "runs": chosen,
-                "rows": summary_rows(chosen),
-                "figures": [_figures(run) for run in chosen],
-                "names": list(dict.fromkeys(name for run in chosen for name in _figures(run))),
-                "comparisons": compared,
+                "marks": [run.config.optimizer for run in chosen],
+                "learned": _learned(chosen),
+                "figures": _figures(chosen),
+                "compared": _compared(compared),
                 "svg": svg[svg.index("<svg") :],
             }
         )
-    environment = Environment(loader=PackageLoader("recadam_harness"), autoescape=True)
-    page = environment.get_template("report.html.j2").render(
+    return write_page(
+        out / "report.html",
+        "report.html.j2",
         title=title,
         sections=sections,
         unfinished=[run for run in runs if run.status["state"] != "complete"],
         written=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
-        labels=SOURCE_LABELS,
     )
-    with replacing(out / "report.html") as beside:
-        beside.write_text(page, encoding="utf-8")
-    return out / "report.html"
 
 
-def _figures(run: Run) -> dict[str, tuple[float, float]]:
+def _learned(runs: Sequence[Run]) -> Table:
+    rows = summary_rows(runs)
+    source = f"{rows[0]['metric']} ({rows[0]['better']} is better)"
+    return ["run", "target accuracy", source, "distance to θ*", "seconds a step"], [
+        [
+            row["name"],
+            f"{row['target_before']:.3f} → {row['target_after']:.3f}",
+            f"{row['source_before']:.3f} → {row['source_after']:.3f}",
+            f"{row['distance']:.3f}",
+            f"{row['seconds']:.4f}",
+        ]
+        for row in rows
+    ]
+
+
+def _compared(comparisons: Sequence[Comparison]) -> Table:
+    head = ["run", "held against", "agree", "weights apart, share of distance travelled", "bound",
+            "same predictions", "first difference of any bit"]  # fmt: skip
+    return head, [
+        [
+            c.second,
+            c.first,
+            "yes" if c.agree else "no",
+            f"{c.weights:.2g}" + (f" at step {c.weights_step}" if c.weights else ""),
+            f"{c.tolerance:g}",
+            f"{100 * c.predictions:.2f}% of {c.rows}",
+            "none" if c.first_difference is None else "step {}, {}".format(*c.first_difference),
+        ]
+        for c in comparisons
+    ]
+
+
+def _figures(runs: Sequence[Run]) -> Table:
     """Each evaluated figure, before and after."""
-    before, after = run.evaluations[0], run.evaluations[-1]
-    return {name: (before[name], after[name]) for name in before if name != "step"}
+    ends = [(run.evaluations[0], run.evaluations[-1]) for run in runs]
+    names = list(dict.fromkeys(name for before, _ in ends for name in before if name != "step"))
+    return ["run", *(SOURCE_LABELS.get(name, name.replace("_", " ")) for name in names)], [
+        [run.path.name, *(f"{a[n]:.3f} → {b[n]:.3f}" if n in a else "" for n in names)]
+        for run, (a, b) in zip(runs, ends, strict=True)
+    ]

@@ -13,10 +13,11 @@ from recadam_core.backends import get_backend
 from recadam_core.coefficients import coefficients
 from recadam_core.errors import RecAdamError
 
-from .engines import engine_of, make_engine
-from .run import Array, RunConfig, batch_order, learning_rate_of
+from .config import RunConfig
+from .engines import Array, able, engine_of, make_engine
+from .run import batch_order
 from .tasks import get_task
-from .tasks.base import Problem, accuracy, in_batches
+from .tasks.base import Problem
 
 __all__ = ["Sweep", "sweep_seeds"]
 
@@ -56,10 +57,11 @@ def sweep_seeds(config: RunConfig, seeds: Sequence[int]) -> Sweep:
         raise RecAdamError(f"seeds are {seeds}; give some, each once")
     configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
     backend = get_backend(config.backend)
-    train = getattr(engine_of(config.backend), "sweep", None)
+    train = engine_of(config.backend).sweep
     if train is None:
-        raise RecAdamError(f"backend {config.backend!r} trains one seed at a time; use jax")
-    rates = np.array([learning_rate_of(config, t) for t in range(1, config.steps + 1)])
+        others = able(lambda engine: engine.sweep is not None)
+        raise RecAdamError(f"backend {config.backend!r} trains one seed at a time; use {others}")
+    rates = np.array([config.rate(t) for t in range(1, config.steps + 1)])
     for t, lr in enumerate(rates, start=1):
         if config.optimizer == "recadam":  # a pull that diverges is refused before anything is trained
             coefficients(t, config.hp, float(lr))
@@ -85,24 +87,21 @@ def sweep_seeds(config: RunConfig, seeds: Sequence[int]) -> Sweep:
         if len(lost):
             seed, step = (int(x) for x in lost[0])
             raise RecAdamError(f"seed {seeds[seed]}: the loss is not finite at step {step + 1}; lower lr")
-        figures = [_figures(config, problems, held) for held in weights]
-    evaluations = {name: np.array([x[name] for x in figures]).T for name in figures[0]}
+        figures = [_figures(config, problems, x) for x in weights]
+    evaluations = {
+        name: np.array([[seed[name] for seed in then] for then in figures]).T for name in figures[0][0]
+    }
     return Sweep(configs[0], [x.seed for x in configs], records, at, evaluations, first.headline[0])
 
 
-def _figures(config: RunConfig, problems: list[Problem], held: Mapping[str, Array]) -> dict[str, list[float]]:
+def _figures(
+    config: RunConfig, problems: list[Problem], weights: Mapping[str, Array]
+) -> list[dict[str, float]]:
     """Figures of the target and the source task, of each seed."""
-    found: dict[str, list[float]] = {}
+    figures = []
     for i, problem in enumerate(problems):
-        own = {name: x[i] for name, x in held.items()}
-        engine = make_engine(
-            config.backend, problem.model, own, frozenset(), "adamw", config.hp, config.dtype
-        )
-        logits = in_batches(engine.call, "logits", problem.test, problem.eval_batch)
-        figures = {
-            "target_accuracy": accuracy(logits, problem.test["targets"]),
-            **problem.measure_source(engine.call),
-        }
-        for name, value in figures.items():
-            found.setdefault(name, []).append(value)
-    return found
+        params = {name: x[i] for name, x in weights.items()}
+        start = problem.model, params, frozenset[str]()
+        engine = make_engine(config.backend, *start, "adamw", config.hp, config.dtype)
+        figures.append(problem.evaluate(engine.call)[1])
+    return figures

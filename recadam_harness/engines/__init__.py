@@ -5,10 +5,12 @@ One is announced by an entry point in the group `recadam_harness.engines` whose 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from importlib.metadata import entry_points
-from typing import Any, ClassVar, NamedTuple, Protocol
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -17,19 +19,25 @@ from recadam_core.errors import RecAdamError, unknown
 from recadam_core.hyperparameters import Hyperparameters
 from recadam_core.update import Moments
 
-from ..models import Model
+from ..models import Model, Ops
 
 __all__ = [
     "OPTIMIZERS",
     "Engine",
     "StepRecord",
+    "able",
+    "announced",
     "coupled_gradient",
     "coupled_gradients",
     "engine_of",
     "make_engine",
     "plain_adam",
     "policy",
+    "reference_first",
 ]
+
+Array = np.ndarray[Any, Any]
+Weights = Mapping[str, Array]
 
 OPTIMIZERS = {
     "recadam": "RecAdam: Adam with the annealed pull outside of its moments",
@@ -54,55 +62,141 @@ class StepRecord(NamedTuple):
     travelled: float  # Euclidean distance of all parameters to their start, after the step
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """A model, its parameters and an optimizer in one framework.
 
     Made as `Engine(model, params, anchored, optimizer, hp, dtype)`: the model, its starting values in
     NumPy, the names of those that are pretrained and thus anchored where they start, a name in
     `OPTIMIZERS`, settings, and "float32" or "float64".
+
+    A framework adds how it holds arrays, differentiates and updates: what is abstract here.
     """
 
-    kinds: ClassVar[tuple[str, ...]]  # of model that it can train
+    kinds: ClassVar[tuple[str, ...]] = ("mlp", "bert")  # of model that it can train
+    ops: ClassVar[Ops]
+    sweep: ClassVar[Callable[..., tuple[dict[str, Array], list[dict[str, Array]]]] | None] = None
+    """Trains from many starts in one program, as `recadam_harness.seeds` calls it; None where it cannot."""
 
     def __init__(
         self,
         model: Model,
-        params: Mapping[str, np.ndarray[Any, Any]],
+        params: Weights,
         anchored: frozenset[str],
         optimizer: str,
         hp: Hyperparameters,
         dtype: str,
-    ) -> None: ...
-
-    def step(self, batch: Mapping[str, np.ndarray[Any, Any]], lr: float) -> StepRecord:
-        """Gradient of the batch's loss, and one step of the optimizer."""
-        ...
-
-    def call(self, function: str, batch: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-        """The model's method of that name ("logits", "features"), at the present parameters."""
-        ...
-
-    def weights(self) -> dict[str, np.ndarray[Any, Any]]:
-        """A copy of the present parameters, in NumPy."""
-        ...
-
-    def gradients(self, batch: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-        """Gradient of the batch's loss at the present parameters, in NumPy; takes no step."""
-        ...
-
-    def moments(self, name: str) -> Moments:
-        """A copy of the present moments of one parameter, in NumPy."""
-        ...
-
-    def restore(
-        self, step: int, weights: Mapping[str, np.ndarray[Any, Any]], moments: Mapping[str, Moments]
     ) -> None:
+        self.model, self.hp, self.dtype, self.optimizer_name = model, hp, dtype, optimizer
+        self.params: dict[str, Any] = {name: self._parameter(x) for name, x in params.items()}
+        self.start = {name: self._copy(x) for name, x in self.params.items()}
+        self.anchors = {name: x for name, x in self.start.items() if name in anchored}
+        self.t = 0
+        self._begin(*policy(optimizer, hp, anchored))
+
+    def step(self, batch: Weights, lr: float) -> StepRecord:
+        """Gradient of the batch's loss, and one step of the optimizer."""
+        with self._untaped():
+            self.t += 1
+            loss, grads = self._differentiate(self._rows(batch))
+            norm = self._norm(grads.values())
+            if self.optimizer_name == "coupled":
+                grads = coupled_gradients(grads, self.params, self.anchors, self.hp, self.t)
+            self._update(grads, lr)
+            moved = {name: x - self.start[name] for name, x in self.params.items()}
+            distance = self._norm(moved[name] for name in self.anchors)
+            return StepRecord(float(loss), norm, distance, self._norm(moved.values()))
+
+    def call(self, function: str, batch: Weights) -> Array:
+        """The model's method of that name ("logits", "features"), at the present parameters."""
+        with self._untaped():
+            return self._numpy(getattr(self.model, function)(self.ops, self.params, self._rows(batch)))
+
+    def weights(self) -> dict[str, Array]:
+        """The present parameters in NumPy, as later steps leave them."""
+        return {name: self._numpy(x) for name, x in self.params.items()}
+
+    def gradients(self, batch: Weights) -> dict[str, Array]:
+        """Gradient of the batch's loss at the present parameters, in NumPy; takes no step."""
+        grads = self._differentiate(self._rows(batch))[1]
+        return {name: self._numpy(x) for name, x in grads.items()}
+
+    @abstractmethod
+    def moments(self, name: str) -> Moments:
+        """The present moments of one parameter in NumPy, as later steps leave them."""
+
+    @abstractmethod
+    def restore(self, step: int, weights: Weights, moments: Mapping[str, Moments]) -> None:
         """Put a new engine where another was after a step, by what `weights` and `moments` gave there."""
-        ...
+
+    def _rows(self, batch: Weights) -> dict[str, Any]:
+        return {name: self._column(x) for name, x in batch.items()}
+
+    def _column(self, x: Array) -> Any:
+        """A column of a batch: floats in the run's dtype, whole numbers as they are."""
+        return x.astype(self.dtype) if x.dtype.kind == "f" else x
+
+    def _parameter(self, x: Array) -> Any:
+        return self._column(x)
+
+    @staticmethod
+    def _copy(x: Any) -> Any:
+        """A parameter, as later steps leave it."""
+        return x
+
+    @staticmethod
+    def _numpy(x: Any) -> Array:
+        """An array in NumPy, as later steps leave it."""
+        return np.array(x)
+
+    @staticmethod
+    def _untaped() -> AbstractContextManager[Any]:
+        """Where nothing is recorded for differentiation."""
+        return nullcontext()
+
+    @abstractmethod
+    def _begin(self, hp: Hyperparameters, pulled: frozenset[str]) -> None:
+        """Make the optimizer: RecAdam with these settings and anchors, or what stands for it."""
+
+    @abstractmethod
+    def _differentiate(self, rows: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The loss and its gradient by name."""
+
+    def _update(self, grads: Mapping[str, Any], lr: float) -> None:
+        """One step of the optimizer; not needed where `step` is one compiled function."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _norm(arrays: Iterable[Any]) -> Any:
+        """Euclidean norm of all of them together."""
+        raise NotImplementedError
 
 
 GROUP = "recadam_harness.engines"
 """The entry-point group in which engines are announced."""
+
+
+def reference_first(backend: str) -> tuple[int, str]:
+    """Sorts the names of backends: the reference first, those of other packages last."""
+    order = ("numpy", "torch", "jax")
+    return (order.index(backend) if backend in order else len(order)), backend
+
+
+@cache
+def announced() -> dict[str, EntryPoint]:
+    """Engines by their backend's name, installed or not."""
+    points = {point.name: point for point in entry_points(group=GROUP)}
+    return {name: points[name] for name in sorted(points, key=reference_first)}
+
+
+def able(can: Callable[[type[Engine]], bool]) -> str:
+    """The backends, of those that are installed, whose engine is able to do something: "torch or jax"."""
+    names = []
+    for name in announced():
+        try:
+            names += [name] * can(engine_of(name))
+        except RecAdamError:
+            continue
+    return " or ".join(names) or "another backend"
 
 
 @cache
@@ -122,22 +216,21 @@ def engine_of(backend: str) -> type[Engine]:
         >>> engine_of("numpy").kinds
         ('mlp',)
     """
-    announced = {point.name: point for point in entry_points(group=GROUP)}
-    if backend not in announced:
-        raise unknown("engine", backend, announced)
+    if backend not in announced():
+        raise unknown("engine", backend, announced())
     try:
-        found: type[Engine] = announced[backend].load()
+        engine: type[Engine] = announced()[backend].load()
     except ModuleNotFoundError as error:
         raise RecAdamError(
             f"engine {backend!r} needs {error.name!r}, which is not installed; pip install {error.name}"
         ) from error
-    return found
+    return engine
 
 
 def make_engine(
     backend: str,
     model: Model,
-    params: Mapping[str, np.ndarray[Any, Any]],
+    params: Weights,
     anchored: frozenset[str],
     optimizer: str,
     hp: Hyperparameters,
@@ -160,10 +253,11 @@ def make_engine(
     Raises:
         RecAdamError: when the backend cannot train that kind of model.
     """
-    found = engine_of(backend)
-    if model.kind not in found.kinds:
-        raise RecAdamError(f"backend {backend!r} has no gradient for a {model.kind} model; use torch or jax")
-    return found(model, params, anchored, optimizer, hp, dtype)
+    engine = engine_of(backend)
+    if model.kind not in engine.kinds:
+        others = able(lambda other: model.kind in other.kinds)
+        raise RecAdamError(f"backend {backend!r} has no gradient for a {model.kind} model; use {others}")
+    return engine(model, params, anchored, optimizer, hp, dtype)
 
 
 def plain_adam(hp: Hyperparameters) -> Hyperparameters:

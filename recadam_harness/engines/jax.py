@@ -15,81 +15,73 @@ from recadam_core import Hyperparameters, Moments
 from recadam_jax import backend, from_hyperparameters
 
 from ..models import Model, Ops
-from . import StepRecord, coupled_gradients, policy
+from . import Array, Engine, StepRecord, Weights, coupled_gradients, policy
 
 __all__ = ["JaxEngine"]
 
-Array = np.ndarray[Any, Any]
 OPS = Ops(jnp, jax.scipy.special.erf)
 
 
-class JaxEngine:
+class JaxEngine(Engine):
     """Trains with `recadam_jax.recadam` or optax's AdamW; see `recadam_harness.engines.Engine`."""
 
-    kinds = ("mlp", "bert")
+    ops = OPS
 
-    def __init__(
-        self,
-        model: Model,
-        params: Mapping[str, Array],
-        anchored: frozenset[str],
-        optimizer: str,
-        hp: Hyperparameters,
-        dtype: str,
-    ) -> None:
-        self.model, self.dtype = model, dtype
-        self.params = {n: backend.from_numpy(x, dtype) for n, x in params.items()}
-        self.start = {n: backend.copy(x) for n, x in self.params.items()}
-        init, train = _training(model, frozenset(params), anchored, optimizer, hp)
+    def _parameter(self, x: Array) -> Any:
+        return backend.from_numpy(x, self.dtype)
+
+    def _column(self, x: Array) -> Array:
+        return x.astype(self.dtype if x.dtype.kind == "f" else np.int32)
+
+    @staticmethod
+    def _copy(x: Any) -> Any:
+        return backend.copy(x)
+
+    def _begin(self, hp: Hyperparameters, pulled: frozenset[str]) -> None:
+        names = frozenset(self.params), frozenset(self.anchors)
+        init, train = _training(self.model, *names, self.optimizer_name, self.hp)
         self.state = init(self.params)
-        self.t = 0
         self.train = jax.jit(train, donate_argnums=(0, 1))
 
-    def step(self, batch: Mapping[str, Array], lr: float) -> StepRecord:
-        """One step."""
+    def step(self, batch: Weights, lr: float) -> StepRecord:
+        """One step, all of it compiled."""
         self.t += 1
         self.params, self.state, record = self.train(
-            self.params, self.state, self.start, self._batch(batch), float(self.t), lr
+            self.params, self.state, self.start, self._rows(batch), float(self.t), lr
         )
         return StepRecord(*(float(x) for x in record))
 
-    def call(self, function: str, batch: Mapping[str, Array]) -> Array:
+    def call(self, function: str, batch: Weights) -> Array:
         """A method of the model, compiled for each shape of batch."""
-        model = cast(Hashable, self.model)
-        return np.array(_method(model, function)(self.params, self._batch(batch)))
+        return np.array(_method(cast(Hashable, self.model), function)(self.params, self._rows(batch)))
 
-    def weights(self) -> dict[str, Array]:
-        """A copy of the parameters."""
-        return {n: np.array(p) for n, p in self.params.items()}
-
-    def gradients(self, batch: Mapping[str, Array]) -> dict[str, Array]:
-        """Gradient of the batch's loss."""
+    def _differentiate(self, rows: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         compiled = jax.jit(jax.grad(lambda params, rows: self.model.loss(OPS, params, rows)))
-        return {n: np.array(x) for n, x in compiled(self.params, self._batch(batch)).items()}
+        return None, compiled(self.params, rows)
 
     def moments(self, name: str) -> Moments:
         """A copy of one parameter's moments."""
-        held = self.state if hasattr(self.state, "mu") else self.state[0]
-        return Moments(np.array(held.mu[name]), np.array(held.nu[name]))
+        state = self.state if hasattr(self.state, "mu") else self.state[0]
+        return Moments(np.array(state.mu[name]), np.array(state.nu[name]))
 
-    def restore(self, step: int, weights: Mapping[str, Array], moments: Mapping[str, Moments]) -> None:
+    def restore(self, step: int, weights: Weights, moments: Mapping[str, Moments]) -> None:
         """Put a new engine where another was after a step."""
         self.t = step
         self.params = {n: backend.from_numpy(weights[n]) for n in self.params}
-        held = {
+        saved = {
             "count": jnp.asarray(step, jnp.int32),
             "mu": {n: backend.from_numpy(moments[n].m) for n in self.params},
             "nu": {n: backend.from_numpy(moments[n].v) for n in self.params},
         }
-        self.state = optax.tree_utils.tree_set(self.state, **held)
+        self.state = optax.tree_utils.tree_set(self.state, **saved)
 
     @staticmethod
     def sweep(
         model: Model,
-        starts: Sequence[Mapping[str, Array]],
-        batches: Mapping[str, Array],
+        starts: Sequence[Weights],
+        batches: Weights,
         rates: Array,
-        kept: Sequence[int],
+        at: Sequence[int],
         anchored: frozenset[str],
         optimizer: str,
         hp: Hyperparameters,
@@ -107,7 +99,7 @@ class JaxEngine:
                 return (params, state), record
 
             carry, records, weights, first = (start, init(start)), [], [], 0
-            for last in kept:
+            for last in at:
                 part = slice(first, last)
                 now = times[part], rates[part], {n: x[part] for n, x in rows.items()}
                 carry, record = jax.lax.scan(step, carry, now)
@@ -118,11 +110,8 @@ class JaxEngine:
 
         stacked = {n: backend.from_numpy(np.stack([x[n] for x in starts]), dtype) for n in starts[0]}
         records, weights = jax.jit(jax.vmap(one))(stacked, rows)
-        found = [{n: np.array(x) for n, x in each.items()} for each in weights]
-        return dict(zip(StepRecord._fields, map(np.array, records), strict=True)), found
-
-    def _batch(self, batch: Mapping[str, Array]) -> dict[str, Array]:
-        return {n: x.astype(self.dtype if x.dtype.kind == "f" else np.int32) for n, x in batch.items()}
+        columns = dict(zip(StepRecord._fields, map(np.array, records), strict=True))
+        return columns, [{n: np.array(x) for n, x in each.items()} for each in weights]
 
 
 @cache

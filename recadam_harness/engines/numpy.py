@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,73 +11,44 @@ from recadam_core import Hyperparameters, Moments, RecAdam
 from recadam_numpy import backend
 
 from ..models import Ops
-from . import StepRecord, coupled_gradients, policy
+from . import Array, Engine, Weights
 
 __all__ = ["NumpyEngine"]
 
-Array = np.ndarray[Any, Any]
 OPS = Ops(np, None)
 
 
-class NumpyEngine:
-    """Trains with `recadam_core.RecAdam` over NumPy arrays; see `recadam_harness.engines.Engine`."""
+class NumpyEngine(Engine):
+    """Trains with `recadam_core.RecAdam` over NumPy arrays, which makes new ones in each step."""
 
     kinds = ("mlp",)
+    ops = OPS
+    model: Any
 
-    def __init__(
-        self,
-        model: Any,
-        params: Mapping[str, Array],
-        anchored: frozenset[str],
-        optimizer: str,
-        hp: Hyperparameters,
-        dtype: str,
-    ) -> None:
-        self.model, self.hp, self.dtype = model, hp, dtype
-        self.params = {name: x.astype(dtype) for name, x in params.items()}
-        self.start = dict(self.params)
-        self.anchors = {name: self.start[name] for name in self.start if name in anchored}
-        self.coupled = optimizer == "coupled"
-        settings, pulled = policy(optimizer, hp, anchored)
-        self.optimizer = RecAdam(settings, backend)
+    @staticmethod
+    def _numpy(x: Array) -> Array:
+        return x
+
+    def _begin(self, hp: Hyperparameters, pulled: frozenset[str]) -> None:
+        self.optimizer = RecAdam(hp, backend)
         self.state = self.optimizer.init(self.params, {name: self.anchors[name] for name in pulled})
 
-    def step(self, batch: Mapping[str, Array], lr: float) -> StepRecord:
-        """One step."""
-        loss, grads = self.model.value_and_grad(OPS, self.params, self._batch(batch))
-        norm = _norm(grads.values())
-        if self.coupled:
-            grads = coupled_gradients(grads, self.params, self.anchors, self.hp, self.state.step + 1)
+    def _differentiate(self, rows: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        loss, grads = self.model.value_and_grad(OPS, self.params, rows)
+        return loss, grads
+
+    def _update(self, grads: Mapping[str, Any], lr: float) -> None:
         self.params, self.state = self.optimizer.step(self.params, grads, self.state, lr)
-        moved = {n: x - self.start[n] for n, x in self.params.items()}
-        return StepRecord(float(loss), norm, _norm(moved[n] for n in self.anchors), _norm(moved.values()))
 
-    def call(self, function: str, batch: Mapping[str, Array]) -> Array:
-        """A method of the model."""
-        result: Array = getattr(self.model, function)(OPS, self.params, self._batch(batch))
-        return result
-
-    def weights(self) -> dict[str, Array]:
-        """The parameters; steps make new ones, so none is copied."""
-        return dict(self.params)
-
-    def gradients(self, batch: Mapping[str, Array]) -> dict[str, Array]:
-        """Gradient of the batch's loss."""
-        grads: dict[str, Array] = self.model.value_and_grad(OPS, self.params, self._batch(batch))[1]
-        return grads
+    @staticmethod
+    def _norm(arrays: Iterable[Any]) -> float:
+        return float(np.sqrt(sum(np.square(x).sum(dtype=np.float64) for x in arrays)))
 
     def moments(self, name: str) -> Moments:
-        """The moments of one parameter; steps make new ones."""
+        """The moments of one parameter."""
         return self.state.moments[name]
 
-    def restore(self, step: int, weights: Mapping[str, Array], moments: Mapping[str, Moments]) -> None:
+    def restore(self, step: int, weights: Weights, moments: Mapping[str, Moments]) -> None:
         """Put a new engine where another was after a step."""
-        self.params = dict(weights)
+        self.t, self.params = step, dict(weights)
         self.state = self.state._replace(step=step, moments=dict(moments))
-
-    def _batch(self, batch: Mapping[str, Array]) -> dict[str, Array]:
-        return {n: x.astype(self.dtype) if x.dtype.kind == "f" else x for n, x in batch.items()}
-
-
-def _norm(arrays: Any) -> float:
-    return float(np.sqrt(sum(np.square(x).sum(dtype=np.float64) for x in arrays)))

@@ -3,121 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import array_api_compat.torch as xp
-import numpy as np
 import torch
 from torch import Tensor
 
 from recadam_core import Hyperparameters, Moments
 from recadam_torch import RecAdam
 
-from ..models import Model, Ops
-from . import StepRecord, coupled_gradients, policy
+from ..models import Ops
+from . import Array, Engine, Weights
 
 __all__ = ["TorchEngine"]
 
-Array = np.ndarray[Any, Any]
 OPS = Ops(xp, torch.erf)
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """Trains with `recadam_torch.RecAdam` or torch's AdamW; see `recadam_harness.engines.Engine`."""
 
-    kinds = ("mlp", "bert")
+    ops = OPS
+    params: dict[str, Tensor]
 
-    def __init__(
-        self,
-        model: Model,
-        params: Mapping[str, Array],
-        anchored: frozenset[str],
-        optimizer: str,
-        hp: Hyperparameters,
-        dtype: str,
-    ) -> None:
-        self.model, self.hp, self.optimizer_name = model, hp, optimizer
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = getattr(torch, dtype)
-        self.params = {n: self._tensor(x).requires_grad_() for n, x in params.items()}
-        self.start = {n: p.detach().clone() for n, p in self.params.items()}
-        self.anchors = {n: x for n, x in self.start.items() if n in anchored}
-        self.t = 0
-        if optimizer == "adamw":
-            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                self.params.items(), lr=hp.lr, betas=hp.betas, eps=hp.eps, weight_decay=hp.weight_decay
-            )
+    def _column(self, x: Array) -> Tensor:
+        tensor = torch.tensor(x, device="cuda" if torch.cuda.is_available() else "cpu")
+        return tensor.to(getattr(torch, self.dtype)) if tensor.is_floating_point() else tensor
+
+    def _parameter(self, x: Array) -> Tensor:
+        return self._column(x).requires_grad_()
+
+    @staticmethod
+    def _copy(x: Tensor) -> Tensor:
+        return x.detach().clone()
+
+    @staticmethod
+    def _numpy(x: Tensor) -> Array:
+        array: Array = x.detach().cpu().numpy().copy()
+        return array
+
+    @staticmethod
+    def _untaped() -> AbstractContextManager[Any]:
+        return torch.no_grad()
+
+    def _begin(self, hp: Hyperparameters, pulled: frozenset[str]) -> None:
+        self.optimizer: torch.optim.Optimizer
+        if self.optimizer_name == "adamw":
+            rates: Any = {"lr": hp.lr, "betas": hp.betas, "eps": hp.eps}
+            self.optimizer = torch.optim.AdamW(self.params.items(), **rates, weight_decay=hp.weight_decay)
         else:
-            settings, pulled = policy(optimizer, hp, anchored)
-            self.optimizer = RecAdam(
-                self.params.items(),
-                anchors={name: self.anchors[name] for name in pulled},
-                **{name: getattr(settings, name) for name in settings.__dataclass_fields__},
-            )
+            settings = {name: getattr(hp, name) for name in hp.__dataclass_fields__}
+            anchors = {name: self.anchors[name] for name in pulled}
+            self.optimizer = RecAdam(self.params.items(), anchors=anchors, **settings)
 
-    def step(self, batch: Mapping[str, Array], lr: float) -> StepRecord:
-        """One step."""
-        self.t += 1
+    @torch.enable_grad()
+    def _differentiate(self, rows: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         self.optimizer.zero_grad()
-        loss = self.model.loss(OPS, self.params, self._batch(batch))
+        loss = self.model.loss(OPS, self.params, rows)
         loss.backward()
-        norm = _norm(p.grad for p in self.params.values())
-        if self.optimizer_name == "coupled":
-            with torch.no_grad():
-                grads = {name: p.grad for name, p in self.params.items()}
-                for name, grad in coupled_gradients(
-                    grads, self.params, self.anchors, self.hp, self.t
-                ).items():
-                    self.params[name].grad = grad
+        return loss.detach(), {name: p.grad for name, p in self.params.items()}
+
+    def _update(self, grads: Mapping[str, Any], lr: float) -> None:
+        for name, grad in grads.items():
+            self.params[name].grad = grad
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
-        with torch.no_grad():
-            moved = {n: p - self.start[n] for n, p in self.params.items()}
-            return StepRecord(loss.item(), norm, _norm(moved[n] for n in self.anchors), _norm(moved.values()))
 
-    @torch.no_grad()
-    def call(self, function: str, batch: Mapping[str, Array]) -> Array:
-        """A method of the model."""
-        result: Array = getattr(self.model, function)(OPS, self.params, self._batch(batch)).cpu().numpy()
-        return result
-
-    def weights(self) -> dict[str, Array]:
-        """A copy of the parameters."""
-        return {n: p.detach().cpu().numpy().copy() for n, p in self.params.items()}
-
-    def gradients(self, batch: Mapping[str, Array]) -> dict[str, Array]:
-        """Gradient of the batch's loss."""
-        loss = self.model.loss(OPS, self.params, self._batch(batch))
-        grads = torch.autograd.grad(loss, list(self.params.values()))
-        return {name: x.cpu().numpy().copy() for name, x in zip(self.params, grads, strict=True)}
+    @staticmethod
+    def _norm(arrays: Iterable[Any]) -> float:
+        norms = [torch.linalg.vector_norm(x) for x in arrays]
+        return float(torch.stack(norms or [torch.zeros(1)]).double().norm())
 
     def moments(self, name: str) -> Moments:
         """A copy of one parameter's moments; AdamW has none before its first step."""
         theta = self.params[name]
         state = self.optimizer.state.get(theta, {})
         zeros = torch.zeros_like(theta)
-        return Moments(*(state.get(k, zeros).cpu().numpy().copy() for k in ("exp_avg", "exp_avg_sq")))
+        return Moments(*(self._numpy(state.get(part, zeros)) for part in ("exp_avg", "exp_avg_sq")))
 
     @torch.no_grad()
-    def restore(self, step: int, weights: Mapping[str, Array], moments: Mapping[str, Moments]) -> None:
+    def restore(self, step: int, weights: Weights, moments: Mapping[str, Moments]) -> None:
         """Put a new engine where another was after a step."""
         self.t = step
         saved = self.optimizer.state_dict()
         for index, (name, p) in enumerate(self.params.items()):
-            p.copy_(self._tensor(weights[name]))
-            pair = {"exp_avg": self._tensor(moments[name].m), "exp_avg_sq": self._tensor(moments[name].v)}
+            p.copy_(self._column(weights[name]))
+            pair = {"exp_avg": self._column(moments[name].m), "exp_avg_sq": self._column(moments[name].v)}
             saved["state"].setdefault(index, {}).update(pair, step=torch.tensor(float(step)))
         self.optimizer.load_state_dict(saved)
-
-    def _tensor(self, x: Array) -> Tensor:
-        tensor = torch.tensor(x, device=self.device)
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-
-    def _batch(self, batch: Mapping[str, Array]) -> dict[str, Tensor]:
-        return {n: self._tensor(x) for n, x in batch.items()}
-
-
-def _norm(tensors: Iterable[Any]) -> float:
-    return float(
-        torch.stack([torch.linalg.vector_norm(x) for x in tensors] or [torch.zeros(1)]).double().norm()
-    )

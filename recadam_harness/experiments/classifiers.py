@@ -160,11 +160,10 @@ class Encoded:
         return {name: x.to(self._device) for name, x in padded.items()}
 
     @torch.no_grad()
-    def each(self, function: Callable[[Batch], Tensor], size: int = 64) -> Array:
+    def each(self, function: Callable[[Batch], Tensor]) -> Array:
         """A function of every row, computed in batches of similar lengths, without a tape."""
         order = np.argsort(self.lengths, kind="stable")
         parts = [
-            function(self.batch(order[i : i + size])).float().cpu().numpy()
-            for i in range(0, len(order), size)
+            function(self.batch(order[i : i + 64])).float().cpu().numpy() for i in range(0, len(order), 64)
         ]
         return np.concatenate(parts)[np.argsort(order, kind="stable")]

@@ -16,13 +16,14 @@ import numpy as np
 from recadam_core.errors import RecAdamError, unknown
 
 from ..archives import MODELS, fetch, tar_member
-from ..tasks.movie_reviews import read_bbc, read_reviews, read_snli, retrieval_figures
+from ..tasks.movie_reviews import read_bbc, read_reviews, read_snli, source_figures
 from . import glue
 from .texts import Splits, Texts
 
-__all__ = ["TARGETS", "Source", "Target", "archives", "target_of"]
+__all__ = ["HELD_OUT", "TARGETS", "Source", "Target", "archives", "target_of"]
 
 Array = np.ndarray[Any, Any]
+HELD_OUT = 1000  # test rows of a target task, and as many to validate on
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class Target:
 
 def _reviews() -> Splits:
     texts, labels = read_reviews()
-    return _cut(Texts(texts, None, labels), test=1000, validation=1000)
+    return _cut(Texts(texts, None, labels))
 
 
 def _snli() -> Splits:
-    return _cut(_snli_rows().part(slice(0, 20_000)), test=1000, validation=1000)
+    return _cut(_snli_rows().part(slice(0, 20_000)))
 
 
 @lru_cache(maxsize=1)
@@ -82,18 +83,18 @@ def _newsgroups() -> Splits:
 
     train = texts("train", 0)
     return Splits(
-        train=train.part(slice(1000, None)),
-        validation=train.part(slice(0, 1000)),
-        test=texts("test", 1).part(slice(0, 1000)),
+        train=train.part(slice(HELD_OUT, None)),
+        validation=train.part(slice(0, HELD_OUT)),
+        test=texts("test", 1).part(slice(0, HELD_OUT)),
         classes=len(names),
     )
 
 
-def _cut(texts: Texts, test: int, validation: int) -> Splits:
+def _cut(texts: Texts) -> Splits:
     return Splits(
-        test=texts.part(slice(0, test)),
-        validation=texts.part(slice(test, test + validation)),
-        train=texts.part(slice(test + validation, None)),
+        test=texts.part(slice(0, HELD_OUT)),
+        validation=texts.part(slice(HELD_OUT, 2 * HELD_OUT)),
+        train=texts.part(slice(2 * HELD_OUT, None)),
         classes=int(texts.labels.max()) + 1,
     )
 
@@ -148,22 +149,19 @@ class Source:
 
     def measure(self, encode: Callable[[list[str]], Array]) -> dict[str, float]:
         """Figures of the source tasks."""
-        parts = (encode(part) for part in (self.premises, self.entailed, self.contradicted))
-        figures = {f"snli_{name}": x for name, x in retrieval_figures(*parts).items()}
-        if self.titles:
-            found = retrieval_figures(encode(self.titles), encode(self.bodies))
-            figures["bbc_recall_at_1"] = found["recall_at_1"]
-        return figures
+        pairs = [encode(part) for part in (self.premises, self.entailed, self.contradicted)]
+        articles = [encode(part) for part in (self.titles, self.bodies) if part]
+        return source_figures(pairs, articles)
 
     @staticmethod
     @lru_cache(maxsize=1)
     def pairs() -> tuple[list[str], list[str]]:
         """Premises and sentences that follow from them, for training; one pair a premise."""
         rows = _snli_rows()
-        found: Mapping[str, str] = {
+        entailed: Mapping[str, str] = {
             a: b for a, b, label in zip(rows.first, rows.second or (), rows.labels, strict=True) if label
         }
-        pairs = list(found.items())[::-1][:8000]  # far beyond what the target task `snli` draws from
+        pairs = list(entailed.items())[::-1][:8000]  # far beyond what the target task `snli` draws from
         if len(pairs) < 64:
             raise RecAdamError(f"snli: {len(pairs)} pairs to train the source task on; fetch it again")
         return [a for a, _ in pairs], [b for _, b in pairs]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from recadam_core.figures import styled
+from recadam_core.figures import COLOURS, styled
 
 from .grids import ARMS
 from .statistics import SOURCE, Summary
@@ -16,14 +16,14 @@ from .table import Row
 __all__ = ["curves_figure", "label_of", "lines_figure", "pareto_figure"]
 
 FAMILIES = {
-    "AdamW": ("#d1662a", ("adamw", "adamw-careful", "AdamW")),
+    "AdamW": (COLOURS["adamw"], ("adamw", "adamw-careful", "AdamW")),
     "RecAdam": (
-        "#0b6e99",
+        COLOURS["recadam"],
         ("recadam", "recadam-released", "recadam-proximal", "recadam-floor", "recall", "budget"),
     ),
     "constant pull": ("#1a7f37", ("l2sp", "ewc", "feature-pull")),
     "no anchor, or not in the optimizer": (
-        "#6b4c9a",
+        COLOURS["coupled"],
         ("annealed", "coupled", "wiseft", "lora", "frozen", "multitask"),
     ),
 }
@@ -56,18 +56,24 @@ def _plain(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def _panels(rows: int, columns: int, width: float, height: float, **shared: Any) -> tuple[Any, Any]:
+    """A figure without a display, and its panels by row and column."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
+
+
 @styled
 def pareto_figure(summaries: Sequence[Summary], title: str) -> Any:
     """Target accuracy against the source loss, every run a point, every median with its label."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.5, 6.4), layout="constrained")
-    panel = figure.subplots()
+    figure, ((panel,),) = _panels(1, 1, 10.5, 6.4)
     panel.set_xscale("log")
     panel.invert_xaxis()
     reference = next((s for s in summaries if s.arm == "adamw"), None)
     if reference is not None:
-        panel.axhspan(reference.target.low, reference.target.high, color="#d1662a", alpha=0.10, linewidth=0)
+        low, high = reference.target.low, reference.target.high
+        panel.axhspan(low, high, color=COLOURS["adamw"], alpha=0.10, linewidth=0)
     if reference is not None and np.isfinite(reference.kept):
         limit = reference.before + 0.2 * (reference.source.median - reference.before)
         panel.axvline(limit, color=INK, linewidth=0.9, linestyle=(0, (4, 4)))
@@ -108,12 +114,12 @@ def pareto_figure(summaries: Sequence[Summary], title: str) -> Any:
 
 def _labelled(summaries: Sequence[Summary]) -> list[tuple[str, Summary]]:
     """Each arm's label; arms for which the same trials were chosen are one point, and share it."""
-    found: dict[Any, tuple[str, Summary]] = {}
+    labels: dict[Any, tuple[str, Summary]] = {}
     for summary in summaries:
         label = label_of(summary.arm)
-        first, same = found.get(trials := tuple(row.trial for row in summary.rows), ("", summary))
-        found[trials] = (f"{first} (also {label.removeprefix(f'{first}, ')})" if first else label, same)
-    return list(found.values())
+        first, same = labels.get(trials := tuple(row.trial for row in summary.rows), ("", summary))
+        labels[trials] = (f"{first} (also {label.removeprefix(f'{first}, ')})" if first else label, same)
+    return list(labels.values())
 
 
 def _place_labels(panel: Any, places: Sequence[tuple[float, float, str, str]]) -> None:
@@ -166,10 +172,8 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
 def curves_figure(rows: Sequence[Row], groups: dict[str, Sequence[str]]) -> Any:
     """Target loss, source loss and distance along the way: a row of panels a group of arms."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12.3, 3.4 * len(groups)), layout="constrained")
-    panels = figure.subplots(len(groups), 3, squeeze=False)
+    figure, panels = _panels(len(groups), 3, 12.3, 3.4 * len(groups))
     names = {
         "loss": "target loss (training)",
         "source_loss": "source loss (SNLI pairs)",
@@ -185,7 +189,7 @@ def curves_figure(rows: Sequence[Row], groups: dict[str, Sequence[str]]) -> Any:
             steps = [point["step"] for point in curves[0]]
             for panel, name in zip(line, names, strict=True):
                 values = np.array([[point.get(name, np.nan) for point in curve] for curve in curves])
-                colour = colours.get(arm, "#d1662a")
+                colour = colours.get(arm, COLOURS["adamw"])
                 panel.plot(steps, np.median(values, axis=0), color=colour, label=arm, linewidth=1.7)
                 panel.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
         for panel, (name, label) in zip(line, names.items(), strict=True):
@@ -200,11 +204,8 @@ def curves_figure(rows: Sequence[Row], groups: dict[str, Sequence[str]]) -> Any:
 @styled
 def lines_figure(panels: Sequence[tuple[str, str, dict[str, list[tuple[float, Summary]]]]]) -> Any:
     """Target accuracy above, source loss below, as one setting moves: a column a setting."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.6 * len(panels), 6.2), layout="constrained")
-    grid = figure.subplots(2, len(panels), squeeze=False, sharex="col", sharey="row")
-    shades = ("#0b6e99", "#d1662a", "#1a7f37")
+    figure, grid = _panels(2, len(panels), 3.6 * len(panels), 6.2, sharex="col", sharey="row")
+    shades = (COLOURS["recadam"], COLOURS["adamw"], "#1a7f37")
     for (title, scale, lines), above, below in zip(panels, grid[0], grid[1], strict=True):
         for (label, points), colour in zip(lines.items(), shades, strict=False):
             x = [value for value, _ in points]

@@ -175,10 +175,10 @@ def read(name: str, data: str) -> Splits:
     if len(train) < 2:
         raise RecAdamError(f"glue/{name}: one training row, and some are kept out; fetch the files again")
     order = np.random.default_rng(0).permutation(len(train))
-    held = min(1000, max(1, len(train) // 10))
+    count = min(1000, max(1, len(train) // 10))
     return Splits(
-        train=train.pick(order[held:]),
-        validation=train.pick(order[:held]),
+        train=train.pick(order[count:]),
+        validation=train.pick(order[:count]),
         test=dev,
         classes=len(task.labels) or 1,
         metrics=task.metrics,
@@ -256,14 +256,14 @@ def _from_hub(task: GlueTask) -> dict[str, Any]:
             "glue: the hub's data needs 'datasets'; pip install datasets, or give --data FOLDER"
         ) from None
     try:
-        found = load_dataset(HUB, task.hub[0])
+        splits = load_dataset(HUB, task.hub[0])
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise RecAdamError(
             f"glue: cannot fetch {HUB} {task.hub[0]!r}: {reason}; give --data FOLDER"
         ) from error
     dev = "validation_matched" if task.dev == "dev_matched" else "validation"
-    return {"train": found["train"], "dev": found[dev]}
+    return {"train": splits["train"], "dev": splits[dev]}
 
 
 def headline(task: str, figures: Mapping[str, float]) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from recadam_core.errors import unknown
 
 from . import glue
-from .data import TARGETS
+from .data import HELD_OUT, TARGETS
 from .table import Entry, Results, Row
 from .trial import Trial
 
@@ -174,7 +174,7 @@ QUICK_SIZE: dict[str, Any] = {"rows": 250, "steps": 30}
 QUICK = ("adamw", "recadam", "annealed", "l2sp", "wiseft", "frozen")
 
 
-def choose(rows: Sequence[Row], rule: str, held: int = 1000) -> Row:
+def choose(rows: Sequence[Row], rule: str) -> Row:
     r"""The trial whose settings are taken, among those of one arm on validation rows.
 
     "best" is the most accurate. "careful" is the one that forgets least (by the source task's loss) of
@@ -185,7 +185,7 @@ def choose(rows: Sequence[Row], rule: str, held: int = 1000) -> Row:
     if rule == "best":
         return best
     top = best.figures["accuracy"]
-    near = [row for row in rows if row.figures["accuracy"] >= top - np.sqrt(top * (1 - top) / held)]
+    near = [row for row in rows if row.figures["accuracy"] >= top - np.sqrt(top * (1 - top) / HELD_OUT)]
     return min(near, key=lambda row: row.figures["snli_mnr"])
 
 
@@ -250,8 +250,8 @@ def _comparison_count(options: Options) -> tuple[int, int]:
 POINT: dict[str, Any] = {"method": "recadam", "lr": 2e-4, "pull": 0.2, "center": 0.25}
 
 
-def _grid(arms: dict[str, dict[str, Any]]) -> Stage:
-    """A stage of declared trials, each with every seed, encoder and target task."""
+def _declared(name: str, about: str, arms: dict[str, dict[str, Any]]) -> Experiment:
+    """An experiment of declared trials, each with every seed, encoder and target task."""
 
     def stage(options: Options, results: Results) -> list[Entry]:
         chosen = options.chosen(arms)
@@ -265,13 +265,10 @@ def _grid(arms: dict[str, dict[str, Any]]) -> Stage:
             if arm in chosen
         ]
 
-    return stage
+    def count(options: Options) -> tuple[int, ...]:
+        return (len(options.chosen(arms)) * len(options.seeds) * len(_places(options)),)
 
-
-def _counted(arms: dict[str, dict[str, Any]]) -> Callable[[Options], tuple[int, ...]]:
-    return lambda options: (
-        len(options.chosen(arms)) * len(options.seeds) * len(options.models) * len(options.targets),
-    )
+    return Experiment(name, about, arms, (stage,), count)
 
 
 INITIALIZATION: dict[str, dict[str, Any]] = {
@@ -342,10 +339,6 @@ def _glue_places(options: Options) -> list[tuple[str, str]]:
 GLUE_ARMS = ("AdamW", "RecAdam")
 
 
-def _glue_arms(options: Options) -> tuple[str, ...]:
-    return options.chosen(GLUE_ARMS)
-
-
 def _searched(options: Options, task: str, model: str) -> list[Entry]:
     """Slopes and middles, on validation rows, as the paper searched them; the pull is its gamma of 5,000."""
     preset = _preset(options)
@@ -358,7 +351,7 @@ def _searched(options: Options, task: str, model: str) -> list[Entry]:
 
 
 def _glue_tuning(options: Options, results: Results) -> list[Entry]:
-    searched = "RecAdam" in _glue_arms(options)
+    searched = "RecAdam" in options.chosen(GLUE_ARMS)
     return [entry for place in _glue_places(options) if searched for entry in _searched(options, *place)]
 
 
@@ -366,14 +359,14 @@ def _glue_test(options: Options, results: Results) -> list[Entry]:
     entries = []
     for task, model in _glue_places(options):
         trials = {"AdamW": _glue_trial(options, task, model)}
-        if "RecAdam" in _glue_arms(options):
+        if "RecAdam" in options.chosen(GLUE_ARMS):
             tried = results.some(_searched(options, task, model))
             best = max(tried, key=lambda row: glue.headline(task, row.figures)).trial
             trials["RecAdam"] = dataclasses.replace(best, split="test")
         entries += [
             Entry("test", arm, dataclasses.replace(trials[arm], seed=seed))
             for seed in options.seeds
-            for arm in _glue_arms(options)
+            for arm in options.chosen(GLUE_ARMS)
         ]
     return entries
 
@@ -388,26 +381,14 @@ EXPERIMENTS = {
             (_comparison_tuning, _comparison_test),
             _comparison_count,
         ),
-        Experiment(
-            "initialization",
-            "from pretrained or from random weights",
-            INITIALIZATION,
-            (_grid(INITIALIZATION),),
-            _counted(INITIALIZATION),
+        _declared("initialization", "from pretrained or from random weights", INITIALIZATION),
+        _declared(
+            "forgetting", "target loss, source loss and distance along the way, as k and t0 move", FORGETTING
         ),
-        Experiment(
-            "forgetting",
-            "target loss, source loss and distance along the way, as k and t0 move",
-            FORGETTING,
-            (_grid(FORGETTING),),
-            _counted(FORGETTING),
-        ),
-        Experiment(
+        _declared(
             "sensitivity",
             "the pull, the learning rate, the middle of the annealing, the number of rows",
             SENSITIVITY,
-            (_grid(SENSITIVITY),),
-            _counted(SENSITIVITY),
         ),
         Experiment(
             "glue",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from recadam_core.errors import RecAdamError
 from recadam_core.files import replacing
 
+from ..pages import Table, markdown_table, write_page, write_picture
 from .figures import curves_figure, label_of, lines_figure, pareto_figure
 from .glue import PAPER, TASKS
 from .grids import EXPERIMENTS, Options
@@ -23,13 +23,10 @@ from .table import Results, Row
 __all__ = ["SUMMARY", "write_experiment"]
 
 SUMMARY = "summary.md"
-Table = tuple[list[str], list[list[str]]]
 
 
 def write_experiment(name: str, results: Results, options: Options) -> Path:
     """Write report.html, summary.md and the pictures, beside the table."""
-    from jinja2 import Environment, PackageLoader
-
     planned = EXPERIMENTS[name].planned(options, results)
     tested, tuning = results.of(planned[-1]), results.of(planned[0]) if len(planned) > 1 else []
     failed = results.failed(chain(*planned))
@@ -45,15 +42,17 @@ def write_experiment(name: str, results: Results, options: Options) -> Path:
         rows = [row for row in tested if (row.trial.model, row.trial.target) == (model, target)]
         tuned = [row for row in tuning if (row.trial.model, row.trial.target) == (model, target)]
         sections.append(_section(name, model, target, rows, tuned, results.folder))
-    environment = Environment(loader=PackageLoader("recadam_harness.experiments"), autoescape=True)
-    page = environment.get_template("experiment.html.j2").render(
-        title=name, about=EXPERIMENTS[name].about, sections=sections, failed=failed, quick=options.quick
-    )
-    with replacing(results.folder / "report.html") as beside:
-        beside.write_text(page, encoding="utf-8")
     with replacing(results.folder / SUMMARY) as beside:
         beside.write_text("\n".join(_markdown(section) for section in sections), encoding="utf-8")
-    return results.folder / "report.html"
+    return write_page(
+        results.folder / "report.html",
+        "experiment.html.j2",
+        title=name,
+        about=EXPERIMENTS[name].about,
+        sections=sections,
+        failed=failed,
+        quick=options.quick,
+    )
 
 
 def _section(
@@ -70,12 +69,7 @@ def _section(
         draw = lambda: lines_figure(_panels(summaries))  # noqa: E731
     picture = ""
     if draw is not None:
-        figure = draw()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
-        with replacing(folder / f"{place}.png") as beside:
-            beside.write_bytes(buffer.getvalue())
-        picture = base64.b64encode(buffer.getvalue()).decode()
+        picture = base64.b64encode(write_picture(folder / f"{place}.png", draw(), dpi=130)).decode()
     first = rows[0].trial
     seeds = sorted({row.trial.seed for row in rows})
     return {
@@ -137,8 +131,8 @@ def _glue_table(summaries: Sequence[Summary], target: str) -> Table:
     lines = []
     for s in summaries:
         low, high = (f"{100 * x:.1f}" for x in s.target[1:])
-        found = f"{100 * s.target.median:.1f} ({low} to {high})"
-        lines.append([s.arm, s.settings, found, str(paper.get(s.arm) or "")])
+        figures = f"{100 * s.target.median:.1f} ({low} to {high})"
+        lines.append([s.arm, s.settings, figures, str(paper.get(s.arm) or "")])
     return ["", "settings", figure, "the paper's median (BERT-base)"], lines
 
 
@@ -190,6 +184,7 @@ def _markdown(section: dict[str, Any]) -> str:
     text += [f"{about} {section['before']}".rstrip(), ""]
     if section["picture"]:
         text += [f"![{section['target']}, {section['model']}]({section['place']}.png)", ""]
-    text += ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    text += ["| " + " | ".join(line).replace(" to ", "&nbsp;to&nbsp;") + " |" for line in lines]
+    text += markdown_table(
+        header, [[cell.replace(" to ", "&nbsp;to&nbsp;") for cell in line] for line in lines]
+    )
     return "\n".join([*text, ""])

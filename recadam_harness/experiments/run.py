@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import os
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from recadam_core.errors import RecAdamError
 
 from ..archives import fetch, model_folder
-from ..processes import settle, shares, thread_limits
+from ..processes import Each, pool
 from . import run_trial
 from .data import archives, target_of
 from .grids import Experiment, Options
@@ -70,18 +63,8 @@ def _run(
     jobs: int,
     told: Callable[[int, str, int], None],
 ) -> None:
-    slots = shares(jobs)
-    queue: Any = multiprocessing.get_context("spawn").Queue()
-    for slot in slots:
-        queue.put(slot)
-    # Read by the libraries when a worker imports them.
-    held = {name: os.environ.get(name) for name in thread_limits(slots[0])}
-    os.environ.update(thread_limits(slots[0]))
-    pool = ProcessPoolExecutor(
-        len(slots), multiprocessing.get_context("spawn"), initializer=_begin, initargs=(queue,)
-    )
     finished = 0
-    try:
+    with pool(jobs) as each:
         for stage in experiment.stages:
             planned = stage(options, results)
             # What failed is tried again: the reason may be gone.
@@ -92,19 +75,10 @@ def _run(
             _prepare([entry.trial for entry in waiting])
             total = finished + len(waiting) + experiment.later(options, stage)
             told(finished, "", total)
-            for row in _each(pool, waiting, results):
+            for row in _each(each, waiting, results):
                 results.add(row)
                 finished += 1
                 told(finished, f"{row.entry.arm}: {row.error or row.trial.command}", total)
-        pool.shutdown()
-    finally:
-        processes = list((getattr(pool, "_processes", None) or {}).values())  # forgotten by shutdown
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.terminate()
-        queue.close()
-        for name, value in held.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _prepare(trials: Sequence[Trial]) -> None:
@@ -117,7 +91,7 @@ def _prepare(trials: Sequence[Trial]) -> None:
         target_of(target, data)
 
 
-def _each(pool: ProcessPoolExecutor, entries: Sequence[Entry], results: Results) -> Iterator[Row]:
+def _each(each: Each, entries: Sequence[Entry], results: Results) -> Iterator[Row]:
     """Rows as they come. A trial that stands in several places is run once."""
     known = {row.trial: row for row in results.rows.values() if not row.error}
     places: dict[Trial, list[Entry]] = {}
@@ -126,31 +100,13 @@ def _each(pool: ProcessPoolExecutor, entries: Sequence[Entry], results: Results)
             yield dataclasses.replace(known[entry.trial], entry=entry)
         else:
             places.setdefault(entry.trial, []).append(entry)
-    futures: dict[Future[Row], Trial] = {
-        pool.submit(_row, first): trial for trial, (first, *_) in places.items()
-    }
-    for future in as_completed(futures):
-        trial = futures[future]
-        try:
-            row = future.result()
-        except BrokenProcessPool:
-            raise RecAdamError(
-                "a process of a trial was killed, for want of memory perhaps; run again with fewer --jobs"
-            ) from None
-        for entry in places[trial]:
+    for first, row in each(_row, [first for first, *_ in places.values()]):
+        for entry in places[first.trial]:
             yield dataclasses.replace(row, entry=entry)
 
 
-def _begin(queue: Any) -> None:
-    """In a worker, before anything is imported that starts threads."""
-    share = queue.get()
-    settle(share)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to see to
-    sys.stdout = sys.stderr  # what a library prints is no result
-
-
 def _row(entry: Entry) -> Row:
-    """In a worker: one trial."""
+    """In another process: one trial."""
     try:
         figures = run_trial(entry.trial)
     except RecAdamError as error:

@@ -126,7 +126,7 @@ def _settings(arm: str, trial: Trial) -> str:
         names: Iterable[str] = dict.fromkeys(name for tried in ARMS[arm].trials for name in tried)
     else:
         names = (name for name in trial.changed if name not in COMMON)
-    return " ".join(f"{name}={getattr(trial, name)}" for name in names)
+    return " ".join(trial.pairs(names))
 
 
 def _summary(arm: str, rows: list[Row], reference: Sequence[Row]) -> Summary:

@@ -187,13 +187,13 @@ class Results:
 
     def some(self, entries: Sequence[Entry]) -> list[Row]:
         """As `of`, of entries that have been tried."""
-        if not (found := self.of(entries)):
+        if not (rows := self.of(entries)):
             first = self.rows[entries[0].name]
             raise RecAdamError(
                 f"{self.folder / TABLE}: {first.trial.command} failed, as all of {first.entry.arm} did: "
                 f"{first.error}; mend that, and run again"
             )
-        return found
+        return rows
 
 
 def _digits(value: float | None) -> str:

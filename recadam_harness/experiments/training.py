@@ -32,12 +32,12 @@ POOL = 8  # batches whose rows are sorted by length together
 WEIGHING_BATCHES = 32
 
 
-def run(trial: Trial, device: str | None = None) -> dict[str, Any]:
+def run(trial: Trial) -> dict[str, Any]:
     """Train and measure; see `recadam_harness.experiments.run_trial`."""
     from threadpoolctl import threadpool_limits
 
     threads = torch.get_num_threads()
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # Sums over more threads are other sums: a row is to be repeated wherever it was made.
     torch.set_num_threads(1)
     try:
@@ -57,17 +57,17 @@ def _run(trial: Trial, where: torch.device) -> dict[str, Any]:
             "one of them is for encoders of sentences with a linear head, and GLUE's classifiers are none; "
             "give another target"
         )
-    texts, held = _rows(trial, splits.train), getattr(splits, trial.split)
+    texts, measured = _rows(trial, splits.train), getattr(splits, trial.split)
     subject = _Subject(trial, splits.classes, where)
     train = subject.encoded(texts.first, texts.second)
     figures: dict[str, Any] = {}
     if subject.sentences:
         before = _source_before(trial.model, trial.split, trial.max_length, str(where))
         figures.update({f"{name}_before": value for name, value in before.items()})
-    after = subject.encoded(held.first, held.second)
+    after = subject.encoded(measured.first, measured.second)
     figures.update(_train(trial, subject, train, texts, splits.classes))
     scores = after.each(subject.module.eval())
-    figures.update(splits.metrics(scores, held.labels))
+    figures.update(splits.metrics(scores, measured.labels))
     if subject.sentences:
         figures.update(subject.source(trial.split))
     return {**figures, "seconds": time.perf_counter() - began}
@@ -205,8 +205,8 @@ def _train(trial: Trial, subject: _Subject, train: Encoded, texts: Texts, classe
     torch.manual_seed(trial.seed)  # of dropout, whatever was loaded and measured before
 
     def measure(step: int) -> None:
-        found = subject.source("curve")["snli_mnr"]
-        curve.append({"step": step, "source_loss": found, "distance": subject.distance()})
+        forgotten = subject.source("curve")["snli_mnr"]
+        curve.append({"step": step, "source_loss": forgotten, "distance": subject.distance()})
         if losses:  # the mean since the last point; there is none before the first step
             curve[-1]["loss"] = float(np.mean(losses[-trial.curve_every :]))
         module.train()
@@ -309,6 +309,6 @@ def _fisher(name: str, length: int, device: str) -> dict[str, Tensor]:
 def _importance_of_features(subject: _Subject, train: Encoded, rows: Array) -> dict[str, Tensor]:
     """Importance to the features of the target's own texts."""
     module = subject.module.eval()
-    found = (module.features(train.batch(chosen)) for chosen in rows[:WEIGHING_BATCHES])
-    features = (nn.functional.normalize(x, dim=1) for x in found)
-    return feature_importance(subject.anchored, features, subject.seed)
+    features = (module.features(train.batch(chosen)) for chosen in rows[:WEIGHING_BATCHES])
+    directions = (nn.functional.normalize(x, dim=1) for x in features)
+    return feature_importance(subject.anchored, directions, subject.seed)

@@ -213,10 +213,10 @@ class Trial:
         """The fields that a method reads, those that all methods read among them."""
         if method not in METHODS:
             raise unknown("method", method, METHODS)
-        own = {name for other in METHODS.values() for name in other.settings}
+        special = {name for other in METHODS.values() for name in other.settings}
         if not METHODS[method].trains:
-            own |= set(TRAINING)
-        read = {f.name for f in dataclasses.fields(cls)} - own | set(METHODS[method].settings)
+            special |= set(TRAINING)
+        read = {f.name for f in dataclasses.fields(cls)} - special | set(METHODS[method].settings)
         return read | {"inverse_strength"} if head == "probed" else read
 
     @property
@@ -228,7 +228,11 @@ class Trial:
     @property
     def command(self) -> str:
         """The command that repeats it."""
-        return shlex.join(["recadam", "trial", *(f"{name}={value}" for name, value in self.changed.items())])
+        return shlex.join(["recadam", "trial", *self.pairs(self.changed)])
+
+    def pairs(self, names: Iterable[str]) -> list[str]:
+        """These fields as `name=value`, which `parse` reads."""
+        return [f"{name}={getattr(self, name)}" for name in names]
 
     @property
     def key(self) -> str:

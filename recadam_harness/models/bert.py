@@ -12,7 +12,7 @@ import numpy as np
 
 from recadam_core.errors import RecAdamError
 
-from .ops import Ops, cross_entropy, gelu, layer_norm, linear, softmax
+from .ops import Model, Ops, gelu, layer_norm, linear, softmax
 
 __all__ = ["Bert", "BertConfig", "load_checkpoint"]
 
@@ -61,7 +61,7 @@ class BertConfig:
 
 
 @dataclass(frozen=True)
-class Bert:
+class Bert(Model):
     """BERT with mean pooling and a linear classifier, without dropout.
 
     Batches hold "ids" (rows, length) of int64, "mask" (rows, length) of floats that are 1 at tokens
@@ -72,7 +72,8 @@ class Bert:
 
     config: BertConfig
     classes: int = 2
-    kind: str = "bert"
+    kind = "bert"
+    head = "classifier"
 
     def init_head(self, rng: np.random.Generator) -> dict[str, Array]:
         """A fresh classifier: normal weights of deviation 0.02, zero biases, float64."""
@@ -119,16 +120,6 @@ class Bert:
         mask = batch["mask"][:, :, None]
         summed = ops.xp.sum(self.hidden(ops, params, batch) * mask, axis=1)
         return summed / ops.xp.sum(mask, axis=1)
-
-    def logits(self, ops: Ops, params: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
-        """Scores, of shape (rows, classes)."""
-        return linear(
-            self.features(ops, params, batch), params["classifier.weight"], params["classifier.bias"]
-        )
-
-    def loss(self, ops: Ops, params: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
-        """Cross-entropy against one-hot `batch["targets"]`."""
-        return cross_entropy(ops, self.logits(ops, params, batch), batch["targets"])
 
 
 def load_checkpoint(folder: Path) -> tuple[BertConfig, dict[str, Array]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .ops import Ops, cross_entropy, linear, softmax
+from .ops import Model, Ops, cross_entropy, linear, softmax
 
 __all__ = ["MLP"]
 
@@ -16,12 +16,13 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class MLP:
+class MLP(Model):
     r"""Layers $h_{i+1} = \tanh(W_i h_i + b_i)$ and a linear head, named `body.i.*` and `head.*`."""
 
     widths: tuple[int, ...]
     classes: int
-    kind: str = "mlp"
+    kind = "mlp"
+    head = "head"
 
     def body_names(self) -> list[str]:
         """Names of the encoder's parameters, without the head's."""
@@ -46,14 +47,6 @@ class MLP:
     def features(self, ops: Ops, params: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
         """The last hidden layer, of shape (rows, widths[-1])."""
         return self._layers(ops, params, batch["x"])[-1]
-
-    def logits(self, ops: Ops, params: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
-        """Scores, of shape (rows, classes)."""
-        return linear(self.features(ops, params, batch), params["head.weight"], params["head.bias"])
-
-    def loss(self, ops: Ops, params: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
-        """Cross-entropy against one-hot `batch["targets"]`."""
-        return cross_entropy(ops, self.logits(ops, params, batch), batch["targets"])
 
     def value_and_grad(
         self, ops: Ops, params: Mapping[str, Any], batch: Mapping[str, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 __all__ = ["Model", "Ops", "cross_entropy", "gelu", "layer_norm", "linear", "softmax"]
 
@@ -27,30 +27,29 @@ class Ops:
     erf: Callable[[Any], Any] | None
 
 
-class Model(Protocol):
-    """A differentiable function of named parameters, the same for every framework.
+class Model:
+    """A differentiable function of named parameters, the same for every framework: a linear head on features.
 
     `batch` is a dict of arrays whose rows
     are examples. `loss` is a scalar, the mean over rows of the cross-entropy against
     `batch["targets"]` (one-hot, of shape (rows, classes)).
     """
 
-    @property
-    def kind(self) -> str:
-        """Kind of model, as an engine's `kinds` names it."""
-        ...
+    kind: ClassVar[str]  # as an engine's `kinds` names it
+    head: ClassVar[str]  # name of the linear layer on the features
 
     def features(self, ops: Ops, params: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
         """What the encoder makes of each row, of shape (rows, width)."""
-        ...
+        raise NotImplementedError
 
     def logits(self, ops: Ops, params: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
         """Scores of the target task, of shape (rows, classes)."""
-        ...
+        features = self.features(ops, params, batch)
+        return linear(features, params[f"{self.head}.weight"], params[f"{self.head}.bias"])
 
     def loss(self, ops: Ops, params: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
-        """Loss of the target task, a scalar."""
-        ...
+        """Loss of the target task, a scalar: cross-entropy against one-hot `batch["targets"]`."""
+        return cross_entropy(ops, self.logits(ops, params, batch), batch["targets"])
 
 
 def linear(x: Any, weight: Any, bias: Any) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -41,26 +42,34 @@ class Problem:
     headline: tuple[str, bool]
     eval_batch: int = 64
 
+    def evaluate(self, call: Call) -> tuple[Array, dict[str, float]]:
+        """Scores of the test rows, and the figures of target and source task."""
+        scores = in_batches(call, "logits", self.test, self.eval_batch)
+        return scores, {
+            "target_accuracy": accuracy(scores, self.test["targets"]),
+            **self.measure_source(call),
+        }
 
-class Task(Protocol):
+
+class Task(ABC):
     """A target task with its data and model, and a measure of what its pretrained model knew."""
 
-    name: str
-    about: str
+    name: ClassVar[str]
+    about: ClassVar[str]
     defaults: ClassVar[dict[str, Any]]  # settings of a run that fit this task
     options: ClassVar[dict[str, Any]]  # what `prepare` takes, with defaults
-
     lowest: ClassVar[dict[str, int]]  # smallest values of the options that are whole numbers
 
-    @property
-    def archives(self) -> Callable[..., tuple[str, ...]]:
-        """Names of the archives that `prepare` would fetch: a function of its options."""
-        ...
+    def archives(self, **options: Any) -> tuple[str, ...]:
+        """Names of the archives that `prepare` would fetch with these options."""
+        return ()
 
-    @property
-    def prepare(self) -> Callable[..., Problem]:
-        """Load the data and the pretrained model: a function of seed and options."""
-        ...
+    def prepare(self, seed: int, **options: Any) -> Problem:
+        """Load the data and the pretrained model."""
+        return self._prepare(seed, **{**self.options, **options})
+
+    @abstractmethod
+    def _prepare(self, seed: int, *args: Any, **options: Any) -> Problem: ...
 
 
 def in_batches(call: Call, function: str, rows: Rows, size: int) -> Array:

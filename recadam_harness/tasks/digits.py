@@ -15,7 +15,7 @@ from recadam_core.optimizer import RecAdam
 from ..engines import plain_adam
 from ..models import MLP, Ops
 from ..models.ops import cross_entropy, linear
-from .base import Array, Call, Problem, Rows, accuracy
+from .base import Array, Call, Problem, Rows, Task, accuracy
 
 __all__ = ["Digits"]
 
@@ -24,7 +24,7 @@ SOURCE = MLP((64, 64, 64), 10)
 TARGET = MLP((64, 64, 64), 2)
 
 
-class Digits:
+class Digits(Task):
     """scikit-learn's digits; source task: which of ten, target task: is it five or more."""
 
     name = "digits"
@@ -43,11 +43,7 @@ class Digits:
     options: ClassVar[dict[str, Any]] = {"train_rows": 100}
     lowest: ClassVar[dict[str, int]] = {"train_rows": 1}
 
-    def archives(self, train_rows: int = options["train_rows"]) -> tuple[str, ...]:
-        """None: scikit-learn brings the digits."""
-        return ()
-
-    def prepare(self, seed: int, train_rows: int = options["train_rows"]) -> Problem:
+    def _prepare(self, seed: int, train_rows: int) -> Problem:
         """Pretrain on ten digits, and set up the new task."""
         if train_rows > 400:
             raise RecAdamError(f"digits: train_rows is {train_rows}; there are 400")

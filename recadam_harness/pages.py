@@ -1,0 +1,42 @@
+"""Pages and pictures on disk, whole or absent: one template and one table for all of them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from recadam_core.figures import COLOURS
+from recadam_core.files import replacing
+
+__all__ = ["Table", "markdown_table", "write_page", "write_picture"]
+
+Table = tuple[Sequence[str], list[list[str]]]
+"""A head, and rows of as many cells."""
+
+
+def write_page(path: Path, template: str, **values: Any) -> Path:
+    """Fill in a template of this package."""
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(loader=PackageLoader("recadam_harness"), autoescape=True)
+    page = environment.get_template(template).render(colours=COLOURS, **values)
+    with replacing(path) as beside:
+        beside.write_text(page, encoding="utf-8")
+    return path
+
+
+def write_picture(path: Path, figure: Any, dpi: int = 150) -> bytes:
+    """Write a figure as PNG; what is in the file."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=dpi)
+    with replacing(path) as beside:
+        beside.write_bytes(picture.getvalue())
+    return picture.getvalue()
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
