@@ -46,7 +46,7 @@ def pool(jobs: int) -> Iterator[Each]:
                 yield futures[future], future.result()
             except BrokenProcessPool:
                 raise RecAdamError(
-                    "a process of a trial was killed, for want of memory perhaps; run again with fewer --jobs"
+                    "a process was killed, for want of memory perhaps; run again with fewer --jobs"
                 ) from None
 
     try:
