@@ -20,8 +20,10 @@ class InstabilityWarning(UserWarning):
     """The pull, or weight decay, overshoots its goal in every step (its coefficient is above 1).
 
     Example:
-        >>> issubclass(InstabilityWarning, UserWarning)
-        True
+        >>> with warnings.catch_warnings(record=True, action="always") as caught:
+        ...     check_stable(1.5, 0.0, "decoupled", "step 1")
+        >>> caught[0].category.__name__
+        'InstabilityWarning'
     """
 
 
@@ -29,8 +31,8 @@ class Coefficients(NamedTuple):
     """The six numbers that the kernel reads in one step.
 
     Example:
-        >>> Coefficients(0.9, 0.999, 1e-3, 1e-8, 0.0, 0.0).step
-        0.001
+        >>> round(coefficients(1, Hyperparameters(lr=0.5), anchored=False).step, 6)
+        0.158114
     """
 
     beta1: Any  # decay rate of the first moment

@@ -14,12 +14,7 @@ __all__ = ["Interrupted", "RecAdamError", "check_flag", "check_number", "shown",
 
 
 class Interrupted(Exception):
-    """A command was interrupted, and left behind what the message says.
-
-    Example:
-        >>> str(Interrupted("the runs in runs/demo say so"))
-        'the runs in runs/demo say so'
-    """
+    """A command was interrupted, and left behind what the message says."""
 
 
 class RecAdamError(ValueError):

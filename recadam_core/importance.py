@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from .arrays import check_arrays, check_named, fault
+from .arrays import Array, check_arrays, check_named, fault
 from .backends import backend_for
 from .errors import RecAdamError
 
@@ -18,7 +18,7 @@ EXCEEDED_BY = 0.1
 """Share of the squares above zero that have the whole pull, so that a few large ones do not take it all."""
 
 
-def importance_from(squares: Mapping[str, Any]) -> dict[str, Any]:
+def importance_from(squares: Mapping[str, Array]) -> dict[str, Array]:
     r"""Scale squared gradients to importances.
 
     Math:

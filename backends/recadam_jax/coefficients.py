@@ -42,8 +42,8 @@ class HostCoefficients(NamedTuple):
     """One step's coefficients as the host computes them, in float64: arguments of a compiled step.
 
     Example:
-        >>> HostCoefficients((1e-3, 1e-8, 0.0, 0.0), (1e-3, 1e-8, 0.0, 0.0)).new[0]
-        0.001
+        >>> round(host_coefficients(1, Hyperparameters(lr=1e-5)).new[0], 9)
+        3.162e-06
     """
 
     anchored: tuple[float, float, float, float]  # step, eps, recall, decay of anchored parameters

@@ -165,8 +165,8 @@ def scale_by_recadam(
         >>> tx = optax.chain(scale_by_recadam(gamma=100.0, annealing=0.5), optax.scale_by_learning_rate(1e-3))
         >>> params = jax.numpy.ones(2)
         >>> updates, state = tx.update(params, tx.init(params), params)
-        >>> updates.round(4).tolist()
-        [-0.0005, -0.0005]
+        >>> updates
+        Array([-0.0005, -0.0005], dtype=float32)
 
     Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12.
     """

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..annealing import RECALL_FLOOR, Constant, Linear, Sigmoid
+from ..arrays import NumpyArray
 from ..coefficients import Coefficients
 from ..errors import RecAdamError
 from ..hyperparameters import Hyperparameters
@@ -25,7 +26,6 @@ except ModuleNotFoundError:
 
 __all__ = ["Exactly", "Spread", "budget", "exact_coefficients", "exact_step", "spread", "ulp"]
 
-Array = np.ndarray[Any, Any]
 BITS = 200
 DIGITS = {"float64": 53, "float32": 24, "bfloat16": 8, "float16": 11}
 """Binary digits of a number of each dtype."""
@@ -38,12 +38,7 @@ root = np.frompyfunc(mpmath.sqrt, 1, 1)
 
 
 class Exactly(NamedTuple):
-    """One step without rounding: object arrays of mpmath numbers.
-
-    Example:
-        >>> Exactly(1, 2, 3).theta
-        1
-    """
+    """One step without rounding: object arrays of mpmath numbers."""
 
     theta: Any
     m: Any
@@ -103,13 +98,13 @@ def _exact_weights(annealing: Any, t: int) -> tuple[Any, Any]:
 
 
 def exact_step(
-    theta: Array,
-    grad: Array,
-    m: Array,
-    v: Array,
-    anchor: Array | None,
+    theta: NumpyArray,
+    grad: NumpyArray,
+    m: NumpyArray,
+    v: NumpyArray,
+    anchor: NumpyArray | None,
     c: Coefficients,
-    importance: Array | None = None,
+    importance: NumpyArray | None = None,
 ) -> Exactly:
     """The kernel in extended precision.
 
@@ -144,12 +139,7 @@ def exact_step(
 
 
 class Spread(NamedTuple):
-    """How far off each coefficient may be, absolutely.
-
-    Example:
-        >>> Spread(0.0, 0.0, 0.0, 0.0).recall
-        0.0
-    """
+    """How far off each coefficient may be, absolutely."""
 
     step: Any
     eps: Any
@@ -217,12 +207,7 @@ def _weight_error(annealing: Any, t: Any, dtype: str) -> tuple[Any, Any]:
 
 
 class Budget(NamedTuple):
-    """Largest error that rounding may cause, and the largest operand, of each result.
-
-    Example:
-        >>> Budget(1, 2, 3, 4, 5, 6).theta
-        1
-    """
+    """Largest error that rounding may cause, and the largest operand, of each result."""
 
     theta: Any
     m: Any
@@ -233,17 +218,17 @@ class Budget(NamedTuple):
 
 
 def budget(
-    theta: Array,
-    grad: Array,
-    m: Array,
-    v: Array,
-    anchor: Array | None,
+    theta: NumpyArray,
+    grad: NumpyArray,
+    m: NumpyArray,
+    v: NumpyArray,
+    anchor: NumpyArray | None,
     c: Coefficients,
     exact: Exactly,
     off: Spread,
     dtype: str,
     rounds_update: bool = False,
-    importance: Array | None = None,
+    importance: NumpyArray | None = None,
 ) -> Budget:
     r"""The derived bound of one step's error, element by element.
 
@@ -254,18 +239,8 @@ def budget(
         $|\Delta\theta'| \le u(|\theta'| + 5P + 14A + 3D)$, plus what the coefficients are off by;
         $6P$ where there is an importance.
 
-    Args:
-        theta: parameter before the step.
-        grad: gradient, theta's shape.
-        m: first moment.
-        v: second moment.
-        anchor: pretrained value; None for a new head.
-        c: the exact coefficients.
-        exact: the exact result.
-        off: how far off the coefficients may be.
-        dtype: the parameter's dtype.
-        rounds_update: whether the update is rounded to that dtype before it is added.
-        importance: by which the pull is multiplied, theta's shape; None for 1.
+    The arrays are as in `exact_step`, `exact` what it gave for the exact coefficients c, `off` how far off
+    these may be, `dtype` the parameter's, to which `rounds_update` rounds the update before it is added.
 
     Returns:
         Bounds and operands, float64 arrays of theta's shape.
@@ -313,7 +288,7 @@ def budget(
     )
 
 
-def ulp(x: Array, dtype: str) -> Array:
+def ulp(x: NumpyArray, dtype: str) -> NumpyArray:
     """The spacing of a dtype's numbers at x.
 
     Args:
