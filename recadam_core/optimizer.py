@@ -37,13 +37,6 @@ class State(NamedTuple):
 def check_anchors(shapes: Mapping[str, Any], anchors: Mapping[str, Array]) -> None:
     """Raise unless every anchor names a parameter and has its shape.
 
-    Args:
-        shapes: shape by parameter name.
-        anchors: anchor by parameter name; may lack names (new heads).
-
-    Raises:
-        RecAdamError: naming the anchor and the remedy.
-
     Example:
         >>> import numpy as np
         >>> check_anchors({"w": (2,)}, {"w": np.zeros(3)})
@@ -160,11 +153,7 @@ class RecAdam:
         return backend
 
     def _weights(
-        self,
-        params: Mapping[str, Array],
-        anchors: Mapping[str, Array],
-        importance: Any,
-        xp: Any,
+        self, params: Mapping[str, Array], anchors: Mapping[str, Array], importance: Any, xp: Any
     ) -> dict[str, Array]:
         """The importances of what is anchored, checked."""
         check_named("importance", importance)
@@ -181,11 +170,7 @@ class RecAdam:
         return found
 
     def step(
-        self,
-        params: Mapping[str, Array],
-        grads: Mapping[str, Array],
-        state: State,
-        lr: float | None = None,
+        self, params: Mapping[str, Array], grads: Mapping[str, Array], state: State, lr: float | None = None
     ) -> tuple[dict[str, Array], State]:
         """One step.
 
@@ -285,13 +270,6 @@ class RecAdam:
 class Functional:
     """`recadam_core.RecAdam` over a backend, as a `Stepper`.
 
-    Args:
-        backend: the backend.
-        params: starting values by name.
-        anchors: pretrained values by name.
-        hp: the settings.
-        importance: by which the pulls are multiplied, by name; None for 1.
-
     Example:
         >>> import numpy as np
         >>> step = Functional(backend_for(np.ones(1)), {"w": np.ones(1)}, {}, Hyperparameters(lr=0.5))
@@ -322,13 +300,7 @@ class Functional:
 
 
 def functional_over(backend_of: Callable[[bool], Backend]) -> Callable[..., Functional]:
-    """What makes a variant that is `RecAdam` over some backend, for `Variant.make`.
-
-    Args:
-        backend_of: gives the backend, asked whether it is to be in its exact setting.
-
-    Returns:
-        A function of (params, anchors, hp, exact, importance).
+    """For `Variant.make`: `RecAdam` over the backend that is given for whether it is to be exact.
 
     Example:
         >>> import numpy as np
@@ -351,16 +323,7 @@ def stepper_of(
     exact: bool = False,
     importance: dict[str, Array] | None = None,
 ) -> Stepper:
-    """An optimizer of one of a backend's variants, as users meet it.
-
-    Args:
-        backend: the backend.
-        variant: one of its variants.
-        params: as in `Functional`.
-        anchors: as in `Functional`.
-        hp: as in `Functional`.
-        exact: whether it is to be in the setting in which it gives the specification's bits.
-        importance: as in `Functional`.
+    """An optimizer of one of a backend's variants, as users meet it; `exact`: where it gives the exact bits.
 
     Example:
         >>> import numpy as np

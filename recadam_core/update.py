@@ -38,13 +38,6 @@ class Moments(NamedTuple):
 def accumulator_dtype(xp: Any, *dtypes: Any) -> Any:
     """The dtype in which arrays of these dtypes are updated: their common one, at least float32.
 
-    Args:
-        xp: the arrays' namespace.
-        *dtypes: floating dtypes of it.
-
-    Returns:
-        A dtype of `xp`.
-
     Example:
         >>> import numpy as np
         >>> accumulator_dtype(np, np.float16) is np.float32
@@ -228,15 +221,7 @@ def apply(theta: Array, delta: Array) -> Array:
 
 
 def scalars(where: str, c: Any, scalar: Callable[[str, str, Any], Any] = check_number) -> Coefficients:
-    """The coefficients as Python numbers.
-
-    Args:
-        where: the place for the message.
-        c: the coefficients.
-        scalar: makes a number of one, given the place, its name and value.
-
-    Raises:
-        RecAdamError: when they are no coefficients, or one is no finite number.
+    """The coefficients as Python numbers, each checked; `scalar` makes a number of place, name and value.
 
     Example:
         >>> scalars("update", Coefficients(np.float32(0.5), 0.999, 0.0, 1e-8, 0.0, 0.0)).beta1

@@ -82,11 +82,7 @@ def load_anchor(
         raise RecAdamError(f"anchors: {file}: transpose is for .safetensors files; leave it out")
     wanted = {x: leaf for x, leaf in ours.each() if not _below(x, heads)}
     try:
-        found = (
-            _orbax(file, wanted, name or (lambda x: x))
-            if file.is_dir()
-            else _safetensors(file, wanted, name, transpose or (lambda x: False))
-        )
+        found = (_orbax if file.is_dir() else _safetensors)(file, wanted, name, transpose)
     except (RecAdamError, KeyboardInterrupt):
         raise
     except Exception as error:  # whatever a reader raises on a damaged file
@@ -178,17 +174,13 @@ def _match(
     return theirs
 
 
-def _safetensors(
-    path: Path,
-    wanted: dict[str, Any],
-    name: Callable[[str], str | None] | None,
-    transpose: Callable[[str], bool],
-) -> dict[str, Any]:
+def _safetensors(path: Path, wanted: dict[str, Any], name: Any, transpose: Any) -> dict[str, Any]:
     files, found = _files(path), {}
     pieces = {x: file.get_slice(x) for x, file in files.items()}
     shapes = {x: tuple(piece.get_shape()) for x, piece in pieces.items()}
     for ours, leaf in wanted.items():
-        choices, turned = [ours, ours.replace("/", ".")] if name is None else [name(ours)], transpose(ours)
+        choices = [ours, ours.replace("/", ".")] if name is None else [name(ours)]
+        turned = transpose is not None and transpose(ours)
         theirs = _match(path, ours, leaf, choices, shapes, turned)
         shape, sharding = tuple(np.shape(leaf)), place(leaf)
         if sharding is None or 0 in shape or not shape:
@@ -243,7 +235,7 @@ def _open(path: Path) -> Any:
         raise RecAdamError(f"anchors: {path}: damaged, or not there ({error}); fetch it again") from error
 
 
-def _orbax(path: Path, wanted: dict[str, Any], name: Callable[[str], str | None]) -> dict[str, Any]:
+def _orbax(path: Path, wanted: dict[str, Any], name: Any, _: Any) -> dict[str, Any]:
     try:
         import orbax.checkpoint as ocp
     except ModuleNotFoundError:
@@ -256,7 +248,7 @@ def _orbax(path: Path, wanted: dict[str, Any], name: Callable[[str], str | None]
         shapes = {x: tuple(leaf.shape) for x, leaf in zip(keys, held, strict=True)}
         sources, places = {}, {}
         for ours, leaf in wanted.items():
-            sources[ours] = theirs = _match(path, ours, leaf, [name(ours)], shapes)
+            sources[ours] = theirs = _match(path, ours, leaf, [ours if name is None else name(ours)], shapes)
             places[theirs] = place(leaf)
         whole = ocp.RestoreArgs(restore_type=np.ndarray)
         arguments = [ocp.ArrayRestoreArgs(sharding=places[x]) if places.get(x) else whole for x in keys]

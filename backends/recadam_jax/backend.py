@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -64,15 +63,16 @@ class _OptaxStepper:
     def __init__(
         self,
         host: bool,
-        params: dict[str, Any],
-        anchors: dict[str, Any],
+        params: Any,
+        anchors: Any,
         hp: Hyperparameters,
         exact: bool = False,
-        importance: dict[str, Any] | None = None,
+        importance: Any = None,
     ) -> None:
         stars = {name: anchors.get(name) for name in params}
         weights = importance and {name: importance.get(name) for name in params}
-        self.params, self.hp, self.host = params, hp, host
+        self.params: dict[str, jax.Array] = params
+        self.hp, self.host = hp, host
         self.state: Any = from_hyperparameters(hp, anchor=stars, importance=weights).init(params)
 
         @jax.jit
@@ -159,13 +159,7 @@ class JaxBackend(Specification):
         return isinstance(array, jax.Array)
 
     def step(
-        self,
-        params: Sequence[jax.Array],
-        grads: Sequence[jax.Array],
-        moments: Sequence[Moments],
-        anchors: Sequence[jax.Array] | None,
-        c: Coefficients,
-        importances: Sequence[jax.Array] | None = None,
+        self, params: Any, grads: Any, moments: Any, anchors: Any, c: Coefficients, importances: Any = None
     ) -> tuple[list[jax.Array], list[Moments]]:
         """One compiled step."""
         if not self._jit:

@@ -224,10 +224,7 @@ class Case:
         return Hyperparameters(annealing=ANNEALINGS[self.annealing], **{**shared, **SETTINGS[self.settings]})
 
     def recording(self) -> Recording:
-        """Starting values, anchors, seeded gradients, and a learning rate that warms up and decays.
-
-        Returns:
-            The recording, the same on every machine.
+        """Starting values, anchors, gradients, a rate that warms up and decays: the same on every machine.
 
         Example:
             >>> Case(steps=2).recording().lr

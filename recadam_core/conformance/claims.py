@@ -126,19 +126,7 @@ class Result:
 
 
 def claims(backend: Backend, variant: Variant, level: str, golden: Path | None = None) -> list[Claim]:
-    """The claims of one level about one variant, as its backend's capabilities have them.
-
-    Args:
-        backend: the backend.
-        variant: one of its variants.
-        level: one of `LEVELS`.
-        golden: a folder of golden trajectories to replay too; None for none.
-
-    Returns:
-        The claims.
-
-    Raises:
-        RecAdamError: when the level is unknown or there is no golden trajectory in the folder.
+    """The claims of a level about a variant, as its backend's capabilities have them; golden: a folder.
 
     Example:
         >>> from recadam_core import get_backend
@@ -202,15 +190,7 @@ def _golden(folder: Path | None) -> dict[str, tuple[str, ...]]:
 
 
 def check(backend: Backend, variant: Variant, claim: Claim) -> Result:
-    """Hold one variant to one claim, in this process.
-
-    Args:
-        backend: the backend.
-        variant: one of its variants.
-        claim: the claim.
-
-    Returns:
-        The result, with the worst case.
+    """Hold one variant to one claim, in this process: the result, with the worst case.
 
     Example:
         >>> from recadam_core import get_backend

@@ -46,16 +46,7 @@ class Exactly(NamedTuple):
 
 
 def exact_coefficients(t: int, hp: Hyperparameters, lr: float, anchored: bool = True) -> Coefficients:
-    """The coefficients of step t in extended precision.
-
-    Args:
-        t: the step, from 1.
-        hp: the settings, with an annealing of this package.
-        lr: this step's learning rate.
-        anchored: False for a new head.
-
-    Returns:
-        The coefficients as mpmath numbers, from the decimal values as Python's floats hold them.
+    """The coefficients of step t as mpmath numbers, from the decimal values as Python's floats hold them.
 
     Example:
         >>> c = exact_coefficients(250, Hyperparameters(annealing=Sigmoid(k=0.1, t0=250)), 2e-5)
@@ -106,19 +97,9 @@ def exact_step(
     c: Coefficients,
     importance: NumpyArray | None = None,
 ) -> Exactly:
-    """The kernel in extended precision.
+    """The kernel in extended precision: parameter and moments after a step from arrays of one shape.
 
-    Args:
-        theta: parameter before the step.
-        grad: gradient, theta's shape.
-        m: first moment, theta's shape.
-        v: second moment, theta's shape.
-        anchor: pretrained value, theta's shape; None for a new head.
-        c: coefficients, in any numbers.
-        importance: by which the pull is multiplied, theta's shape; None for 1.
-
-    Returns:
-        Parameter and moments after the step.
+    There is no pull without an anchor; an importance of None is 1.
 
     Example:
         >>> x = np.ones(1)
@@ -148,18 +129,7 @@ class Spread(NamedTuple):
 
 
 def spread(t: Any, hp: Hyperparameters, lr: float, anchored: bool, dtype: str, c: Coefficients) -> Spread:
-    """How far off the coefficients may be when they are computed in this dtype.
-
-    Args:
-        t: the step, from 1; or an array of steps.
-        hp: the settings, with an annealing of this package.
-        lr: this step's learning rate.
-        anchored: False for a new head.
-        dtype: the dtype in which they are computed; "float64" on the host.
-        c: the exact coefficients; or arrays of them.
-
-    Returns:
-        A bound for each, of t's shape.
+    """How far off the coefficients of a step, or of an array of them, may be when computed in this dtype.
 
     Example:
         >>> hp = Hyperparameters(gamma=0.0)
@@ -290,13 +260,6 @@ def budget(
 
 def ulp(x: NumpyArray, dtype: str) -> NumpyArray:
     """The spacing of a dtype's numbers at x.
-
-    Args:
-        x: numbers, float64.
-        dtype: name of a dtype.
-
-    Returns:
-        Spacings, of x's shape.
 
     Example:
         >>> float(ulp(np.array(1.5), "float32")) == 2.0**-23

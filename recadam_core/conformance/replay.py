@@ -303,12 +303,6 @@ def trajectories(frames: Iterable[Frame]) -> list[dict[str, NumpyArray]]:
 def to_bfloat16(x: NumpyArray) -> NumpyArray:
     """The nearest bfloat16 numbers, ties to even, held in float32, since NumPy has no such dtype.
 
-    Args:
-        x: finite numbers.
-
-    Returns:
-        float32 array of x's shape.
-
     Example:
         >>> to_bfloat16(np.array([1.0 + 2.0**-8, 1.0 + 3 * 2.0**-8]))
         array([1.      , 1.015625], dtype=float32)

@@ -137,22 +137,12 @@ def _chosen(claim: Claim, cases: Sequence[str]) -> Iterator[str]:
 
 
 def certify(
-    jobs: Sequence[Job],
-    workers: int = 1,
-    progress: Callable[[Result], None] | None = None,
+    jobs: Sequence[Job], workers: int = 1, progress: Callable[[Result], None] | None = None
 ) -> list[Result]:
-    """Hold backends to claims.
+    """Hold backends to claims: the results, in the order of the jobs'; `progress` is told each as it comes.
 
     A job whose environment this process has runs here if there is one worker; all others run in
     processes of their own.
-
-    Args:
-        jobs: what `plan` returned, of any number of backends.
-        workers: processes at once.
-        progress: called with each result as it comes.
-
-    Returns:
-        The results, in the order of the jobs' claims.
 
     Raises:
         RecAdamError: when a process fails, with the last line it printed.
