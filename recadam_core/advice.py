@@ -12,10 +12,6 @@ __all__ = ["schedule_advice"]
 def schedule_advice(hp: Hyperparameters, steps: int) -> list[str]:
     """Warnings about an annealing at a learning rate and a strength of the pull.
 
-    Args:
-        hp: the settings; the learning rate counts as constant.
-        steps: number of training steps.
-
     Returns:
         One line for each: training frozen, training that ends before the objective has shifted, a pull
         that does nothing, a pull that overshoots or diverges.

@@ -326,17 +326,16 @@ def annealing_from_dict(fields: Mapping[str, Any]) -> Any:
     return ANNEALINGS[name](**arguments)
 
 
-def release_step(annealing: Annealing, horizon: int = 2**48) -> int | None:
+def release_step(annealing: Annealing) -> int | None:
     """The first step from which the anchor is never read again, so that it can be freed.
 
     Args:
         annealing: one of `ANNEALINGS`, whose recall weights never rise; or any other that has a method
             `release_step()` of its own.
-        horizon: how far to look, in steps.
 
     Returns:
-        The first step t whose recall weight is below `RECALL_FLOOR`; None when there is none
-        before the horizon, or when nothing says that the weight will not rise again.
+        The first step t whose recall weight is below `RECALL_FLOOR`; None when there is none up to
+        2^48, or when nothing says that the weight will not rise again.
 
     Example:
         >>> release_step(Sigmoid(k=0.1, t0=250)), release_step(Linear(t0=100)), release_step(Constant())
@@ -358,7 +357,7 @@ def release_step(annealing: Annealing, horizon: int = 2**48) -> int | None:
     high = 1
     while not released(high):
         high *= 2
-        if high > horizon:
+        if high > 2**48:
             return None
     low = high // 2
     while high - low > 1:

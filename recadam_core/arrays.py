@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from array_api_compat import array_namespace, is_array_api_obj
 
 from .errors import RecAdamError, shown
 
-__all__ = ["check_arrays", "check_named", "fault", "kind_of", "library", "not_plain"]
+__all__ = ["Array", "NumpyArray", "check_arrays", "check_named", "fault", "kind_of", "library", "not_plain"]
+
+Array: TypeAlias = Any
+"""An array of any library that follows the array API standard; none names the type of all of them."""
+
+NumpyArray: TypeAlias = np.ndarray[Any, Any]
 
 PLAIN = (np.ndarray, np.memmap)
 """Kinds of NumPy array that are their numbers and nothing else: no mask, unit or product of their own."""
@@ -19,13 +24,7 @@ _kinds: dict[tuple[type, Any, Any], tuple[Any, str]] = {}
 
 
 def kind_of(array: Any) -> tuple[Any, str]:
-    """The namespace of an array, and what keeps it from being stepped.
-
-    Args:
-        array: any object. Looked at once for each type, dtype and (as PyTorch has it) layout.
-
-    Returns:
-        Its namespace, None where it is no array; and the fault and its remedy, empty where there is none.
+    """Namespace of an array (None of what is none), and what keeps it from being stepped; empty if nothing.
 
     Example:
         >>> kind_of(np.ones(2, dtype=int))[1]
@@ -76,11 +75,7 @@ def not_plain(array: Any) -> str:
 
 
 def fault(array: Any, xp: Any = None) -> str:
-    """What keeps an array from being stepped together with those of a library; empty where nothing does.
-
-    Args:
-        array: any object.
-        xp: the namespace that it must be of; None for any.
+    """What keeps an object from being stepped, beside arrays of xp if that is given; empty if nothing.
 
     Example:
         >>> fault(1.0), fault(np.ones(1), np)
@@ -104,14 +99,7 @@ def library(xp: Any) -> str:
 
 
 def check_named(what: str, arrays: Any) -> None:
-    """Raise unless it is a dict by name.
-
-    Raises:
-        RecAdamError: when it is no mapping, or a name is no string.
-
-    Example:
-        >>> check_named("gradients", {"w": np.ones(1)})
-    """
+    """Raise unless it is a dict by name."""
     if not isinstance(arrays, Mapping):
         raise RecAdamError(f"{what}: {type(arrays).__name__}; give a dict of arrays by parameter name")
     if not {*map(type, arrays)} <= {str}:
@@ -121,17 +109,7 @@ def check_named(what: str, arrays: Any) -> None:
 
 
 def check_arrays(arrays: Iterable[tuple[str, Any]], xp: Any = None) -> Any:
-    """Raise unless all can be stepped, and are of one library.
-
-    Args:
-        arrays: what to call each in the message, and the array.
-        xp: the namespace that they must be of; None for that of the first.
-
-    Returns:
-        The namespace; None of nothing.
-
-    Raises:
-        RecAdamError: naming the array.
+    """The namespace of arrays, each after what to call it, unless one cannot be stepped beside the others.
 
     Example:
         >>> check_arrays([("parameter 'w'", np.ones(2, dtype=bool))])

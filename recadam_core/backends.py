@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from .arrays import kind_of, library, not_plain
+from .arrays import Array, NumpyArray, kind_of, library, not_plain
 from .coefficients import Coefficients
 from .errors import RecAdamError, unknown
 from .update import Moments, apply, update
@@ -48,17 +48,19 @@ class Shared(NamedTuple):
     """Arrays that share the coefficients of a step; lists of equal length.
 
     Example:
-        >>> Shared(["w"], [], [], [], None, Coefficients(0.9, 0.999, 0.0, 1e-8, 0.0, 0.0)).importances is None
-        True
+        >>> w, c = np.ones(1), Coefficients(0.9, 0.99, step=0.5, eps=0.0, recall=0.0, decay=0.0)
+        >>> group = Shared(["w"], [w], [w], [Moments.zeros_like(w)], None, c)
+        >>> Specification(np).step(*group[1:])[0]
+        [array([0.5])]
     """
 
     names: Sequence[Any]  # of the parameters, for messages
-    params: Sequence[Any]
-    grads: Sequence[Any]
+    params: Sequence[Array]
+    grads: Sequence[Array]
     moments: Sequence[Moments]
-    anchors: Sequence[Any] | None  # None where nothing is pulled
+    anchors: Sequence[Array] | None  # None where nothing is pulled
     c: Coefficients
-    importances: Sequence[Any] | None = None  # None where the pull is not weighed
+    importances: Sequence[Array] | None = None  # None where the pull is not weighed
 
 
 @runtime_checkable
@@ -77,19 +79,19 @@ class Backend(Protocol):
     name: str  # import name of the array library
     capabilities: Capabilities
 
-    def owns(self, array: Any) -> bool:
+    def owns(self, array: Array) -> bool:
         """Whether `array` belongs to this backend's library."""
         ...
 
     def step(
         self,
-        params: Sequence[Any],
-        grads: Sequence[Any],
+        params: Sequence[Array],
+        grads: Sequence[Array],
         moments: Sequence[Moments],
-        anchors: Sequence[Any] | None,
+        anchors: Sequence[Array] | None,
         c: Coefficients,
-        importances: Sequence[Any] | None = None,
-    ) -> tuple[list[Any], list[Moments]]:
+        importances: Sequence[Array] | None = None,
+    ) -> tuple[list[Array], list[Moments]]:
         """One step for arrays that share their coefficients: new parameters, new moments.
 
         Changes none of its arguments. `anchors` is None where nothing is pulled; `importances`, by which the
@@ -97,15 +99,15 @@ class Backend(Protocol):
         """
         ...
 
-    def from_numpy(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> Any:
+    def from_numpy(self, array: NumpyArray, dtype: str | None = None) -> Array:
         """A copy of a NumPy array in this library, on its default device."""
         ...
 
-    def to_numpy(self, array: Any) -> np.ndarray[Any, Any]:
+    def to_numpy(self, array: Array) -> NumpyArray:
         """A copy of this library's array in NumPy."""
         ...
 
-    def copy(self, array: Any) -> Any:
+    def copy(self, array: Array) -> Array:
         """A copy that shares nothing with the array, its memory and its gradient tape included."""
         ...
 
@@ -128,20 +130,20 @@ class Specification:
         self.xp = xp
         self.name: str = library(xp)
 
-    def owns(self, array: Any) -> bool:
+    def owns(self, array: Array) -> bool:
         """Whether the array's namespace is this one."""
         xp, _ = kind_of(array)
         return xp is not None and library(xp) == library(self.xp)
 
     def step(
         self,
-        params: Sequence[Any],
-        grads: Sequence[Any],
+        params: Sequence[Array],
+        grads: Sequence[Array],
         moments: Sequence[Moments],
-        anchors: Sequence[Any] | None,
+        anchors: Sequence[Array] | None,
         c: Coefficients,
-        importances: Sequence[Any] | None = None,
-    ) -> tuple[list[Any], list[Moments]]:
+        importances: Sequence[Array] | None = None,
+    ) -> tuple[list[Array], list[Moments]]:
         """`update` and `apply`, array by array."""
         stars, weights = ([None] * len(params) if xs is None else xs for xs in (anchors, importances))
         new = [
@@ -154,11 +156,11 @@ class Specification:
             s for _, s in new
         ]
 
-    def from_numpy(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> Any:
+    def from_numpy(self, array: NumpyArray, dtype: str | None = None) -> Array:
         """A copy of a NumPy array in this namespace."""
         return self.xp.asarray(array, dtype=getattr(self.xp, dtype or array.dtype.name), copy=True)
 
-    def to_numpy(self, array: Any) -> np.ndarray[Any, Any]:
+    def to_numpy(self, array: Array) -> NumpyArray:
         """A copy in NumPy, through DLPack or the buffer protocol; bfloat16, which NumPy lacks, as float32."""
         if str(array.dtype).endswith("bfloat16"):
             array = self.xp.astype(array, self.xp.float32)
@@ -167,7 +169,7 @@ class Specification:
         except (AttributeError, TypeError, ValueError, RuntimeError, BufferError):
             return np.array(array)
 
-    def copy(self, array: Any) -> Any:
+    def copy(self, array: Array) -> Array:
         """A copy in new memory."""
         return self.xp.asarray(array, copy=True)
 
@@ -271,7 +273,7 @@ def get_backend(name: str) -> Backend:
 _serving: dict[type, Backend] = {}
 
 
-def backend_for(array: Any) -> Backend:
+def backend_for(array: Array) -> Backend:
     """The backend that serves this array; the specification itself for other array API libraries.
 
     Args:

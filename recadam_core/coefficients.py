@@ -20,8 +20,10 @@ class InstabilityWarning(UserWarning):
     """The pull, or weight decay, overshoots its goal in every step (its coefficient is above 1).
 
     Example:
-        >>> issubclass(InstabilityWarning, UserWarning)
-        True
+        >>> with warnings.catch_warnings(record=True, action="always") as caught:
+        ...     check_stable(1.5, 0.0, "decoupled", "step 1")
+        >>> caught[0].category.__name__
+        'InstabilityWarning'
     """
 
 
@@ -29,8 +31,8 @@ class Coefficients(NamedTuple):
     """The six numbers that the kernel reads in one step.
 
     Example:
-        >>> Coefficients(0.9, 0.999, 1e-3, 1e-8, 0.0, 0.0).step
-        0.001
+        >>> round(coefficients(1, Hyperparameters(lr=0.5), anchored=False).step, 6)
+        0.158114
     """
 
     beta1: Any  # decay rate of the first moment
@@ -47,18 +49,6 @@ def check_stable(pull: float, decay: float, form: str, where: str) -> None:
     Without a gradient each step multiplies the distance to where both lead by 1 - pull - decay in the form
     `decoupled`, by (1 - pull)(1 - decay) in `released` and by (1 - decay)/(1 + pull) in `proximal`: it
     changes sign above 1 and grows from 2 on.
-
-    Args:
-        pull: lr * gamma * recall weight of one step.
-        decay: lr * weight_decay of it.
-        form: the form of the update.
-        where: the place for the message, as in "step 12".
-
-    Raises:
-        RecAdamError: when pull or decay is 2 or more, or both together are, in a form that diverges.
-
-    Warns:
-        InstabilityWarning: when one is above 1 in such a form.
 
     Example:
         >>> check_stable(5.0, 0.0, "decoupled", "step 1")
@@ -91,11 +81,7 @@ def check_stable(pull: float, decay: float, form: str, where: str) -> None:
 
 
 def coefficients(
-    t: Any,
-    hp: Hyperparameters,
-    lr: Any = None,
-    anchored: bool = True,
-    xp: Any = None,
+    t: Any, hp: Hyperparameters, lr: Any = None, anchored: bool = True, xp: Any = None
 ) -> Coefficients:
     r"""The kernel's coefficients for step t.
 
@@ -189,16 +175,7 @@ def coefficients(
 
 
 def coefficients_of(t: Any, hp: Hyperparameters, anchored: bool, dtype: str) -> Coefficients:
-    """The host's coefficients of many steps.
-
-    Args:
-        t: the steps, of shape (n,), whole numbers in NumPy.
-        hp: the settings.
-        anchored: as in `coefficients`.
-        dtype: not read: the host computes in float64.
-
-    Returns:
-        Arrays of shape (n,), in NumPy.
+    """The host's coefficients of many steps, as arrays; in float64, whatever the dtype.
 
     Example:
         >>> coefficients_of(np.array([1, 2]), Hyperparameters(), False, "float64").recall

@@ -15,7 +15,8 @@ from rich.table import Table
 from . import __version__
 from .annealing import ANNEALINGS, Sigmoid, annealed_weights, annealing_from_dict, release_step
 from .backends import GROUP, available_backends, get_backend
-from .conformance.claims import LEVELS, MEASURES, Result
+from .conformance.claims import LEVELS, Result
+from .conformance.measures import MEASURES
 from .conformance.run import certify, plan
 from .conformance.tables import COLUMNS, LEGEND, cells, grouped, markdown, support
 from .console import progress, show

@@ -14,12 +14,7 @@ __all__ = ["Interrupted", "RecAdamError", "check_flag", "check_number", "shown",
 
 
 class Interrupted(Exception):
-    """A command was interrupted, and left behind what the message says.
-
-    Example:
-        >>> str(Interrupted("the runs in runs/demo say so"))
-        'the runs in runs/demo say so'
-    """
+    """A command was interrupted, and left behind what the message says."""
 
 
 class RecAdamError(ValueError):
@@ -38,14 +33,6 @@ class RecAdamError(ValueError):
 
 def unknown(kind: str, name: object, choices: Iterable[str]) -> RecAdamError:
     """The error for a name that is not one of `choices`, with the nearest one.
-
-    Args:
-        kind: what was being named, as in "annealing".
-        name: the name that was given.
-        choices: the names that exist.
-
-    Returns:
-        The error, to be raised by the caller.
 
     Example:
         >>> print(unknown("form", "proxmal", ["decoupled", "proximal"]))
@@ -113,17 +100,6 @@ def check_number(
 
 def check_flag(where: str, name: str, value: Any) -> bool:
     """The value as True or False, if it is one of them.
-
-    Args:
-        where: the object being made, for the message.
-        name: the argument's name, for the message.
-        value: Python's or NumPy's truth value.
-
-    Returns:
-        Python's.
-
-    Raises:
-        RecAdamError: when it is anything else, a traced one too.
 
     Example:
         >>> check_flag("Hyperparameters", "bias_correction", "False")

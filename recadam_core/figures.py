@@ -53,17 +53,7 @@ def new_figure(columns: int) -> tuple[Any, Any]:
 
 @styled
 def schedule_figure(annealing: Annealing, lr: float, gamma: float, steps: int) -> Any:
-    """Task weight, recall weight and pull of each step.
-
-    Args:
-        annealing: the annealing.
-        lr: learning rate.
-        gamma: strength of the pull.
-        steps: number of steps to show.
-
-    Returns:
-        A matplotlib figure.
-    """
+    """A matplotlib figure of the task weight, the recall weight and the pull of each step."""
     figure, (weights, pull) = new_figure(2)
     t = np.arange(1.0, steps + 1)
     task, recall = annealing.weights(t, np)

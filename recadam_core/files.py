@@ -14,12 +14,7 @@ __all__ = ["cache_folder", "replacing", "write_json"]
 
 
 def cache_folder() -> Path:
-    """The folder of downloads: $RECADAM_CACHE, or `recadam` under $XDG_CACHE_HOME or ~/.cache.
-
-    Example:
-        >>> cache_folder().is_absolute()
-        True
-    """
+    """The folder of downloads: $RECADAM_CACHE, or `recadam` under $XDG_CACHE_HOME or ~/.cache."""
     named = os.environ.get("RECADAM_CACHE")
     if named:
         return Path(named).expanduser().resolve()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from .arrays import check_arrays, check_named, fault
+from .arrays import Array, check_arrays, check_named, fault
 from .backends import backend_for
 from .errors import RecAdamError
 
@@ -18,7 +18,7 @@ EXCEEDED_BY = 0.1
 """Share of the squares above zero that have the whole pull, so that a few large ones do not take it all."""
 
 
-def importance_from(squares: Mapping[str, Any]) -> dict[str, Any]:
+def importance_from(squares: Mapping[str, Array]) -> dict[str, Array]:
     r"""Scale squared gradients to importances.
 
     Math:
@@ -69,28 +69,13 @@ def importance_from(squares: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_weighable(form: str) -> None:
-    """Raise unless the form of the update can have importances.
-
-    Raises:
-        RecAdamError: when it is not "decoupled".
-
-    Example:
-        >>> check_weighable("decoupled")
-    """
+    """Raise unless the form of the update can have importances."""
     if form != "decoupled":  # the others' steps shrink by the pull, which is one number there
         raise RecAdamError(f"importance needs form='decoupled', not {form!r}")
 
 
 def check_importance(name: str, given: Any, shape: Any) -> None:
     """Raise unless an importance fits its parameter.
-
-    Args:
-        name: the parameter's name.
-        given: its importance.
-        shape: the parameter's shape.
-
-    Raises:
-        RecAdamError: when it is no floating array of that shape in [0, 1].
 
     Example:
         >>> check_importance("w", np.array([0.5, 2.0]), (2,))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from .annealing import release_step
-from .arrays import check_arrays, check_named, fault, kind_of, not_plain
+from .arrays import Array, check_arrays, check_named, fault, kind_of, not_plain
 from .backends import Backend, Shared, backend_for
 from .coefficients import coefficients
 from .errors import RecAdamError, check_number, shown
@@ -23,26 +23,19 @@ class State(NamedTuple):
     """The optimizer's state.
 
     Example:
-        >>> State(0, {}, {}).step
-        0
+        >>> import numpy as np
+        >>> RecAdam().init({"w": np.ones(2)}, {}).moments["w"].v
+        array([0., 0.])
     """
 
     step: int  # steps taken
     moments: dict[str, Moments]  # one pair a parameter, its shape, at least float32
-    anchors: dict[str, Any]  # pretrained values by name; None once freed; no entry for a new head
-    importance: Mapping[str, Any] = {}  # of each anchored parameter, in [0, 1]; or empty
+    anchors: dict[str, Array]  # pretrained values by name; None once freed; no entry for a new head
+    importance: Mapping[str, Array] = {}  # of each anchored parameter, in [0, 1]; or empty
 
 
-def check_anchors(shapes: Mapping[str, Any], anchors: Mapping[str, Any], where: str = "anchors") -> None:
+def check_anchors(shapes: Mapping[str, Any], anchors: Mapping[str, Array]) -> None:
     """Raise unless every anchor names a parameter and has its shape.
-
-    Args:
-        shapes: shape by parameter name.
-        anchors: anchor by parameter name; may lack names (new heads).
-        where: the place for the message.
-
-    Raises:
-        RecAdamError: naming the anchor and the remedy.
 
     Example:
         >>> import numpy as np
@@ -52,17 +45,17 @@ def check_anchors(shapes: Mapping[str, Any], anchors: Mapping[str, Any], where: 
         recadam_core.errors.RecAdamError: anchors: 'w' has shape (3,), its parameter (2,); give the pretrained
         array of that parameter, or leave the name out for a new head
     """
-    check_named(where, anchors)
+    check_named("anchors", anchors)
     for name, anchor in anchors.items():
         if wrong := not_plain(anchor):
-            raise RecAdamError(f"{where}: {name!r} {wrong}, or leave the name out for a new head")
+            raise RecAdamError(f"anchors: {name!r} {wrong}, or leave the name out for a new head")
         if name not in shapes:
             near = difflib.get_close_matches(name, shapes, n=1)
             hint = f"the nearest is {near[0]!r}; rename it" if near else "rename it"
-            raise RecAdamError(f"{where}: {name!r} matches no parameter; {hint} or leave it out")
+            raise RecAdamError(f"anchors: {name!r} matches no parameter; {hint} or leave it out")
         if tuple(anchor.shape) != tuple(shapes[name]):
             raise RecAdamError(
-                f"{where}: {name!r} has shape {tuple(anchor.shape)}, its parameter {tuple(shapes[name])}; "
+                f"anchors: {name!r} has shape {tuple(anchor.shape)}, its parameter {tuple(shapes[name])}; "
                 "give the pretrained array of that parameter, or leave the name out for a new head"
             )
 
@@ -107,9 +100,9 @@ class RecAdam:
 
     def init(
         self,
-        params: Mapping[str, Any],
-        anchors: Mapping[str, Any],
-        importance: Mapping[str, Any] | None = None,
+        params: Mapping[str, Array],
+        anchors: Mapping[str, Array],
+        importance: Mapping[str, Array] | None = None,
     ) -> State:
         """The state before the first step.
 
@@ -149,7 +142,7 @@ class RecAdam:
         stars, weights = ({name: backend.copy(x) for name, x in xs.items()} for xs in (anchors, weights))
         return State(0, moments, stars, weights)
 
-    def _serving(self, params: Mapping[str, Any]) -> Backend:
+    def _serving(self, params: Mapping[str, Array]) -> Backend:
         """The backend of these parameters, which are of one library."""
         name, theta = next(iter(params.items()))
         backend = self._backend or backend_for(theta)
@@ -160,12 +153,8 @@ class RecAdam:
         return backend
 
     def _weights(
-        self,
-        params: Mapping[str, Any],
-        anchors: Mapping[str, Any],
-        importance: Any,
-        xp: Any,
-    ) -> dict[str, Any]:
+        self, params: Mapping[str, Array], anchors: Mapping[str, Array], importance: Any, xp: Any
+    ) -> dict[str, Array]:
         """The importances of what is anchored, checked."""
         check_named("importance", importance)
         check_weighable(self.hp.form)
@@ -181,12 +170,8 @@ class RecAdam:
         return found
 
     def step(
-        self,
-        params: Mapping[str, Any],
-        grads: Mapping[str, Any],
-        state: State,
-        lr: float | None = None,
-    ) -> tuple[dict[str, Any], State]:
+        self, params: Mapping[str, Array], grads: Mapping[str, Array], state: State, lr: float | None = None
+    ) -> tuple[dict[str, Array], State]:
         """One step.
 
         Args:
@@ -285,13 +270,6 @@ class RecAdam:
 class Functional:
     """`recadam_core.RecAdam` over a backend, as a `Stepper`.
 
-    Args:
-        backend: the backend.
-        params: starting values by name.
-        anchors: pretrained values by name.
-        hp: the settings.
-        importance: by which the pulls are multiplied, by name; None for 1.
-
     Example:
         >>> import numpy as np
         >>> step = Functional(backend_for(np.ones(1)), {"w": np.ones(1)}, {}, Hyperparameters(lr=0.5))
@@ -302,16 +280,16 @@ class Functional:
     def __init__(
         self,
         backend: Backend,
-        params: dict[str, Any],
-        anchors: dict[str, Any],
+        params: dict[str, Array],
+        anchors: dict[str, Array],
         hp: Hyperparameters,
-        importance: dict[str, Any] | None = None,
+        importance: dict[str, Array] | None = None,
     ) -> None:
         self.backend = backend
         self.optimizer = RecAdam(hp, backend)
         self.params, self.state = params, self.optimizer.init(params, anchors, importance)
 
-    def __call__(self, grads: dict[str, Any], lr: float) -> dict[str, Any]:
+    def __call__(self, grads: dict[str, Array], lr: float) -> dict[str, Array]:
         """Take one step; parameters by name after it."""
         self.params, self.state = self.optimizer.step(self.params, grads, self.state, lr)
         return self.params
@@ -322,13 +300,7 @@ class Functional:
 
 
 def functional_over(backend_of: Callable[[bool], Backend]) -> Callable[..., Functional]:
-    """What makes a variant that is `RecAdam` over some backend, for `Variant.make`.
-
-    Args:
-        backend_of: gives the backend, asked whether it is to be in its exact setting.
-
-    Returns:
-        A function of (params, anchors, hp, exact, importance).
+    """For `Variant.make`: `RecAdam` over the backend that is given for whether it is to be exact.
 
     Example:
         >>> import numpy as np
@@ -337,37 +309,21 @@ def functional_over(backend_of: Callable[[bool], Backend]) -> Callable[..., Func
         array([0.75])
     """
 
-    def make(
-        params: dict[str, Any],
-        anchors: dict[str, Any],
-        hp: Hyperparameters,
-        exact: bool = False,
-        importance: dict[str, Any] | None = None,
-    ) -> Functional:
-        return Functional(backend_of(exact), params, anchors, hp, importance)
-
-    return make
+    return lambda params, anchors, hp, exact=False, importance=None: Functional(
+        backend_of(exact), params, anchors, hp, importance
+    )
 
 
 def stepper_of(
     backend: Backend,
     variant: Variant,
-    params: dict[str, Any],
-    anchors: dict[str, Any],
+    params: dict[str, Array],
+    anchors: dict[str, Array],
     hp: Hyperparameters,
     exact: bool = False,
-    importance: dict[str, Any] | None = None,
+    importance: dict[str, Array] | None = None,
 ) -> Stepper:
-    """An optimizer of one of a backend's variants, as users meet it.
-
-    Args:
-        backend: the backend.
-        variant: one of its variants.
-        params: starting values by name.
-        anchors: pretrained values by name.
-        hp: the settings.
-        exact: whether it is to be in the setting in which it gives the specification's bits.
-        importance: by which the pulls are multiplied, by name; None for 1.
+    """An optimizer of one of a backend's variants, as users meet it; `exact`: where it gives the exact bits.
 
     Example:
         >>> import numpy as np

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays import check_arrays, kind_of
+from .arrays import Array, check_arrays, kind_of
 from .coefficients import Coefficients, is_zero
 from .errors import RecAdamError, check_number, shown
 
@@ -24,11 +24,11 @@ class Moments(NamedTuple):
         dtype('float32')
     """
 
-    m: Any  # first moment, the parameter's shape, at least float32
-    v: Any  # second moment, the same
+    m: Array  # first moment, the parameter's shape, at least float32
+    v: Array  # second moment, the same
 
     @classmethod
-    def zeros_like(cls, theta: Any) -> Moments:
+    def zeros_like(cls, theta: Array) -> Moments:
         """Moments before the first step: zeros, float32 for 16-bit parameters."""
         xp = check_arrays([("Moments: theta", theta)])
         dtype = accumulator_dtype(xp, theta.dtype)
@@ -37,13 +37,6 @@ class Moments(NamedTuple):
 
 def accumulator_dtype(xp: Any, *dtypes: Any) -> Any:
     """The dtype in which arrays of these dtypes are updated: their common one, at least float32.
-
-    Args:
-        xp: the arrays' namespace.
-        *dtypes: floating dtypes of it.
-
-    Returns:
-        A dtype of `xp`.
 
     Example:
         >>> import numpy as np
@@ -107,8 +100,13 @@ def formula(  # type: ignore[no-untyped-def]
 
 
 def update(
-    theta: Any, grad: Any, state: Moments, anchor: Any, c: Coefficients, importance: Any = None
-) -> tuple[Any, Moments]:
+    theta: Array,
+    grad: Array,
+    state: Moments,
+    anchor: Array | None,
+    c: Coefficients,
+    importance: Array | None = None,
+) -> tuple[Array, Moments]:
     r"""One step of RecAdam for one array: what to add to the parameter, and the new moments.
 
     Math:
@@ -194,7 +192,7 @@ def update(
     return delta, Moments(_astype(xp, m, state.m.dtype), _astype(xp, v, state.v.dtype))
 
 
-def apply(theta: Any, delta: Any) -> Any:
+def apply(theta: Array, delta: Array) -> Array:
     """Theta + delta, summed in delta's dtype and rounded once to theta's.
 
     Args:
@@ -223,15 +221,7 @@ def apply(theta: Any, delta: Any) -> Any:
 
 
 def scalars(where: str, c: Any, scalar: Callable[[str, str, Any], Any] = check_number) -> Coefficients:
-    """The coefficients as Python numbers.
-
-    Args:
-        where: the place for the message.
-        c: the coefficients.
-        scalar: makes a number of one, given the place, its name and value.
-
-    Raises:
-        RecAdamError: when they are no coefficients, or one is no finite number.
+    """The coefficients as Python numbers, each checked; `scalar` makes a number of place, name and value.
 
     Example:
         >>> scalars("update", Coefficients(np.float32(0.5), 0.999, 0.0, 1e-8, 0.0, 0.0)).beta1
@@ -242,6 +232,6 @@ def scalars(where: str, c: Any, scalar: Callable[[str, str, Any], Any] = check_n
     return Coefficients(*(scalar(where, name, x) for name, x in zip(Coefficients._fields, c, strict=True)))
 
 
-def _astype(xp: Any, x: Any, dtype: Any) -> Any:
+def _astype(xp: Any, x: Array, dtype: Any) -> Array:
     """The array in that dtype; itself where it is already. Not every library's `astype` knows `copy`."""
     return x if x.dtype == dtype else xp.astype(x, dtype)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from .arrays import Array
 from .coefficients import Coefficients
 from .errors import RecAdamError, unknown
 from .hyperparameters import Hyperparameters
@@ -20,7 +21,7 @@ __all__ = ["Capabilities", "Exact", "Stepper", "Variant", "installed"]
 class Stepper(Protocol):
     """An optimizer that remembers its parameters, as the conformance kit drives it."""
 
-    def __call__(self, grads: dict[str, Any], lr: float) -> dict[str, Any]:
+    def __call__(self, grads: dict[str, Array], lr: float) -> dict[str, Array]:
         """Take one step; parameters by name after it."""
         ...
 
@@ -40,8 +41,8 @@ class Exact:
         environment: variables that must be set before the process starts.
 
     Example:
-        >>> Exact().how
-        'always'
+        >>> Exact("never").promised
+        False
     """
 
     how: str = "always"
@@ -76,8 +77,8 @@ class Variant:
             listed and holds fails, too.
 
     Example:
-        >>> Variant("functional").exact.how
-        'always'
+        >>> Variant("mine", programs=(("no_such_compiler", "no_other"),)).lacks()
+        'no_such_compiler'
     """
 
     name: str
@@ -121,8 +122,8 @@ class Capabilities:
         variants: the ways to take a step; the first is `recadam_core.RecAdam` over this backend.
 
     Example:
-        >>> Capabilities(dtypes=("float64",)).devices
-        ('cpu',)
+        >>> [variant.name for variant in Capabilities().variants]
+        ['functional']
     """
 
     dtypes: tuple[str, ...] = ("float32", "float64")

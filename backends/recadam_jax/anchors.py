@@ -15,7 +15,9 @@ import numpy as np
 from recadam_core import Annealing, RecAdamError, release_step
 from recadam_core.errors import shown
 
-from .transformation import RecAdamState, Released, paths, place
+from .placement import place
+from .state import RecAdamState, Released
+from .trees import Parameters, paths
 
 __all__ = ["load_anchor", "release"]
 
@@ -59,36 +61,34 @@ def load_anchor(
         >>> anchor["head"] is None, anchor["dense"]["kernel"].tolist()
         (True, [1.0, 1.0])
     """
-    ours, leaves = paths(params), jax.tree.leaves(params)
+    ours = Parameters(params)
     heads = [new] if isinstance(new, str) else list(new) if isinstance(new, Iterable) else [new]
     for path in heads:
         if not isinstance(path, str):
             raise RecAdamError(f"anchors: new is {shown(new)}; give paths of parameters, as ['head']")
-        if not any(_below(x, [path]) for x in ours):
+        if not any(_below(x, [path]) for x in ours.paths):
             raise RecAdamError(
-                f"anchors: new names {path!r}, which is no parameter{_nearest(path, ours)}; give a path"
+                f"anchors: new names {path!r}, which is no parameter{_nearest(path, ours.paths)}; give a path"
             )
     for what, function in (("name", name), ("transpose", transpose)):
         if not (function is None or callable(function)):
             raise RecAdamError(f"anchors: {what} is {shown(function)}; give a function of a path")
-    wanted = {x: leaf for x, leaf in zip(ours, leaves, strict=True) if not _below(x, heads)}
-    file = _path(source)
+    if not (isinstance(source, (str, PathLike)) and str(source) and "\0" not in str(source)):
+        raise RecAdamError(f"anchors: {shown(source)} is no path; give the pretrained checkpoint's")
+    file = Path(source).absolute()  # by the name that was given, since a cache of files names them by links
     if not (file.is_dir() or file.is_file()):  # and no pipe, which would wait
         raise RecAdamError(f"anchors: {file}: no such file or folder; give the pretrained checkpoint")
     if file.is_dir() and transpose is not None:
         raise RecAdamError(f"anchors: {file}: transpose is for .safetensors files; leave it out")
+    wanted = {x: leaf for x, leaf in ours.each() if not _below(x, heads)}
     try:
-        found = (
-            _orbax(file, wanted, name or (lambda x: x))
-            if file.is_dir()
-            else _safetensors(file, wanted, name, transpose or (lambda x: False))
-        )
+        found = (_orbax if file.is_dir() else _safetensors)(file, wanted, name, transpose)
     except (RecAdamError, KeyboardInterrupt):
         raise
     except Exception as error:  # whatever a reader raises on a damaged file
-        raise RecAdamError(f"anchors: {file}: cannot be read ({_first(error)}); fetch it again") from error
-    tree: Any = jax.tree.structure(params)
-    return tree.unflatten([found[x] if x in wanted else None for x in ours])
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RecAdamError(f"anchors: {file}: cannot be read ({told}); fetch it again") from error
+    return ours.unflatten([found.get(x) for x in ours.paths])
 
 
 def release(state: Any, annealing: Annealing) -> Any:
@@ -146,40 +146,48 @@ def release(state: Any, annealing: Annealing) -> Any:
     return found
 
 
-def _path(source: Any) -> Path:
-    """Where the checkpoint is; by the name that was given, since a cache of files names them by links."""
-    if isinstance(source, (str, PathLike)) and str(source) and "\0" not in str(source):
-        return Path(source).absolute()
-    raise RecAdamError(f"anchors: {shown(source)} is no path; give the pretrained checkpoint's")
-
-
 def _below(path: str, roots: Any) -> bool:
     return any(f"{path}/".startswith(f"{root}/") for root in roots)
 
 
-def _safetensors(
-    path: Path,
-    wanted: dict[str, Any],
-    name: Callable[[str], str | None] | None,
-    transpose: Callable[[str], bool],
-) -> dict[str, Any]:
-    files = _files(path)
-    found = {}
+def _nearest(name: str | None, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (there is {near[0]!r})" if near else ""
+
+
+def _match(
+    path: Path, ours: str, leaf: Any, choices: list[Any], shapes: dict[str, Any], turned: bool = False
+) -> str:
+    """The tensor of a parameter: the first of its names that is there, if it has the shape."""
+    theirs: str | None = next((x for x in choices if x in shapes), None)
+    if theirs is None:
+        raise RecAdamError(
+            f"anchors: {path} has no {choices[-1]!r} for parameter {ours!r}{_nearest(choices[-1], shapes)}; "
+            "give name=, or list it in new="
+        )
+    shape = shapes[theirs][::-1] if turned else shapes[theirs]
+    if shape != tuple(np.shape(leaf)):
+        raise RecAdamError(
+            f"anchors: {path}: {theirs!r} has shape {shape}, parameter {ours!r} {tuple(np.shape(leaf))}; "
+            "give the pretrained checkpoint of this model, or list it in new="
+        )
+    return theirs
+
+
+def _safetensors(path: Path, wanted: dict[str, Any], name: Any, transpose: Any) -> dict[str, Any]:
+    files, found = _files(path), {}
+    pieces = {x: file.get_slice(x) for x, file in files.items()}
+    shapes = {x: tuple(piece.get_shape()) for x, piece in pieces.items()}
     for ours, leaf in wanted.items():
         choices = [ours, ours.replace("/", ".")] if name is None else [name(ours)]
-        theirs = next((x for x in choices if x in files), None)
-        if theirs is None:
-            raise _lacking(path, ours, choices[-1], files)
-        turned = transpose(ours)
-        piece = files[theirs].get_slice(theirs)
-        shape = tuple(piece.get_shape())
-        _check_shape(path, ours, theirs, shape[::-1] if turned else shape, leaf)
-        sharding = place(leaf)
+        turned = transpose is not None and transpose(ours)
+        theirs = _match(path, ours, leaf, choices, shapes, turned)
+        shape, sharding = tuple(np.shape(leaf)), place(leaf)
         if sharding is None or 0 in shape or not shape:
             whole = files[theirs].get_tensor(theirs)
             found[ours] = whole.T if turned else whole
         else:
-            found[ours] = jax.make_array_from_callback(tuple(leaf.shape), sharding, _reader(piece, turned))
+            found[ours] = jax.make_array_from_callback(shape, sharding, _reader(pieces[theirs], turned))
     return found
 
 
@@ -227,7 +235,7 @@ def _open(path: Path) -> Any:
         raise RecAdamError(f"anchors: {path}: damaged, or not there ({error}); fetch it again") from error
 
 
-def _orbax(path: Path, wanted: dict[str, Any], name: Callable[[str], str | None]) -> dict[str, Any]:
+def _orbax(path: Path, wanted: dict[str, Any], name: Any, _: Any) -> dict[str, Any]:
     try:
         import orbax.checkpoint as ocp
     except ModuleNotFoundError:
@@ -240,26 +248,14 @@ def _orbax(path: Path, wanted: dict[str, Any], name: Callable[[str], str | None]
         shapes = {x: tuple(leaf.shape) for x, leaf in zip(keys, held, strict=True)}
         sources, places = {}, {}
         for ours, leaf in wanted.items():
-            theirs = name(ours)
-            if theirs is None or theirs not in shapes:
-                raise _lacking(path, ours, theirs, shapes)
-            _check_shape(path, ours, theirs, shapes[theirs], leaf)
-            sources[ours], places[theirs] = theirs, place(leaf)
+            sources[ours] = theirs = _match(path, ours, leaf, [ours if name is None else name(ours)], shapes)
+            places[theirs] = place(leaf)
+        whole = ocp.RestoreArgs(restore_type=np.ndarray)
+        arguments = [ocp.ArrayRestoreArgs(sharding=places[x]) if places.get(x) else whole for x in keys]
+        items = [x if key in places else ... for key, x in zip(keys, held, strict=True)]
         tree: Any = jax.tree.structure(metadata.tree)
-        arguments = [
-            ocp.ArrayRestoreArgs(sharding=places[x])
-            if places.get(x)
-            else ocp.RestoreArgs(restore_type=np.ndarray)
-            for x in keys
-        ]
-        restored = checkpointer.restore(
-            path,
-            args=ocp.args.PyTreeRestore(
-                item=tree.unflatten([x if key in places else ... for key, x in zip(keys, held, strict=True)]),
-                restore_args=tree.unflatten(arguments),
-                partial_restore=True,
-            ),
-        )
+        asked = ocp.args.PyTreeRestore(tree.unflatten(items), tree.unflatten(arguments), partial_restore=True)
+        restored = checkpointer.restore(path, args=asked)
     values = dict(zip(_names(restored), jax.tree.leaves(restored), strict=True))
     return {ours: values[theirs] for ours, theirs in sources.items()}
 
@@ -269,27 +265,3 @@ def _names(tree: Any) -> list[str]:
     found = paths(tree)
     wrapped = all(x.endswith("/value") for x in found)
     return [x.removesuffix("/value") for x in found] if wrapped else found
-
-
-def _lacking(path: Path, ours: str, theirs: str | None, known: Iterable[str]) -> RecAdamError:
-    return RecAdamError(
-        f"anchors: {path} has no {theirs!r} for parameter {ours!r}{_nearest(theirs, known)}; give name=, or "
-        "list it in new="
-    )
-
-
-def _nearest(name: str | None, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (there is {near[0]!r})" if near else ""
-
-
-def _check_shape(path: Path, ours: str, theirs: str, shape: tuple[int, ...], leaf: Any) -> None:
-    if shape != tuple(np.shape(leaf)):
-        raise RecAdamError(
-            f"anchors: {path}: {theirs!r} has shape {shape}, parameter {ours!r} {tuple(np.shape(leaf))}; "
-            "give the pretrained checkpoint of this model, or list it in new="
-        )
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

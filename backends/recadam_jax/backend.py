@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -12,51 +11,32 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from recadam_core import (
-    Capabilities,
-    Coefficients,
-    Hyperparameters,
-    Moments,
-    RecAdamError,
-    apply,
-    coefficients,
-    update,
-)
+from recadam_core import Capabilities, Coefficients, Hyperparameters, Moments, RecAdamError, coefficients
 from recadam_core.backends import Specification
 from recadam_core.optimizer import functional_over
 from recadam_core.variants import Exact, Variant
 
-from .transformation import from_hyperparameters, host_coefficients
+from .coefficients import host_coefficients
+from .transformation import from_hyperparameters
 
 __all__ = ["FLAG", "JaxBackend", "backend"]
 
 
 # The moments' decay rates are static: 1 - beta is then taken in float64, as on every other backend.
 @partial(jax.jit, static_argnames=("beta1", "beta2", "decays"))
-def _step(
-    params: Any,
-    grads: Any,
-    moments: Any,
-    anchors: Any,
-    importances: Any,
-    scalars: Any,
-    beta1: float,
-    beta2: float,
-    decays: bool,
-) -> tuple[list[Any], list[Moments]]:
+def _step(arrays: Any, scalars: Any, beta1: float, beta2: float, decays: bool) -> Any:
     step, eps, recall, decay = scalars
+    params, grads, moments, anchors, weights = arrays
     c = Coefficients(beta1, beta2, step, eps, 0.0 if anchors is None else recall, decay if decays else 0.0)
-    stars, weights = ([None] * len(params) if xs is None else xs for xs in (anchors, importances))
-    new: list[tuple[Any, Moments]] = [
-        update(theta, grad, state, star, c, weight)
-        for theta, grad, state, star, weight in zip(params, grads, moments, stars, weights, strict=True)
-    ]
-    return [apply(theta, delta) for theta, (delta, _) in zip(params, new, strict=True)], [s for _, s in new]
+    return Specification(jnp).step(params, grads, moments, anchors, c, weights)
 
 
 # LLVM fuses a multiplication and an addition into one rounding wherever the processor can, and only
 # this flag keeps it from doing so: without AVX2 there is no such instruction.
 FLAG = "--xla_cpu_max_isa=AVX"
+FLAGGED = Exact(
+    f"XLA_FLAGS={FLAG}", "no AVX2 in the whole process; to be set before JAX starts", {"XLA_FLAGS": FLAG}
+)
 FLUSHED = {"denormals": "XLA's CPU client flushes denormal numbers to zero, whatever its flags"}
 TRACED = "coefficients are computed traced, in the weights' precision and by XLA's own exp"
 
@@ -77,144 +57,22 @@ def _traced(t: np.ndarray[Any, Any], hp: Hyperparameters, anchored: bool, dtype:
         return Coefficients(*hp.betas, *(np.asarray(x) for x in values))
 
 
-class JaxBackend:
-    """The backend of JAX arrays.
-
-    Args:
-        jit: whether the step is compiled; without, each operation runs by itself, which gives the
-            specification's bits at many times the cost.
-        exact: whether to refuse to step where the compiler would contract operations.
-
-    Raises:
-        RecAdamError: with `exact`, when the process was started without the flag that it takes.
-
-    Example:
-        >>> backend.owns(jnp.ones(2))
-        True
-    """
-
-    name = "jax"
-    capabilities = Capabilities(
-        dtypes=("bfloat16", "float16", "float32", "float64"),
-        devices=("cpu", "cuda"),
-        jit=True,
-        sharding=True,
-        variants=(
-            Variant(
-                "functional",
-                "recadam_core.RecAdam",
-                Exact(
-                    f"XLA_FLAGS={FLAG}",
-                    "no AVX2 in the whole process; to be set before JAX starts",
-                    {"XLA_FLAGS": FLAG},
-                ),
-                make=functional_over(lambda exact: JaxBackend(exact=exact)),
-                misses=FLUSHED,
-            ),
-            Variant(
-                "eager",
-                "RecAdam(hp, JaxBackend(jit=False))",
-                Exact(price="one dispatch an operation"),
-                make=functional_over(lambda exact: JaxBackend(jit=False)),
-                misses=FLUSHED,
-            ),
-            Variant(
-                "optax",
-                "recadam_jax.recadam",
-                Exact("never", "give it host_coefficients, as optax-host does"),
-                traced=True,
-                coefficients=_traced,
-                make=lambda *given, **more: _OptaxStepper(False, *given, **more),
-                rounds_update=True,
-                misses={"exact": TRACED, "denormals": TRACED},
-            ),
-            Variant(
-                "optax-host",
-                "recadam_jax.recadam, coefficients=host_coefficients(t, hp)",
-                Exact(
-                    f"XLA_FLAGS={FLAG}",
-                    "no AVX2 in the whole process; to be set before JAX starts",
-                    {"XLA_FLAGS": FLAG},
-                ),
-                make=lambda *given, **more: _OptaxStepper(True, *given, **more),
-                rounds_update=True,
-                misses=FLUSHED,
-            ),
-        ),
-    )
-
-    def __init__(self, jit: bool = True, exact: bool = False) -> None:
-        self._jit = jit
-        self._exact = exact and jit
-
-    def owns(self, array: Any) -> bool:
-        """Whether the object is a JAX array, concrete or traced."""
-        return isinstance(array, jax.Array)
-
-    def step(
-        self,
-        params: Sequence[jax.Array],
-        grads: Sequence[jax.Array],
-        moments: Sequence[Moments],
-        anchors: Sequence[jax.Array] | None,
-        c: Coefficients,
-        importances: Sequence[jax.Array] | None = None,
-    ) -> tuple[list[jax.Array], list[Moments]]:
-        """One compiled step."""
-        if not self._jit:
-            return Specification(jnp).step(params, grads, moments, anchors, c, importances)
-        if self._exact and any(_contracts(p.dtype.name) for p in params if p.dtype.itemsize >= 4):
-            raise RecAdamError(
-                f"JAX contracts operations on this processor; start the process with XLA_FLAGS={FLAG}"
-            )
-        stepped: tuple[list[jax.Array], list[Moments]] = _step(
-            list(params),
-            list(grads),
-            list(moments),
-            *(None if xs is None else list(xs) for xs in (anchors, importances)),
-            tuple(c[2:]),
-            c.beta1,
-            c.beta2,
-            c.decay != 0,
-        )
-        return stepped
-
-    def from_numpy(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> jax.Array:
-        """A copy on the default device; refuses float64 while JAX would silently make it float32."""
-        dtype = dtype or array.dtype.name
-        held = jax.dtypes.canonicalize_dtype(dtype).name
-        if held != dtype:
-            raise RecAdamError(f"JAX would make {dtype} into {held}; set JAX_ENABLE_X64=1")
-        return jnp.array(array, dtype=dtype)
-
-    def to_numpy(self, array: jax.Array) -> np.ndarray[Any, Any]:
-        """A copy in NumPy; bfloat16, which NumPy lacks, as float32."""
-        return np.array(array.astype(jnp.float32) if array.dtype == jnp.bfloat16 else array)
-
-    def copy(self, array: jax.Array) -> jax.Array:
-        """A copy in new memory."""
-        return jnp.array(array, copy=True)
-
-    def precision(self, dtype: str) -> contextlib.AbstractContextManager[Any]:
-        """64-bit types on for float64, as they are otherwise."""
-        return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
-
-
 class _OptaxStepper:
     """`recadam_jax.recadam` as the conformance kit drives it."""
 
     def __init__(
         self,
         host: bool,
-        params: dict[str, Any],
-        anchors: dict[str, Any],
+        params: Any,
+        anchors: Any,
         hp: Hyperparameters,
         exact: bool = False,
-        importance: dict[str, Any] | None = None,
+        importance: Any = None,
     ) -> None:
         stars = {name: anchors.get(name) for name in params}
         weights = importance and {name: importance.get(name) for name in params}
-        self.params, self.hp, self.host = params, hp, host
+        self.params: dict[str, jax.Array] = params
+        self.hp, self.host = hp, host
         self.state: Any = from_hyperparameters(hp, anchor=stars, importance=weights).init(params)
 
         @jax.jit
@@ -232,6 +90,102 @@ class _OptaxStepper:
 
     def moments(self) -> dict[str, Moments]:
         return {name: Moments(self.state.mu[name], self.state.nu[name]) for name in self.params}
+
+
+class JaxBackend(Specification):
+    """The backend of JAX arrays.
+
+    Args:
+        jit: whether the step is compiled; without, each operation runs by itself, which gives the
+            specification's bits at many times the cost.
+        exact: whether to refuse to step where the compiler would contract operations.
+
+    Raises:
+        RecAdamError: with `exact`, when the process was started without the flag that it takes.
+
+    Example:
+        >>> backend.owns(jnp.ones(2))
+        True
+    """
+
+    capabilities = Capabilities(
+        dtypes=("bfloat16", "float16", "float32", "float64"),
+        devices=("cpu", "cuda"),
+        jit=True,
+        sharding=True,
+        variants=(
+            Variant(
+                "functional",
+                "recadam_core.RecAdam",
+                FLAGGED,
+                make=functional_over(lambda exact: JaxBackend(exact=exact)),
+                misses=FLUSHED,
+            ),
+            Variant(
+                "eager",
+                "RecAdam(hp, JaxBackend(jit=False))",
+                Exact(price="one dispatch an operation"),
+                make=functional_over(lambda exact: JaxBackend(jit=False)),
+                misses=FLUSHED,
+            ),
+            Variant(
+                "optax",
+                "recadam_jax.recadam",
+                Exact("never", "give it host_coefficients, as optax-host does"),
+                traced=True,
+                coefficients=_traced,
+                make=partial(_OptaxStepper, False),
+                rounds_update=True,
+                misses={"exact": TRACED, "denormals": TRACED},
+            ),
+            Variant(
+                "optax-host",
+                "recadam_jax.recadam, coefficients=host_coefficients(t, hp)",
+                FLAGGED,
+                make=partial(_OptaxStepper, True),
+                rounds_update=True,
+                misses=FLUSHED,
+            ),
+        ),
+    )
+
+    def __init__(self, jit: bool = True, exact: bool = False) -> None:
+        super().__init__(jnp)
+        self.name = "jax"
+        self._jit, self._exact = jit, exact and jit
+
+    def owns(self, array: Any) -> bool:
+        """Whether the object is a JAX array, concrete or traced."""
+        return isinstance(array, jax.Array)
+
+    def step(
+        self, params: Any, grads: Any, moments: Any, anchors: Any, c: Coefficients, importances: Any = None
+    ) -> tuple[list[jax.Array], list[Moments]]:
+        """One compiled step."""
+        if not self._jit:
+            return super().step(params, grads, moments, anchors, c, importances)
+        if self._exact and any(_contracts(p.dtype.name) for p in params if p.dtype.itemsize >= 4):
+            raise RecAdamError(
+                f"JAX contracts operations on this processor; start the process with XLA_FLAGS={FLAG}"
+            )
+        arrays = tuple(
+            xs if xs is None else list(xs) for xs in (params, grads, moments, anchors, importances)
+        )
+        stepped: tuple[list[jax.Array], list[Moments]]
+        stepped = _step(arrays, tuple(c[2:]), c.beta1, c.beta2, c.decay != 0)
+        return stepped
+
+    def from_numpy(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> jax.Array:
+        """A copy on the default device; refuses float64 while JAX would silently make it float32."""
+        dtype = dtype or array.dtype.name
+        held = jax.dtypes.canonicalize_dtype(dtype).name
+        if held != dtype:
+            raise RecAdamError(f"JAX would make {dtype} into {held}; set JAX_ENABLE_X64=1")
+        return jnp.array(array, dtype=dtype)
+
+    def precision(self, dtype: str) -> contextlib.AbstractContextManager[Any]:
+        """64-bit types on for float64, as they are otherwise."""
+        return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
 
 
 backend = JaxBackend()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from recadam_core import RecAdamError, importance_from
 from recadam_core.errors import shown
 
-from .transformation import paths, unfit
+from .trees import Parameters, unfit
 
 __all__ = ["feature_importance", "importance_of"]
 
@@ -44,12 +44,12 @@ def importance_of(loss: Callable[[Any, Any], Any], params: Any, batches: Iterabl
 
     Source: elastic weight consolidation, arXiv 1612.00796, equation 3.
     """
-    names, leaves = paths(params), jax.tree.leaves(params)
-    if not leaves:
+    ours = Parameters(params)
+    if not ours.leaves:
         raise RecAdamError("importance: no parameters; give the anchored ones")
-    if len(set(names)) < len(names):
+    if len(set(ours.paths)) < len(ours.paths):
         raise RecAdamError("importance: two parameters have one path; rename one of them")
-    for name, p in zip(names, leaves, strict=True):
+    for name, p in ours.each():
         wrong = unfit(p) or ("" if hasattr(p, "dtype") else f"is a {type(p).__name__}")
         if wrong:
             raise RecAdamError(f"importance: {name!r} {wrong}; give the floating arrays alone")
@@ -71,20 +71,19 @@ def importance_of(loss: Callable[[Any, Any], Any], params: Any, batches: Iterabl
     if not isinstance(batches, Iterable):
         raise RecAdamError(f"importance: the batches are {shown(batches)}; give a list or generator of them")
     # At least float32: squares leave the range of float16.
-    sums: list[Any] = [jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)) for p in leaves]
+    sums: list[Any] = [jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)) for p in ours.leaves]
     for number, batch in enumerate(batches):
         sums, told, finite = add(sums, params, batch)
         if not math.isfinite(told):
             raise RecAdamError(f"importance: the loss of batch {number} is {float(told)}; leave it out")
         if not finite.all():
-            name = names[int(jnp.argmin(finite))]
+            name = ours.paths[int(jnp.argmin(finite))]
             raise RecAdamError(
                 f"importance: the gradient of {name!r} in batch {number} is not finite; leave the batch out, "
                 "or scale its loss down"
             )
-    scaled = importance_from(dict(zip(names, sums, strict=True)))
-    tree: Any = jax.tree.structure(params)
-    return tree.unflatten([x.astype(p.dtype) for x, p in zip(scaled.values(), leaves, strict=True)])
+    scaled = importance_from(dict(zip(ours.paths, sums, strict=True)))
+    return ours.unflatten([x.astype(p.dtype) for _, p, x in ours.each(scaled.values())])
 
 
 def feature_importance(

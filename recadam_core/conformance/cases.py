@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..annealing import Annealing, Constant, Linear, Sigmoid
+from ..arrays import NumpyArray
 from ..errors import RecAdamError, unknown
 from ..hyperparameters import FORMS, Hyperparameters
 from .replay import Group, Recording, to_bfloat16
@@ -26,7 +27,6 @@ __all__ = [
     "Values",
 ]
 
-Array = np.ndarray[Any, Any]
 
 ANNEALINGS: dict[str, Annealing] = {
     "sigmoid": Sigmoid(k=0.3, t0=20),
@@ -61,10 +61,6 @@ class Values:
         layout: of parameter, gradient and anchor: "" (contiguous), "transposed" or "strided".
         anchored: whether it has an anchor.
         weighed: whether its pull is multiplied by an importance.
-
-    Example:
-        >>> Values((2, 3)).anchored
-        True
     """
 
     shape: tuple[int, ...]
@@ -73,7 +69,9 @@ class Values:
     anchored: bool = True
     weighed: bool = False
 
-    def draw(self, rng: np.random.Generator, steps: int, dtype: str) -> tuple[Array, Array, Array]:
+    def draw(
+        self, rng: np.random.Generator, steps: int, dtype: str
+    ) -> tuple[NumpyArray, NumpyArray, NumpyArray]:
         """Starting value, anchor, and gradients of shape (steps, ...), in float64.
 
         Example:
@@ -226,10 +224,7 @@ class Case:
         return Hyperparameters(annealing=ANNEALINGS[self.annealing], **{**shared, **SETTINGS[self.settings]})
 
     def recording(self) -> Recording:
-        """Starting values, anchors, seeded gradients, and a learning rate that warms up and decays.
-
-        Returns:
-            The recording, the same on every machine.
+        """Starting values, anchors, gradients, a rate that warms up and decays: the same on every machine.
 
         Example:
             >>> Case(steps=2).recording().lr
@@ -252,7 +247,7 @@ class Case:
         return Recording(self.name, self.dtype, lr, (group,))
 
 
-def _round(x: Array, dtype: str) -> Array:
+def _round(x: NumpyArray, dtype: str) -> NumpyArray:
     with np.errstate(over="ignore", under="ignore"):
         return to_bfloat16(x) if dtype == "bfloat16" else x.astype(dtype)
 

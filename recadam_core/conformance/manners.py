@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import NumpyArray
 from ..backends import Backend
 from ..errors import RecAdamError
 from ..optimizer import Functional, RecAdam, stepper_of
 from ..variants import Variant
 from .cases import Case
-from .replay import Recording
+from .replay import Recording, check_same, read
 
 __all__ = ["MANNERS"]
 
-Array = np.ndarray[Any, Any]
 Arrays = dict[str, Any]
 STEPS = 6
 
@@ -55,23 +55,6 @@ class _Run:
         return {name: self.backend.from_numpy(x, self.dtype) for name, x in arrays.items()}
 
 
-def read(backend: Backend, arrays: Arrays) -> dict[str, Array]:
-    """Arrays in NumPy, in memory of their own whatever `to_numpy` does.
-
-    Example:
-        >>> from recadam_core import get_backend
-        >>> read(get_backend("numpy"), {"w": np.ones(1)})
-        {'w': array([1.])}
-    """
-    return {name: np.array(backend.to_numpy(x), copy=True) for name, x in arrays.items()}
-
-
-def _same(what: str, before: dict[str, Array], after: dict[str, Array], remedy: str) -> None:
-    for name, x in before.items():
-        if not np.array_equal(x, after[name], equal_nan=True):
-            raise RecAdamError(f"{what} {name!r}; {remedy}")
-
-
 def copies(backend: Backend, variant: Variant, dtype: str) -> None:
     """What `from_numpy`, `to_numpy` and `copy` return shares no memory with what they were given."""
     given = np.arange(1.0, 5.0, dtype="float32" if dtype == "bfloat16" else dtype)
@@ -90,7 +73,7 @@ def copies(backend: Backend, variant: Variant, dtype: str) -> None:
         raise RecAdamError("copy shares memory with the array; copy there")
 
 
-def _views(array: Any) -> Iterator[Array]:
+def _views(array: Any) -> Iterator[NumpyArray]:
     """The array's own memory, where NumPy can look at it."""
     try:
         yield np.from_dlpack(array)
@@ -116,7 +99,7 @@ def arguments(backend: Backend, variant: Variant, dtype: str) -> None:
     """No step changes gradients or anchors, nor, where it is pure, parameters, moments or older results."""
     run = _Run(backend, variant, dtype)
     pure = isinstance(run.stepper, Functional)
-    held: list[tuple[str, Arrays, dict[str, Array]]] = []
+    held: list[tuple[str, Arrays, dict[str, NumpyArray]]] = []
 
     def hold(what: str, arrays: Arrays) -> None:
         held.append((what, dict(arrays), read(backend, arrays)))
@@ -131,7 +114,7 @@ def arguments(backend: Backend, variant: Variant, dtype: str) -> None:
             for i, letter in enumerate("mv"):
                 hold(f"{letter} of step {t},", {n: x[i] for n, x in run.stepper.moments().items()})
         for what, arrays, before in held:
-            _same(f"step {t} changed the {what}", before, read(backend, arrays), "copy before writing")
+            check_same(before, read(backend, arrays), f"step {t} changed the {what}", "; copy before writing")
 
 
 def names(backend: Backend, variant: Variant, dtype: str) -> None:
@@ -140,7 +123,8 @@ def names(backend: Backend, variant: Variant, dtype: str) -> None:
     params: Arrays = {}
     for t in range(1, STEPS + 1):
         params = run.step(t, dict(reversed(run.gradients(t).items())))
-    _same("gradients in another order change", expected, read(backend, params), "match parameters by name")
+    what = "gradients in another order change"
+    check_same(expected, read(backend, params), what, "; match parameters by name")
 
 
 def apart(backend: Backend, variant: Variant, dtype: str) -> None:
@@ -152,7 +136,7 @@ def apart(backend: Backend, variant: Variant, dtype: str) -> None:
         first = one.step(t)
         if t > 2:
             other.step(t - 2)
-    _same("a second optimizer changes", expected, read(backend, first), "keep no state between them")
+    check_same(expected, read(backend, first), "a second optimizer changes", "; keep no state between them")
 
 
 def not_finite(backend: Backend, variant: Variant, dtype: str) -> None:
@@ -164,7 +148,8 @@ def not_finite(backend: Backend, variant: Variant, dtype: str) -> None:
     got, expected = read(backend, params)["vector"], read(backend, clean.step(1))["vector"]
     if np.isfinite(got[:2]).any():
         raise RecAdamError("a gradient of NaN or infinity leaves its parameter finite; do not hide it")
-    _same("NaN in one gradient changes", {"vector": expected[2:]}, {"vector": got[2:]}, "keep them apart")
+    what = "NaN in one gradient changes"
+    check_same({"vector": expected[2:]}, {"vector": got[2:]}, what, "; keep them apart")
 
 
 def mixed_dtypes(backend: Backend, variant: Variant, dtype: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..annealing import RECALL_FLOOR, Constant, Linear, Sigmoid
+from ..arrays import NumpyArray
 from ..coefficients import Coefficients
 from ..errors import RecAdamError
 from ..hyperparameters import Hyperparameters
@@ -25,7 +26,6 @@ except ModuleNotFoundError:
 
 __all__ = ["Exactly", "Spread", "budget", "exact_coefficients", "exact_step", "spread", "ulp"]
 
-Array = np.ndarray[Any, Any]
 BITS = 200
 DIGITS = {"float64": 53, "float32": 24, "bfloat16": 8, "float16": 11}
 """Binary digits of a number of each dtype."""
@@ -38,12 +38,7 @@ root = np.frompyfunc(mpmath.sqrt, 1, 1)
 
 
 class Exactly(NamedTuple):
-    """One step without rounding: object arrays of mpmath numbers.
-
-    Example:
-        >>> Exactly(1, 2, 3).theta
-        1
-    """
+    """One step without rounding: object arrays of mpmath numbers."""
 
     theta: Any
     m: Any
@@ -51,16 +46,7 @@ class Exactly(NamedTuple):
 
 
 def exact_coefficients(t: int, hp: Hyperparameters, lr: float, anchored: bool = True) -> Coefficients:
-    """The coefficients of step t in extended precision.
-
-    Args:
-        t: the step, from 1.
-        hp: the settings, with an annealing of this package.
-        lr: this step's learning rate.
-        anchored: False for a new head.
-
-    Returns:
-        The coefficients as mpmath numbers, from the decimal values as Python's floats hold them.
+    """The coefficients of step t as mpmath numbers, from the decimal values as Python's floats hold them.
 
     Example:
         >>> c = exact_coefficients(250, Hyperparameters(annealing=Sigmoid(k=0.1, t0=250)), 2e-5)
@@ -103,27 +89,17 @@ def _exact_weights(annealing: Any, t: int) -> tuple[Any, Any]:
 
 
 def exact_step(
-    theta: Array,
-    grad: Array,
-    m: Array,
-    v: Array,
-    anchor: Array | None,
+    theta: NumpyArray,
+    grad: NumpyArray,
+    m: NumpyArray,
+    v: NumpyArray,
+    anchor: NumpyArray | None,
     c: Coefficients,
-    importance: Array | None = None,
+    importance: NumpyArray | None = None,
 ) -> Exactly:
-    """The kernel in extended precision.
+    """The kernel in extended precision: parameter and moments after a step from arrays of one shape.
 
-    Args:
-        theta: parameter before the step.
-        grad: gradient, theta's shape.
-        m: first moment, theta's shape.
-        v: second moment, theta's shape.
-        anchor: pretrained value, theta's shape; None for a new head.
-        c: coefficients, in any numbers.
-        importance: by which the pull is multiplied, theta's shape; None for 1.
-
-    Returns:
-        Parameter and moments after the step.
+    There is no pull without an anchor; an importance of None is 1.
 
     Example:
         >>> x = np.ones(1)
@@ -144,12 +120,7 @@ def exact_step(
 
 
 class Spread(NamedTuple):
-    """How far off each coefficient may be, absolutely.
-
-    Example:
-        >>> Spread(0.0, 0.0, 0.0, 0.0).recall
-        0.0
-    """
+    """How far off each coefficient may be, absolutely."""
 
     step: Any
     eps: Any
@@ -158,18 +129,7 @@ class Spread(NamedTuple):
 
 
 def spread(t: Any, hp: Hyperparameters, lr: float, anchored: bool, dtype: str, c: Coefficients) -> Spread:
-    """How far off the coefficients may be when they are computed in this dtype.
-
-    Args:
-        t: the step, from 1; or an array of steps.
-        hp: the settings, with an annealing of this package.
-        lr: this step's learning rate.
-        anchored: False for a new head.
-        dtype: the dtype in which they are computed; "float64" on the host.
-        c: the exact coefficients; or arrays of them.
-
-    Returns:
-        A bound for each, of t's shape.
+    """How far off the coefficients of a step, or of an array of them, may be when computed in this dtype.
 
     Example:
         >>> hp = Hyperparameters(gamma=0.0)
@@ -217,12 +177,7 @@ def _weight_error(annealing: Any, t: Any, dtype: str) -> tuple[Any, Any]:
 
 
 class Budget(NamedTuple):
-    """Largest error that rounding may cause, and the largest operand, of each result.
-
-    Example:
-        >>> Budget(1, 2, 3, 4, 5, 6).theta
-        1
-    """
+    """Largest error that rounding may cause, and the largest operand, of each result."""
 
     theta: Any
     m: Any
@@ -233,17 +188,17 @@ class Budget(NamedTuple):
 
 
 def budget(
-    theta: Array,
-    grad: Array,
-    m: Array,
-    v: Array,
-    anchor: Array | None,
+    theta: NumpyArray,
+    grad: NumpyArray,
+    m: NumpyArray,
+    v: NumpyArray,
+    anchor: NumpyArray | None,
     c: Coefficients,
     exact: Exactly,
     off: Spread,
     dtype: str,
     rounds_update: bool = False,
-    importance: Array | None = None,
+    importance: NumpyArray | None = None,
 ) -> Budget:
     r"""The derived bound of one step's error, element by element.
 
@@ -254,18 +209,8 @@ def budget(
         $|\Delta\theta'| \le u(|\theta'| + 5P + 14A + 3D)$, plus what the coefficients are off by;
         $6P$ where there is an importance.
 
-    Args:
-        theta: parameter before the step.
-        grad: gradient, theta's shape.
-        m: first moment.
-        v: second moment.
-        anchor: pretrained value; None for a new head.
-        c: the exact coefficients.
-        exact: the exact result.
-        off: how far off the coefficients may be.
-        dtype: the parameter's dtype.
-        rounds_update: whether the update is rounded to that dtype before it is added.
-        importance: by which the pull is multiplied, theta's shape; None for 1.
+    The arrays are as in `exact_step`, `exact` what it gave for the exact coefficients c, `off` how far off
+    these may be, `dtype` the parameter's, to which `rounds_update` rounds the update before it is added.
 
     Returns:
         Bounds and operands, float64 arrays of theta's shape.
@@ -313,15 +258,8 @@ def budget(
     )
 
 
-def ulp(x: Array, dtype: str) -> Array:
+def ulp(x: NumpyArray, dtype: str) -> NumpyArray:
     """The spacing of a dtype's numbers at x.
-
-    Args:
-        x: numbers, float64.
-        dtype: name of a dtype.
-
-    Returns:
-        Spacings, of x's shape.
 
     Example:
         >>> float(ulp(np.array(1.5), "float32")) == 2.0**-23

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..annealing import Annealing, Constant, Linear, Sigmoid
+from ..arrays import NumpyArray
 from ..backends import Backend, Specification
 from ..errors import RecAdamError
 from ..hyperparameters import Hyperparameters
@@ -29,8 +30,6 @@ __all__ = [
     "trajectory_deviation",
     "walk",
 ]
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,12 @@ class Group:
     """
 
     hp: Hyperparameters
-    theta0: dict[str, Array]
-    anchors: dict[str, Array]
-    grads: dict[str, Array]
-    expected: dict[str, Array] | None = None
+    theta0: dict[str, NumpyArray]
+    anchors: dict[str, NumpyArray]
+    grads: dict[str, NumpyArray]
+    expected: dict[str, NumpyArray] | None = None
     layouts: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
-    importance: Mapping[str, Array] = field(default_factory=dict)
+    importance: Mapping[str, NumpyArray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,17 +78,12 @@ class Recording:
 
     name: str
     dtype: str
-    lr: Array
+    lr: NumpyArray
     groups: tuple[Group, ...]
 
 
 class Deviation(NamedTuple):
-    """The largest deviation of one trajectory from another.
-
-    Example:
-        >>> Deviation(0.0, 1, "w").step
-        1
-    """
+    """The largest deviation of one trajectory from another."""
 
     share: float  # Euclidean distance between the two / distance travelled so far, at the worst step
     step: int  # that step, from 1
@@ -149,18 +143,13 @@ def load_recording(path: str | Path) -> Recording:
 
 
 class Frame(NamedTuple):
-    """One step of a walk, in NumPy.
-
-    Example:
-        >>> Frame(0, 1, 1e-3, {}, {}, {}).t
-        1
-    """
+    """One step of a walk, in NumPy."""
 
     group: int  # index of the recording's group
     t: int  # the step, from 1; 0 before the first
     lr: float  # this step's learning rate
-    grads: dict[str, Array]  # gradients by name
-    params: dict[str, Array]  # parameters after the step by name
+    grads: dict[str, NumpyArray]  # gradients by name
+    params: dict[str, NumpyArray]  # parameters after the step by name
     moments: dict[str, Moments]  # the same of the moments
 
 
@@ -197,7 +186,7 @@ def walk(
     with backend.precision(recording.dtype), np.errstate(all="ignore"):
         for index, group in enumerate(recording.groups):
 
-            def place(arrays: Mapping[str, Array], role: int, group: Group = group) -> dict[str, Any]:
+            def place(arrays: Mapping[str, NumpyArray], role: int, group: Group = group) -> dict[str, Any]:
                 return {
                     name: _place(backend, x, recording.dtype, group.layouts.get(name, ("", "", ""))[role])
                     for name, x in arrays.items()
@@ -214,10 +203,14 @@ def walk(
                 grads = {n: g[t - 1] for n, g in group.grads.items()} if t else {}
                 if t:
                     given, old = place(grads, 1), params
-                    read = (given, old if isinstance(stepper, Functional) else {}) if t <= 2 else ()
-                    held = _copies(backend, *read)
+                    untouched = [("gradient", given)] if t <= 2 else []
+                    if untouched and isinstance(stepper, Functional):
+                        untouched.append(("parameter", old))
+                    held = [read(backend, arrays) for _, arrays in untouched]
                     params = stepper(given, lr)
-                    _check_arguments(t, held, _copies(backend, *read))
+                    for (what, arrays), before in zip(untouched, held, strict=True):
+                        remedy = " was changed by the step; copy before writing"
+                        check_same(before, read(backend, arrays), f"step {t}: {what}", remedy)
                 for name, x in params.items():
                     if (x.dtype, tuple(x.shape)) != kinds[name]:
                         raise RecAdamError(
@@ -237,16 +230,16 @@ def walk(
                 )
 
 
-def _copies(backend: Backend, *arrays: Mapping[str, Any]) -> list[dict[str, Array]]:
-    return [{n: backend.to_numpy(x) for n, x in some.items()} for some in arrays]
+def read(backend: Backend, arrays: Mapping[str, Any]) -> dict[str, NumpyArray]:
+    """Arrays in NumPy, in memory of their own whatever `to_numpy` does."""
+    return {name: np.array(backend.to_numpy(x), copy=True) for name, x in arrays.items()}
 
 
-def _check_arguments(t: int, before: list[dict[str, Array]], after: list[dict[str, Array]]) -> None:
-    """A step changes neither gradients nor, where it is pure, parameters."""
-    for what, old, new in zip(("gradient", "parameter"), before, after, strict=False):
-        for name, x in old.items():
-            if not np.array_equal(x, new[name], equal_nan=True):
-                raise RecAdamError(f"step {t}: {what} {name!r} was changed by the step; copy before writing")
+def check_same(before: dict[str, NumpyArray], after: dict[str, NumpyArray], what: str, remedy: str) -> None:
+    """Raise unless arrays are the same, naming the first that is not."""
+    for name, x in before.items():
+        if not np.array_equal(x, after[name], equal_nan=True):
+            raise RecAdamError(f"{what} {name!r}{remedy}")
 
 
 def _check_moments(backend: Backend, name: str, dtype: str, state: Moments) -> None:
@@ -256,7 +249,7 @@ def _check_moments(backend: Backend, name: str, dtype: str, state: Moments) -> N
             raise RecAdamError(f"{letter} of {name!r} is {told}; keep the moments of {dtype} in {wanted}")
 
 
-def _place(backend: Backend, x: Array, dtype: str, layout: str) -> Any:
+def _place(backend: Backend, x: NumpyArray, dtype: str, layout: str) -> Any:
     """The array in a backend's library, laid out in memory as asked."""
     if layout == "transposed":
         return backend.from_numpy(np.ascontiguousarray(x.T), dtype).T
@@ -266,18 +259,14 @@ def _place(backend: Backend, x: Array, dtype: str, layout: str) -> Any:
 
 
 def replay(
-    recording: Recording,
-    backend: Backend | None = None,
-    variant: str = "",
-    exact: bool = False,
-) -> list[dict[str, Array]]:
+    recording: Recording, backend: Backend | None = None, variant: str = ""
+) -> list[dict[str, NumpyArray]]:
     """The trajectory of one group after another under a backend.
 
     Args:
         recording: what to replay.
         backend: the backend; None replays the specification itself, in NumPy.
         variant: one of the backend's variants; empty for its first.
-        exact: whether the backend is to be in its exact setting.
 
     Returns:
         For each group the weights after each step by name, of shape (steps, ...), in NumPy.
@@ -290,10 +279,10 @@ def replay(
         >>> replay(Case(steps=3).recording())[0]["head"].shape
         (3, 5, 2)
     """
-    return trajectories(walk(recording, backend, variant, exact))
+    return trajectories(walk(recording, backend, variant))
 
 
-def trajectories(frames: Iterable[Frame]) -> list[dict[str, Array]]:
+def trajectories(frames: Iterable[Frame]) -> list[dict[str, NumpyArray]]:
     """The frames of a walk as `replay` returns them.
 
     Example:
@@ -301,7 +290,7 @@ def trajectories(frames: Iterable[Frame]) -> list[dict[str, Array]]:
         >>> trajectories(walk(Case(steps=3).recording()))[0]["vector"].shape
         (3, 40)
     """
-    paths: list[dict[str, list[Array]]] = []
+    paths: list[dict[str, list[NumpyArray]]] = []
     for frame in frames:
         if frame.t == 0:
             paths.append({name: [] for name in frame.params})
@@ -311,14 +300,8 @@ def trajectories(frames: Iterable[Frame]) -> list[dict[str, Array]]:
     return [{name: np.stack(steps) for name, steps in path.items()} for path in paths]
 
 
-def to_bfloat16(x: Array) -> Array:
+def to_bfloat16(x: NumpyArray) -> NumpyArray:
     """The nearest bfloat16 numbers, ties to even, held in float32, since NumPy has no such dtype.
-
-    Args:
-        x: finite numbers.
-
-    Returns:
-        float32 array of x's shape.
 
     Example:
         >>> to_bfloat16(np.array([1.0 + 2.0**-8, 1.0 + 3 * 2.0**-8]))
@@ -330,8 +313,8 @@ def to_bfloat16(x: Array) -> Array:
 
 def trajectory_deviation(
     recording: Recording,
-    ours: Sequence[dict[str, Array]],
-    theirs: Sequence[dict[str, Array]] | None = None,
+    ours: Sequence[dict[str, NumpyArray]],
+    theirs: Sequence[dict[str, NumpyArray]] | None = None,
 ) -> Deviation:
     r"""How far a trajectory lies from another, as a share of the distance travelled.
 

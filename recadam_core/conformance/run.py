@@ -18,7 +18,8 @@ from ..backends import Backend, get_backend
 from ..errors import RecAdamError, unknown
 from ..variants import Variant
 from .cases import Case
-from .claims import LEVELS, MEASURES, Claim, Result, check, claims
+from .claims import LEVELS, Claim, Result, check, claims
+from .measures import MEASURES
 
 __all__ = ["Job", "certify", "environment", "is_here", "plan"]
 
@@ -31,10 +32,6 @@ class Job:
         backend: the backend's name.
         environment: variables that the process needs.
         claims: variants' names and their claims.
-
-    Example:
-        >>> Job("numpy", (), ()).backend
-        'numpy'
     """
 
     backend: str
@@ -90,11 +87,22 @@ def plan(
     for name in variants:
         if name not in names:
             raise unknown("variant", name, names)
-    jobs = [
-        Job(backend.name, key, tuple(found))
+    ways = [
+        (backend.name, variant.name, tuple(sorted(environment(variant, level).items())), claim)
         for backend in backends
-        for key, found in _by_environment(backend, variants, levels, kinds, cases, golden).items()
+        for variant in backend.capabilities.variants
+        if not variants or variant.name in variants
+        for level in levels
+        for claim in claims(backend, variant, level, golden)
+        if not kinds or claim.kind in kinds
     ]
+    found: dict[tuple[str, tuple[tuple[str, str], ...]], list[tuple[str, Claim]]] = {}
+    for name, variant_name, variables, claim in ways:
+        if cases:
+            claim = dataclasses.replace(claim, cases=tuple(_chosen(claim, cases)))
+        if claim.cases:
+            found.setdefault((name, variables), []).append((variant_name, claim))
+    jobs = [Job(*key, tuple(those)) for key, those in found.items()]
     for case in cases:
         if not any(
             case in (given, Path(given).name) for job in jobs for _, c in job.claims for given in c.cases
@@ -107,30 +115,6 @@ def plan(
             )
     if not jobs:
         raise RecAdamError("no claim is left of what was asked for; leave out --variant, --level or --claim")
-    return jobs
-
-
-def _by_environment(
-    backend: Backend,
-    variants: Sequence[str],
-    levels: Sequence[str],
-    kinds: Sequence[str],
-    cases: Sequence[str],
-    golden: Path | None,
-) -> dict[tuple[tuple[str, str], ...], list[tuple[str, Claim]]]:
-    jobs: dict[tuple[tuple[str, str], ...], list[tuple[str, Claim]]] = {}
-    for variant in backend.capabilities.variants:
-        if variants and variant.name not in variants:
-            continue
-        for level in levels:
-            for claim in claims(backend, variant, level, golden):
-                if kinds and claim.kind not in kinds:
-                    continue
-                if cases:
-                    claim = dataclasses.replace(claim, cases=tuple(_chosen(claim, cases)))
-                if claim.cases:
-                    key = tuple(sorted(environment(variant, level).items()))
-                    jobs.setdefault(key, []).append((variant.name, claim))
     return jobs
 
 
@@ -153,22 +137,12 @@ def _chosen(claim: Claim, cases: Sequence[str]) -> Iterator[str]:
 
 
 def certify(
-    jobs: Sequence[Job],
-    workers: int = 1,
-    progress: Callable[[Result], None] | None = None,
+    jobs: Sequence[Job], workers: int = 1, progress: Callable[[Result], None] | None = None
 ) -> list[Result]:
-    """Hold backends to claims.
+    """Hold backends to claims: the results, in the order of the jobs'; `progress` is told each as it comes.
 
     A job whose environment this process has runs here if there is one worker; all others run in
     processes of their own.
-
-    Args:
-        jobs: what `plan` returned, of any number of backends.
-        workers: processes at once.
-        progress: called with each result as it comes.
-
-    Returns:
-        The results, in the order of the jobs' claims.
 
     Raises:
         RecAdamError: when a process fails, with the last line it printed.
@@ -204,12 +178,7 @@ def certify(
 
 
 def is_here(job: Job) -> bool:
-    """Whether this process has the environment that a job needs.
-
-    Example:
-        >>> is_here(Job("numpy", (), ()))
-        True
-    """
+    """Whether this process has the environment that a job needs."""
     return all(_set(name, value, os.environ) for name, value in job.environment)
 
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..backends import Backend
-from .claims import MEASURES, Result
+from .claims import Result
+from .measures import MEASURES
 
 __all__ = ["COLUMNS", "LEGEND", "SUPPORT", "cells", "grouped", "markdown", "support"]
 
@@ -37,12 +38,6 @@ a worst case alone: recadam conformance --backend BACKEND --variant VARIANT --cl
 def grouped(results: Iterable[Result]) -> list[list[Result]]:
     """Results of one backend, claim and verdict together, the worst first.
 
-    Args:
-        results: the results.
-
-    Returns:
-        The groups, in the order of the first result of each.
-
     Example:
         >>> import dataclasses
         >>> one = Result("numpy", "functional", "exact", "exact float32", 36, 0.0, 0.0)
@@ -57,12 +52,6 @@ def grouped(results: Iterable[Result]) -> list[list[Result]]:
 
 def cells(group: list[Result]) -> list[str]:
     """A group of results as the cells of a table's row.
-
-    Args:
-        group: results of one backend, claim and verdict, the worst first.
-
-    Returns:
-        A cell for each of `COLUMNS`.
 
     Example:
         >>> cells([Result("numpy", "fused", "exact", "exact float32", 36, 0.0, 0.0)])[2:6]
@@ -98,12 +87,6 @@ def _table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
 
 def markdown(results: Iterable[Result]) -> str:
     """Results as a Markdown table: a row a claim, a column a backend, the worst of its variants in it.
-
-    Args:
-        results: the results.
-
-    Returns:
-        The table.
 
     Example:
         >>> print(markdown([Result("numpy", "fused", "exact", "exact float32", 36, 0.0, 0.0)]))
@@ -149,49 +132,33 @@ SUPPORT = ("backend", "variant", "a user writes", "bit for bit", "at the price o
 
 
 def support(backends: Iterable[Backend]) -> str:
-    """What each variant of each backend can do, as three Markdown tables.
-
-    Args:
-        backends: the backends.
-
-    Returns:
-        Tables of backends, of their variants, and of the claims that are known to be missed.
+    """Markdown tables of the backends, of their variants, and of the claims that are known to be missed.
 
     Example:
         >>> from recadam_core import get_backend
         >>> "| numpy | float16, float32, float64 | cpu |" in support([get_backend("numpy")])
         True
     """
-    loaded = list(backends)
+    loaded = [(b.name, b.capabilities) for b in backends]
+    ways = [(name, v) for name, c in loaded for v in c.variants]
     first = [
         [
-            b.name,
+            name,
             ", ".join(c.dtypes),
             ", ".join(c.devices),
-            *("yes" if able else "no" for able in (c.jit, c.sharding)),
+            *("yes" if x else "no" for x in (c.jit, c.sharding)),
         ]
-        for b in loaded
-        for c in [b.capabilities]
+        for name, c in loaded
     ]
-    second = [
-        [
-            b.name,
-            v.name,
-            f"`{v.about}`",
-            v.exact.how if v.exact.how in ("always", "never") else f"`{v.exact.how}`",
-            v.exact.price,
-            ", ".join(
-                [*v.needs, *map(" or ".join, v.programs), *(f"{k}={x}" for k, x in v.environment.items())]
-            ),
-        ]
-        for b in loaded
-        for v in b.capabilities.variants
-    ]
+    second = []
+    for name, v in ways:
+        how = v.exact.how if v.exact.how in ("always", "never") else f"`{v.exact.how}`"
+        needs = [*v.needs, *map(" or ".join, v.programs), *(f"{k}={x}" for k, x in v.environment.items())]
+        second.append([name, v.name, f"`{v.about}`", how, v.exact.price, ", ".join(needs)])
     misses: dict[tuple[str, str, str], list[str]] = {}
-    for b in loaded:
-        for v in b.capabilities.variants:
-            for claim, why in v.misses.items():
-                misses.setdefault((b.name, claim, why), []).append(v.name)
+    for name, v in ways:
+        for claim, why in v.misses.items():
+            misses.setdefault((name, claim, why), []).append(v.name)
     third = [[name, claim, ", ".join(variants), why] for (name, claim, why), variants in misses.items()]
     head = ("backend", "dtypes", "devices", "inside the user's jit", "sharding")
     known = _table(("backend", "claim", "missed by", "because"), third)

@@ -176,21 +176,27 @@ MUTATIONS = [
          "self.weight - xp.where(rising, high, low)"),
     ),
     *_kernel(
-        "jax", "recadam_jax.transformation", "optax",
+        "jax", "recadam_jax.coefficients", "optax",
         ("t is off by one", "optax.safe_increment(count).astype", "count.astype"),
+    ),
+    *_kernel(
+        "jax", "recadam_jax.transformation", "optax",
         ("heads are anchored", "c = by_anchored[star is not None]", "c = by_anchored[True]._replace(recall=0.0)"),
     ),
     *_kernel(
         "jax", "recadam_jax.transformation", "optax-host",
+        ("the importance is missing", "Moments(m, v), star, c, weight)", "Moments(m, v), star, c)"),
+    ),
+    *_kernel(
+        "jax", "recadam_jax.coefficients", "optax-host",
         ("heads are anchored", "(False, given.new)", "(False, given.anchored)"),
         ("the decay is missing", "0.0 if is_zero(hp.weight_decay) else decay", "0.0"),
-        ("the importance is missing", "Moments(m, v), star, c, weight)", "Moments(m, v), star, c)"),
         ("eps and step are swapped", "(step, eps, recall, decay) in (", "(eps, step, recall, decay) in ("),
     ),
     *_kernel(
         "jax", "recadam_jax.backend", "functional",
         ("the decay is missing", "decay if decays else 0.0)", "0.0)"),
-        ("the importance is missing", "update(theta, grad, state, star, c, weight)", "update(theta, grad, state, star, c)"),
+        ("the importance is missing", "anchors, c, weights)", "anchors, c)"),
     ),
 ]  # fmt: skip
 

@@ -24,8 +24,7 @@ from hypothesis import strategies as st
 
 from recadam_core import Coefficients, Hyperparameters, RecAdamError, Sigmoid, get_backend
 from recadam_core.backends import Specification
-from recadam_core.conformance import Case, walk
-from recadam_core.conformance import claims as claims_module
+from recadam_core.conformance import Case, oracle, walk
 from recadam_core.conformance.cases import ARRAYS, DENORMALS, EXACT, FAST
 from recadam_core.conformance.claims import Claim, Result, check, claims
 from recadam_core.conformance.kit import BackendConformance
@@ -190,11 +189,11 @@ def test_the_oracle_agrees_with_a_precision_twice_as_high(t, k, beta):
         annealing=Sigmoid(k=k, t0=500), betas=(beta, beta), form="proximal", weight_decay=0.1
     )
     once = exact_coefficients(t, hp, 1e-3)
-    claims_module.oracle.BITS *= 2
+    oracle.BITS *= 2
     try:
         twice = exact_coefficients(t, hp, 1e-3)
     finally:
-        claims_module.oracle.BITS //= 2
+        oracle.BITS //= 2
     for a, b in zip(once, twice, strict=True):
         assert abs(a - b) <= abs(b) * mpmath.mpf(2) ** -150
 
