@@ -48,7 +48,7 @@ class Shared(NamedTuple):
     """Arrays that share the coefficients of a step; lists of equal length.
 
     Example:
-        >>> w, c = np.ones(1), Coefficients(0.9, 0.99, step=0.5, eps=0.0, recall=0.0, decay=0.0)
+        >>> w, c = np.ones(1), Coefficients(0.9, 0.99, step=0.5, eps=0.0, pull=0.0, decay=0.0)
         >>> group = Shared(["w"], [w], [w], [Moments.zeros_like(w)], None, c)
         >>> Specification(np).step(*group[1:])[0]
         [array([0.5])]

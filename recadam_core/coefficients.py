@@ -39,7 +39,7 @@ class Coefficients(NamedTuple):
     beta2: Any  # decay rate of the second moment
     step: Any  # factor of m' / (sqrt(v') + eps)
     eps: Any  # added to sqrt(v')
-    recall: Any  # factor of (anchor - theta)
+    pull: Any  # factor of (anchor - theta)
     decay: Any  # factor of theta
 
 
@@ -90,7 +90,7 @@ def coefficients(
         correction), $a = \eta \lambda \sqrt{c_2} / c_1$, $p = \eta \gamma \bar\lambda$ and
         $w = \eta \cdot$ weight_decay:
 
-        | form | step | recall | decay | eps |
+        | form | step | pull | decay | eps |
         |---|---|---|---|---|
         | decoupled | $a$ | $p$ | $w$ | $\varepsilon \sqrt{c_2}$ |
         | released | $(1-w)(1-p)a$ | $(1-w)p$ | $w$ | $\varepsilon$ |
@@ -120,7 +120,7 @@ def coefficients(
         >>> from recadam_core import Hyperparameters, Sigmoid
         >>> hp = Hyperparameters(lr=2e-5, gamma=5000.0, annealing=Sigmoid(k=0.1, t0=250))
         >>> c = coefficients(250, hp)
-        >>> round(c.recall, 12), c.decay
+        >>> round(c.pull, 12), c.decay
         (0.05, 0.0)
 
     Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12; `released` after the authors' code.
@@ -178,7 +178,7 @@ def coefficients_of(t: Any, hp: Hyperparameters, anchored: bool, dtype: str) -> 
     """The host's coefficients of many steps, as arrays; in float64, whatever the dtype.
 
     Example:
-        >>> coefficients_of(np.array([1, 2]), Hyperparameters(), False, "float64").recall
+        >>> coefficients_of(np.array([1, 2]), Hyperparameters(), False, "float64").pull
         array([0., 0.])
     """
     rows = [coefficients(int(x), hp, None, anchored) for x in t]

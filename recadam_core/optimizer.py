@@ -197,7 +197,7 @@ class RecAdam:
             if not names:
                 continue
             c = coefficients(t, self.hp, lr, anchored)
-            pulls = anchored and c.recall
+            pulls = anchored and c.pull
             if pulls and any(state.anchors[name] is None for name in names):
                 raise RecAdamError(
                     f"step {t}: the anchor was freed, but the annealing pulls again; keep it at 0"

@@ -49,7 +49,7 @@ def accumulator_dtype(xp: Any, *dtypes: Any) -> Any:
 
 # Without annotations: Triton reads them as code.
 def formula(  # type: ignore[no-untyped-def]
-    theta, grad, m, v, anchor, importance, beta1, rest1, beta2, rest2, step, eps, recall, decay, sqrt, divide
+    theta, grad, m, v, anchor, importance, beta1, rest1, beta2, rest2, step, eps, pull, decay, sqrt, divide
 ):
     r"""The step itself, in the only text of it: NumPy, numba, PyTorch, Triton, JAX and the others run this.
 
@@ -69,7 +69,7 @@ def formula(  # type: ignore[no-untyped-def]
         rest2: 1 - beta2, taken in float64.
         step: factor of Adam's fraction.
         eps: under it.
-        recall: factor of the way home.
+        pull: factor of the way home.
         decay: factor of theta; None for none.
         sqrt: the square root, correctly rounded where bits are to be the specification's.
         divide: division, the same.
@@ -90,10 +90,10 @@ def formula(  # type: ignore[no-untyped-def]
     if anchor is None:
         delta = -adam
     else:
-        pull = recall * (anchor - theta)
+        back = pull * (anchor - theta)
         if importance is not None:
-            pull = importance * pull
-        delta = pull - adam
+            back = importance * back
+        delta = back - adam
     if decay is not None:
         delta = delta - decay * theta
     return delta, m, v
@@ -116,7 +116,7 @@ def update(
 
         $\delta = r(\theta^* - \theta) - s\,\frac{m'}{\sqrt{v'} + \varepsilon} - d\,\theta$
 
-        with $s, \varepsilon, r, d$ = `c.step`, `c.eps`, `c.recall`, `c.decay`; with an importance $f$ the
+        with $s, \varepsilon, r, d$ = `c.step`, `c.eps`, `c.pull`, `c.decay`; with an importance $f$ the
         pull is $f\,(r(\theta^* - \theta))$. Every operation is
         elementwise, one of + - * / sqrt, and rounded once, in the order of `formula`: an
         implementation that does the same gets the same bits.
@@ -125,7 +125,7 @@ def update(
         theta: parameter, any shape, real floating dtype.
         grad: gradient of the target task's loss, theta's shape.
         state: the moments before the step, theta's shape.
-        anchor: pretrained value $\theta^*$, theta's shape; None when there is none or `c.recall` is 0.
+        anchor: pretrained value $\theta^*$, theta's shape; None when there is none or `c.pull` is 0.
         c: coefficients of this step: Python floats, or 0-d arrays.
         importance: how much each weight matters to the old task, theta's shape, in [0, 1], so that the
             bounds on the pull hold as they are; None for 1 everywhere. As EWC has the Fisher information.
@@ -143,7 +143,7 @@ def update(
         >>> import numpy as np
         >>> import recadam_core as rc
         >>> theta, anchor = np.array([1.0, 2.0]), np.array([0.0, 2.0])
-        >>> c = rc.Coefficients(beta1=0.9, beta2=0.999, step=0.0, eps=1e-8, recall=0.25, decay=0.0)
+        >>> c = rc.Coefficients(beta1=0.9, beta2=0.999, step=0.0, eps=1e-8, pull=0.25, decay=0.0)
         >>> delta, state = rc.update(theta, np.array([1.0, -1.0]), rc.Moments.zeros_like(theta), anchor, c)
         >>> delta
         array([-0.25,  0.  ])
@@ -170,13 +170,13 @@ def update(
         own = kind_of(x)[0] is xp and not isinstance(x, np.generic | np.ndarray) and x.shape == ()
         return cast(x) if own else check_number(where, name, x)
 
-    beta1, beta2, step, eps, recall, decay = scalars("update", c, scalar)
-    if anchor is None and not is_zero(recall):
+    beta1, beta2, step, eps, pull, decay = scalars("update", c, scalar)
+    if anchor is None and not is_zero(pull):
         raise RecAdamError(
-            f"update: recall is {recall!r} but there is no anchor; use coefficients(..., anchored=False)"
+            f"update: pull is {pull!r} but there is no anchor; use coefficients(..., anchored=False)"
         )
     # A weight that the host knows to be zero costs nothing and reads nothing.
-    pulls = anchor is not None and not is_zero(recall)
+    pulls = anchor is not None and not is_zero(pull)
     delta, m, v = formula(
         cast(theta),
         cast(grad),
@@ -184,7 +184,7 @@ def update(
         cast(state.v),
         cast(anchor) if pulls else None,
         cast(importance) if pulls and importance is not None else None,
-        *(beta1, 1 - beta1, beta2, 1 - beta2, step, eps, recall),
+        *(beta1, 1 - beta1, beta2, 1 - beta2, step, eps, pull),
         None if is_zero(decay) else decay,
         xp.sqrt,
         truediv,

@@ -210,7 +210,7 @@ SITES: dict[str, tuple[str, ...]] = {
     "root": ("", ROOT),
     "pull": (
         "",
-        "recall (anchor - theta) - ... in one rounding",
+        "pull (anchor - theta) - ... in one rounding",
         "... - step (m' / ...) in one rounding",
     ),
     "decay": ("", "... - decay theta in one rounding"),
@@ -222,7 +222,7 @@ def _candidate(x: Inputs, c: Coefficients, picks: tuple[str, ...], ulps: int) ->
     """Parameter and moments after the step, with operations rounded as picked and a root that is ulps off."""
     ways = {site: SITES[site].index(pick) for site, pick in zip(SITES, picks, strict=True)}
     number = x.theta.dtype.type
-    beta1, beta2, step, eps, recall, decay = map(number, c)
+    beta1, beta2, step, eps, pull, decay = map(number, c)
     rest1, rest2 = number(1 - c.beta1), number(1 - c.beta2)
     square = x.grad * x.grad
     m = _sum(beta1, x.moments.m, rest1, x.grad, ways["m"])
@@ -231,10 +231,10 @@ def _candidate(x: Inputs, c: Coefficients, picks: tuple[str, ...], ulps: int) ->
     if ulps:
         root = np.nextafter(root, number(np.inf if ulps > 0 else 0.0))
     ratio = m / (root + eps)
-    if x.anchor is None or not c.recall:
+    if x.anchor is None or not c.pull:
         delta = -(step * ratio)
     else:
-        delta = _sum(recall, x.anchor - x.theta, -step, ratio, ways["pull"])
+        delta = _sum(pull, x.anchor - x.theta, -step, ratio, ways["pull"])
     if c.decay:
         delta = _fused(-decay, x.theta, delta) if ways["decay"] else delta - decay * x.theta
     return x.theta + delta, m, v

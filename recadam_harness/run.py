@@ -188,7 +188,7 @@ def _policy(config: RunConfig, t: int) -> tuple[float, float, float]:
     task, recall = annealed_weights(config.hp.annealing, t)
     if config.optimizer != "recadam":
         return task, recall, 0.0
-    return task, recall, coefficients(t, config.hp, config.rate(t)).recall
+    return task, recall, coefficients(t, config.hp, config.rate(t)).pull
 
 
 def _checkpoint(path: Path, step: int, engine: Engine) -> None:

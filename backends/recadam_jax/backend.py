@@ -25,9 +25,9 @@ __all__ = ["FLAG", "JaxBackend", "backend"]
 # The moments' decay rates are static: 1 - beta is then taken in float64, as on every other backend.
 @partial(jax.jit, static_argnames=("beta1", "beta2", "decays"))
 def _step(arrays: Any, scalars: Any, beta1: float, beta2: float, decays: bool) -> Any:
-    step, eps, recall, decay = scalars
+    step, eps, pull, decay = scalars
     params, grads, moments, anchors, weights = arrays
-    c = Coefficients(beta1, beta2, step, eps, 0.0 if anchors is None else recall, decay if decays else 0.0)
+    c = Coefficients(beta1, beta2, step, eps, 0.0 if anchors is None else pull, decay if decays else 0.0)
     return Specification(jnp).step(params, grads, moments, anchors, c, weights)
 
 

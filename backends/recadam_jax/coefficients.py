@@ -46,7 +46,7 @@ class HostCoefficients(NamedTuple):
         3.162e-06
     """
 
-    anchored: tuple[float, float, float, float]  # step, eps, recall, decay of anchored parameters
+    anchored: tuple[float, float, float, float]  # step, eps, pull, decay of anchored parameters
     new: tuple[float, float, float, float]  # the same of new heads
 
 
@@ -166,10 +166,10 @@ def of_step(
             f"recadam: coefficients are {shown(given)}; give those of host_coefficients(t, hp)"
         )
     by_anchored = {}
-    for anchored, (step, eps, recall, decay) in ((True, given.anchored), (False, given.new)):
-        recall = 0.0 if not anchored or is_zero(hp.gamma) else recall
+    for anchored, (step, eps, pull, decay) in ((True, given.anchored), (False, given.new)):
+        pull = 0.0 if not anchored or is_zero(hp.gamma) else pull
         decay = 0.0 if is_zero(hp.weight_decay) else decay
-        by_anchored[anchored] = Coefficients(*hp.betas, step, eps, recall, decay)
+        by_anchored[anchored] = Coefficients(*hp.betas, step, eps, pull, decay)
     return by_anchored
 
 

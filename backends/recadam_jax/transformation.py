@@ -281,8 +281,8 @@ def _transformation(
         }
         count = taken(name, state.count)
         by_anchored = of_step(name, hp, learning_rate, count, coefficients)
-        recall = by_anchored[True].recall
-        if released and not is_traced(recall) and recall > 0:
+        pull = by_anchored[True].pull
+        if released and not is_traced(pull) and pull > 0:
             raise RecAdamError(
                 f"{name}, step {int(count) + 1}: the anchors are released, and {hp.annealing!r} still "
                 "reads them"

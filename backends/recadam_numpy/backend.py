@@ -89,7 +89,7 @@ class NumpyBackend(Specification):
     def step_groups(self, groups: Sequence[Shared]) -> list[tuple[list[Array], list[Moments]]]:
         """One step of several groups: all are checked, and copied where they must be, before one changes."""
         numbers = [scalars("NumpyBackend", group.c) for group in groups]
-        laid = [self._laid(group, c.recall != 0) for group, c in zip(groups, numbers, strict=True)]
+        laid = [self._laid(group, c.pull != 0) for group, c in zip(groups, numbers, strict=True)]
         runs = [(c, columns) for c, (_, lists) in zip(numbers, laid, strict=True) for columns in lists]
         if self._one_pass is None:
             for c, (_, *columns) in runs:
@@ -121,9 +121,7 @@ class NumpyBackend(Specification):
     ) -> tuple[list[tuple[Array, Array, Array]], list[list[list[Any]]]]:
         """A group's arrays, checked and in the dtype of their step: those to write, and all by that dtype."""
         if pulls and group.anchors is None:
-            raise RecAdamError(
-                f"NumpyBackend: recall is {group.c.recall!r} but there are no anchors; give them"
-            )
+            raise RecAdamError(f"NumpyBackend: pull is {group.c.pull!r} but there are no anchors; give them")
         count = len(group.params)
         given = (group.anchors, group.importances) if pulls else (None, None)
         stars, weights = ([None] * count if xs is None else xs for xs in given)

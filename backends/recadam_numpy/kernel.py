@@ -31,7 +31,7 @@ def kernel(
         grad: gradient, theta's shape and dtype.
         m: first moment, theta's shape and dtype; overwritten.
         v: second moment, theta's shape and dtype; overwritten.
-        anchor: pretrained value, theta's shape and dtype; None where `c.recall` is 0.
+        anchor: pretrained value, theta's shape and dtype; None where `c.pull` is 0.
         c: coefficients, Python floats.
         importance: by which the pull is multiplied, theta's shape and dtype; None for 1.
 
@@ -83,6 +83,6 @@ def unchecked(
     importance: Array | None = None,
 ) -> None:
     """`kernel` of arrays that are known to fit."""
-    numbers = (c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.recall, c.decay or None)
+    numbers = (c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.pull, c.decay or None)
     delta, m[...], v[...] = formula(theta, grad, m, v, anchor, importance, *numbers, np.sqrt, np.divide)
     np.add(theta, delta, out=theta)

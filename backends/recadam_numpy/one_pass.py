@@ -105,7 +105,7 @@ class Table:
             weighs: whether importances are read.
             team: calls a C function with a pointer in so many threads, and waits; None for threads of ours.
         """
-        self._scalars[:] = c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.recall, c.decay
+        self._scalars[:] = c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.pull, c.decay
         # Which terms there are: each combination is compiled apart, without a branch in its loop.
         self._words[0], self._words[3], self._words[4] = 0, pulls + (pulls and weighs), c.decay != 0
         workers, words = len(self._shares) - 1, self._words.ctypes.data
@@ -161,7 +161,7 @@ def one_pass(
         grads: gradients, of the parameters' shapes and dtype, as all the lists.
         ms: first moments; overwritten.
         vs: second moments; overwritten.
-        anchors: pretrained values; None where `c.recall` is 0.
+        anchors: pretrained values; None where `c.pull` is 0.
         c: coefficients, Python floats.
         importances: by which the pulls are multiplied; None for 1.
 

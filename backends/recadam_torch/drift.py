@@ -81,13 +81,13 @@ def _squares(p: Tensor, state: dict[str, Any], c: Coefficients | None) -> list[T
     m, v = local(state["exp_avg"]), local(state["exp_avg_sq"])
     theta, star = (local(x).to(m.device, m.dtype) for x in (p, state["anchor"]))
     terms = [theta - star, star]
-    if c is None or abs(1 - c.recall - c.decay) < 1e-3:  # too little is left of where it stood
+    if c is None or abs(1 - c.pull - c.decay) < 1e-3:  # too little is left of where it stood
         terms += [torch.full_like(m, torch.nan)] * 2
     else:
         adam = c.step * (m / (v.sqrt() + c.eps))
-        recall = c.recall * local(state["importance"]).to(m.dtype) if "importance" in state else c.recall
-        before = (theta - recall * star + adam) / (1 - recall - c.decay)
-        terms += [recall * (star - before), adam]
+        pull = c.pull * local(state["importance"]).to(m.dtype) if "importance" in state else c.pull
+        before = (theta - pull * star + adam) / (1 - pull - c.decay)
+        terms += [pull * (star - before), adam]
     return [x.square().sum(dtype=torch.float64) for x in terms]
 
 

@@ -124,7 +124,7 @@ class Planner:
             t, anchored, freed, _, device, weighed, wrapper = key
             # On the host where that knows the step, also if the device computes its own: this raises.
             c = None if t is None else coefficients(t, hp, rate, anchored)
-            if freed and c is not None and c.recall:
+            if freed and c is not None and c.pull:
                 raise RecAdamError(
                     f"step {t}: the anchor was freed when the annealing had released it; "
                     "make a new optimizer to pull again"
@@ -236,7 +236,7 @@ class Prepared:
             return None
         t = int(steps.pop()) + 1
         c = coefficients(t, policy.hp, rate, work.anchored)
-        if c.recall and work.anchors is None:
+        if c.pull and work.anchors is None:
             return None
         return work._replace(grads=grads, t=t, lr=rate, c=c, release=policy.release())
 

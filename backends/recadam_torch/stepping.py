@@ -112,7 +112,7 @@ def looked_at(work: Work) -> Work:
     try:
         run = None
         if lay and work.c and not copied:
-            anchors = work.anchors if work.c.recall else None
+            anchors = work.anchors if work.c.pull else None
             importances = work.importances if anchors else None
             run = lay(work.thetas, work.grads, work.ms, work.vs, anchors, importances)
         if run is None:
@@ -135,8 +135,8 @@ def execute(work: Work, scale: Tensor | None = None, infinite: Tensor | None = N
     ways, anchors = work.ways, work.anchors
     count = len(work.params)
     c = work.c or _traced(work)
-    if c.recall == 0 if isinstance(c.recall, float) else anchors is None:
-        anchors, c = None, c._replace(recall=0.0)
+    if c.pull == 0 if isinstance(c.pull, float) else anchors is None:
+        anchors, c = None, c._replace(pull=0.0)
     rounding = _rounding(work)
     if work.run is not None:
         work.run(c)

@@ -50,7 +50,7 @@ def exact_coefficients(t: int, hp: Hyperparameters, lr: float, anchored: bool = 
 
     Example:
         >>> c = exact_coefficients(250, Hyperparameters(annealing=Sigmoid(k=0.1, t0=250)), 2e-5)
-        >>> float(c.recall)
+        >>> float(c.pull)
         0.05
 
     Source: arXiv 2004.12651, Algorithm 1 and eq. (9).
@@ -109,13 +109,13 @@ def exact_step(
     Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12.
     """
     with mpmath.workprec(BITS):
-        b1, b2, step, eps, recall, decay = map(mpmath.mpf, c)
+        b1, b2, step, eps, pull, decay = map(mpmath.mpf, c)
         theta, grad, m, v = (mpf(np.asarray(x, dtype=object)) for x in (theta, grad, m, v))
         star = theta if anchor is None else mpf(np.asarray(anchor, dtype=object))
         m = m * b1 + grad * (1 - b1)
         v = v * b2 + grad * grad * (1 - b2)
         weight = mpf(np.asarray(1.0 if importance is None else importance, dtype=object))
-        new = theta + weight * ((star - theta) * recall) - m / (root(v) + eps) * step - theta * decay
+        new = theta + weight * ((star - theta) * pull) - m / (root(v) + eps) * step - theta * decay
         return Exactly(new, m, v)
 
 
@@ -124,7 +124,7 @@ class Spread(NamedTuple):
 
     step: Any
     eps: Any
-    recall: Any
+    pull: Any
     decay: Any
 
 
@@ -137,25 +137,25 @@ def spread(t: Any, hp: Hyperparameters, lr: float, anchored: bool, dtype: str, c
         True
     """
     u, tiny = 2.0 ** -DIGITS[dtype], TINY[dtype]
-    step, eps, recall, decay = (np.abs(np.asarray(x, dtype=np.float64)) for x in c[2:])
+    step, eps, pull, decay = (np.abs(np.asarray(x, dtype=np.float64)) for x in c[2:])
     weight, floor = _weight_error(hp.annealing, t, dtype) if anchored else (0.0, 0.0)
     # Roundings on the way, counted in u: 1 - beta^t is 6 (4 of them of expm1), its root 5, their ratio 13.
-    adam, pull, wane = 3 + weight + 13 * hp.bias_correction, 4 + weight, 3.0
+    adam, back, wane = 3 + weight + 13 * hp.bias_correction, 4 + weight, 3.0
     noise = 1 + 6 * (hp.bias_correction and hp.form != "released")
     cancelled = 0.0
     if hp.form == "released":  # (1 - pull) cancels where the pull is near 1
-        strength = recall / (1 - decay)
+        strength = pull / (1 - decay)
         whole = step / ((1 - decay) * np.maximum(np.abs(1 - strength), u))
-        cancelled = whole * strength * (pull + 2)
-        adam, pull = adam + 8, pull + 6
+        cancelled = whole * strength * (back + 2)
+        adam, back = adam + 8, back + 6
     elif hp.form == "proximal":
-        adam, pull, wane = adam + pull + 4, 2 * pull + 4, pull + 7
+        adam, back, wane = adam + back + 4, 2 * back + 4, back + 7
     # Of the pull, where one side has released the anchor and the other not yet.
     released = lr * hp.gamma * floor
     return Spread(
         u * (step * adam + cancelled) + step * released + 4 * lr * tiny,
         u * eps * noise + tiny,
-        u * recall * pull + released + 4 * lr * hp.gamma * tiny,
+        u * pull * back + released + 4 * lr * hp.gamma * tiny,
         u * decay * wane + tiny,
     )
 
@@ -224,7 +224,7 @@ def budget(
     """
     inner = dtype if dtype in ("float64", "float32") else "float32"
     u, tiny = 2.0 ** -DIGITS[inner], TINY[inner]
-    b1, _, step, eps, recall, decay = map(float, c)
+    b1, _, step, eps, pull, decay = map(float, c)
     theta, grad, m, v = (np.asarray(x, dtype=np.float64) for x in (theta, grad, m, v))
     new, v_new, m_new = (np.abs(np.asarray(x, dtype=np.float64)) for x in (exact.theta, exact.v, exact.m))
     star = theta if anchor is None else np.asarray(anchor, dtype=np.float64)
@@ -234,25 +234,25 @@ def budget(
         over = np.where(den > 0, 1 / den, 0.0)
     weight = 1.0 if importance is None else np.asarray(importance, dtype=np.float64)
     away = weight * np.abs(star - theta)
-    adam, pull, wane = abs(step) * both * over, recall * away, decay * np.abs(theta)
+    adam, back, wane = abs(step) * both * over, pull * away, decay * np.abs(theta)
     # Numbers below the smallest normal one may be lost on the way: a few of them in each result.
     lost = abs(step) * over * 3 * tiny + adam * over * np.sqrt(4 * tiny) + 4 * tiny
-    error = u * (new + (5 + (importance is not None)) * pull + 14 * adam + 3 * wane) + lost
+    error = u * (new + (5 + (importance is not None)) * back + 14 * adam + 3 * wane) + lost
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = off.step / abs(step) if step else 0.0
     error += adam * ratio + (0 if step else off.step * both * over)
-    error += adam * over * off.eps + off.recall * away + off.decay * np.abs(theta)
+    error += adam * over * off.eps + off.pull * away + off.decay * np.abs(theta)
     error *= 1 + 64 * u  # products of errors
     if inner != dtype:
         outer, least = 2.0 ** -DIGITS[dtype], 2.0 ** (1 - DIGITS[dtype]) * TINY[dtype]
         error += outer * (new + error) + least
         if rounds_update:
-            error += outer * (adam + pull + wane) * (1 + outer) + least
+            error += outer * (adam + back + wane) * (1 + outer) + least
     return Budget(
         error,
         3 * u * both * (1 + 8 * u) + 3 * tiny,
         4 * u * v_new * (1 + 8 * u) + 4 * tiny,
-        np.maximum.reduce([np.abs(theta), new, pull, adam, wane]),
+        np.maximum.reduce([np.abs(theta), new, back, adam, wane]),
         np.maximum(both, m_new),
         v_new,
     )

@@ -35,7 +35,7 @@ def by_hand(importance, steps=12):
     for t, grad in enumerate(grads, start=1):
         c = rc.coefficients(t, hp)
         m, v = c.beta1 * m + (1 - c.beta1) * grad, c.beta2 * v + (1 - c.beta2) * grad**2
-        theta = theta + importance * c.recall * (anchor - theta) - c.step * m / (np.sqrt(v) + c.eps)
+        theta = theta + importance * c.pull * (anchor - theta) - c.step * m / (np.sqrt(v) + c.eps)
     return theta
 
 

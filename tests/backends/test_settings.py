@@ -247,7 +247,7 @@ def test_a_proximal_step_is_right_for_any_strength():
         hp = Hyperparameters(lr=lr, gamma=gamma, annealing=Constant(), form="proximal")
         c = coefficients(1, hp)
         p = lr * gamma
-        assert c.recall == pytest.approx(1.0 if p > 1e15 else p / (1 + p), rel=1e-15)
+        assert c.pull == pytest.approx(1.0 if p > 1e15 else p / (1 + p), rel=1e-15)
         assert 0 <= c.step <= 1e10 * 32
         assert math.isfinite(c.step)
     theta, anchor = np.array([1.0, 2.0]), np.array([5.0, -7.0])
@@ -261,7 +261,7 @@ def test_no_recall_is_no_pull_however_strong(form):
     hp = Hyperparameters(lr=1e10, gamma=1e300, annealing=Constant(1, 0), form=form)
     c, plain = coefficients(1, hp), coefficients(1, hp.replace(gamma=0.0))
     assert c == plain
-    assert c.recall == 0.0
+    assert c.pull == 0.0
 
 
 @pytest.mark.parametrize("form", ["decoupled", "released", "proximal"])
@@ -287,7 +287,7 @@ def test_a_pull_and_a_decay_that_diverge_together_are_refused():
     proximal = hp.replace(form="proximal", gamma=3.0, weight_decay=4.9)
     with pytest.warns(InstabilityWarning):
         c = coefficients(1, proximal)
-    assert abs(1 - c.recall - c.decay) < 1
+    assert abs(1 - c.pull - c.decay) < 1
     with pytest.raises(RecAdamError, match=r"diverges \(5 or more\)"):
         coefficients(1, proximal.replace(weight_decay=5.0))
 
@@ -304,7 +304,7 @@ def test_what_is_not_refused_comes_home(pull, decay, form):
             c = coefficients(1, hp)
         except RecAdamError:
             return
-    assert abs(1 - c.recall - c.decay) <= 1
+    assert abs(1 - c.pull - c.decay) <= 1
 
 
 def test_coefficients_beyond_the_range_of_numbers_are_refused():

@@ -58,10 +58,10 @@ MUTATIONS = [
         "numpy", "recadam_core.update", "specification",
         ("beta2 for beta1 in one place", "m + rest1 * grad", "m + rest2 * grad"),
         ("eps inside the root", "sqrt(v) + eps)", "sqrt(v + eps))"),
-        ("the pull reads the new theta", "recall * (anchor - theta)", "recall * (anchor - (theta - adam))"),
+        ("the pull reads the new theta", "pull * (anchor - theta)", "pull * (anchor - (theta - adam))"),
         ("beta1 for beta2 in one place", "v = beta2 * v", "v = beta1 * v"),
         ("a part of the first moment under the fraction", "divide(m, sqrt", "divide(m - rest1 * grad, sqrt"),
-        ("the pull pushes", "recall * (anchor - theta)", "recall * (theta - anchor)"),
+        ("the pull pushes", "pull * (anchor - theta)", "pull * (theta - anchor)"),
         ("the decay reads the new theta", "decay * theta", "decay * (theta + delta)"),
         ("the importance is missing", "pull = importance * pull", "pull = 1.0 * pull"),
         ("the gradient is not squared", "(grad * grad)", "grad"),
@@ -94,7 +94,7 @@ MUTATIONS = [
     *_kernel(
         "numpy", "recadam_core.optimizer", "functional",
         ("t is off by one", "return int(taken) + 1", "return int(taken) + 2"),
-        ("heads are anchored", "c = coefficients(t, self.hp, lr, anchored)", "c = coefficients(t, self.hp, lr, True)._replace(recall=0.0)"),
+        ("heads are anchored", "c = coefficients(t, self.hp, lr, anchored)", "c = coefficients(t, self.hp, lr, True)._replace(pull=0.0)"),
         ("the importance is missing", "if pulls and state.importance else None", "if False else None"),
         ("the given lr is not used", "c = coefficients(t, self.hp, lr, anchored)", "c = coefficients(t, self.hp, None, anchored)"),
     ),
@@ -164,7 +164,7 @@ MUTATIONS = [
         "jax", "recadam_core.update", "functional eager",
         ("beta2 for beta1 in one place", "m + rest1 * grad", "m + rest2 * grad"),
         ("eps inside the root", "sqrt(v) + eps)", "sqrt(v + eps))"),
-        ("the pull reads the new theta", "recall * (anchor - theta)", "recall * (anchor - (theta - adam))"),
+        ("the pull reads the new theta", "pull * (anchor - theta)", "pull * (anchor - (theta - adam))"),
     ),
     *_kernel(
         "jax", "recadam_core.coefficients", "optax",
@@ -181,7 +181,7 @@ MUTATIONS = [
     ),
     *_kernel(
         "jax", "recadam_jax.transformation", "optax",
-        ("heads are anchored", "c = by_anchored[star is not None]", "c = by_anchored[True]._replace(recall=0.0)"),
+        ("heads are anchored", "c = by_anchored[star is not None]", "c = by_anchored[True]._replace(pull=0.0)"),
     ),
     *_kernel(
         "jax", "recadam_jax.transformation", "optax-host",
@@ -191,7 +191,7 @@ MUTATIONS = [
         "jax", "recadam_jax.coefficients", "optax-host",
         ("heads are anchored", "(False, given.new)", "(False, given.anchored)"),
         ("the decay is missing", "0.0 if is_zero(hp.weight_decay) else decay", "0.0"),
-        ("eps and step are swapped", "(step, eps, recall, decay) in (", "(eps, step, recall, decay) in ("),
+        ("eps and step are swapped", "(step, eps, pull, decay) in (", "(eps, step, pull, decay) in ("),
     ),
     *_kernel(
         "jax", "recadam_jax.backend", "functional",

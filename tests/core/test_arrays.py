@@ -217,7 +217,7 @@ def test_what_is_no_plain_array_of_this_library_is_refused(place):
         ),
         (
             lambda: NumpyBackend().step([W], [W], [zeros()], None, C),
-            "NumpyBackend: recall is 0.1 but there are no anchors; give them",
+            "NumpyBackend: pull is 0.1 but there are no anchors; give them",
         ),
     ],
 )

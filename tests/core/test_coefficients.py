@@ -62,7 +62,7 @@ def test_host_coefficients_against_fifty_digits(form, annealing, anchored, bias_
         got = coefficients(t, hp, 3e-5, anchored)
         assert (got.beta1, got.beta2) == hp.betas
         for name, value, wanted in zip(
-            ("step", "eps", "recall", "decay"), got[2:], exact(t, hp, 3e-5, anchored), strict=True
+            ("step", "eps", "pull", "decay"), got[2:], exact(t, hp, 3e-5, anchored), strict=True
         ):
             # k (t - t0) is rounded once before exp, so the tail's error grows with its size.
             assert value == pytest.approx(float(wanted), rel=2e-14), (t, name)
@@ -74,7 +74,7 @@ def test_without_anchor_and_decay_it_is_adam_in_every_form(form):
     c = coefficients(3, hp, anchored=False)
     scale = math.sqrt(1 - 0.999**3) / (1 - 0.9**3)
     assert c.step == pytest.approx(1e-3 * scale, rel=1e-12)
-    assert (c.recall, c.decay) == (0.0, 0.0)
+    assert (c.pull, c.decay) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -101,8 +101,8 @@ def test_a_pull_of_two_or_more_is_refused_and_proximal_named(form):
     with pytest.raises(RecAdamError, match=r"^step 1: lr \* gamma \* recall = 5 diverges .*form='proximal'$"):
         coefficients(1, hp)
     # Once annealed away the same settings are harmless.
-    assert coefficients(600, hp).recall == 0.0
-    assert coefficients(1, hp.replace(form="proximal")).recall == pytest.approx(5 / 6)
+    assert coefficients(600, hp).pull == 0.0
+    assert coefficients(1, hp.replace(form="proximal")).pull == pytest.approx(5 / 6)
 
 
 def test_a_pull_above_one_warns():

@@ -54,7 +54,7 @@ def test_at_the_anchor_the_pull_is_nothing(theta, grad, m, v):
     c = Coefficients(0.9, 0.999, 0.01, 1e-8, 0.5, 0.0)
     state = Moments(m, np.abs(v))
     pulled, _ = update(theta, grad, state, theta, c)
-    free, _ = update(theta, grad, state, None, c._replace(recall=0.0))
+    free, _ = update(theta, grad, state, None, c._replace(pull=0.0))
     np.testing.assert_array_equal(pulled, free)
 
 
@@ -78,7 +78,7 @@ def test_forms_meet_at_small_learning_rates(form):
 
 def test_a_missing_anchor_does_not_pass_silently():
     c = Coefficients(0.9, 0.999, 0.01, 1e-8, 0.1, 0.0)
-    with pytest.raises(RecAdamError, match=r"recall is 0\.1 but there is no anchor"):
+    with pytest.raises(RecAdamError, match=r"pull is 0\.1 but there is no anchor"):
         update(np.ones(2), np.ones(2), Moments.zeros_like(np.ones(2)), None, c)
 
 

@@ -40,7 +40,7 @@ def inputs(dtype):
 def walk(x, way):
     """The kernel, with one operation rounded otherwise."""
     number = x.theta.dtype.type
-    beta1, beta2, step, eps, recall, decay = map(number, C)
+    beta1, beta2, step, eps, pull, decay = map(number, C)
     rest1, rest2 = number(1 - C.beta1), number(1 - C.beta2)
     m = beta1 * x.moments.m + rest1 * x.grad
     if way == SITES["m"][1]:
@@ -53,9 +53,9 @@ def walk(x, way):
         root[::3] = np.nextafter(root[::3], number(np.inf))
         root[1::3] = np.nextafter(root[1::3], number(0))
     ratio = m / (root + eps)
-    delta = recall * (x.anchor - x.theta) - step * ratio
+    delta = pull * (x.anchor - x.theta) - step * ratio
     if way == SITES["pull"][1]:
-        delta = _fused(recall, x.anchor - x.theta, -(step * ratio))
+        delta = _fused(pull, x.anchor - x.theta, -(step * ratio))
     delta = _fused(-decay, x.theta, delta) if way == SITES["decay"][1] else delta - decay * x.theta
     return Inputs(x.theta + delta, x.grad, Moments(m, v), x.anchor)
 
@@ -136,7 +136,7 @@ def test_a_kernel_that_rounds_otherwise_is_found(runs, monkeypatch):
         v[...] = c.beta2 * v + (1 - c.beta2) * (grad * grad)
         delta = -(c.step * (m / (np.sqrt(v) + c.eps)))
         if anchor is not None:
-            delta = c.recall * (anchor - x.theta) + delta
+            delta = c.pull * (anchor - x.theta) + delta
         if c.decay:
             delta = delta - c.decay * x.theta
         theta[...] = x.theta + delta

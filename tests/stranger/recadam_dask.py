@@ -12,7 +12,7 @@ from recadam_core.update import formula
 
 def kernel(theta, grad, m, v, anchor=None, importance=None, c=None):
     """One chunk's step, in NumPy: parameter and moments, stacked."""
-    scalars = (c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.recall, c.decay or None)
+    scalars = (c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.pull, c.decay or None)
     delta, m, v = formula(theta, grad, m, v, anchor, importance, *scalars, np.sqrt, np.divide)
     return np.stack([theta + delta, m, v])
 

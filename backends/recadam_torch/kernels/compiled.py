@@ -61,7 +61,7 @@ def _inductor(c: Coefficients, *columns: Tensor) -> None:
     number = columns[2].new_tensor
     decay = number(c.decay) if c.decay else None
     run = _compiled(*(x.dtype for x in columns), decay is None)
-    run(columns, c.beta1, c.beta2, number(c.step), number(c.eps), number(c.recall), decay)
+    run(columns, c.beta1, c.beta2, number(c.step), number(c.eps), number(c.pull), decay)
 
 
 def _in_place(
@@ -70,7 +70,7 @@ def _in_place(
     beta2: float,
     step: Tensor,
     eps: Tensor,
-    recall: Tensor,
+    pull: Tensor,
     decay: Tensor | None,
 ) -> None:
     """The formula over whole tensors, for a compiler that rounds each operation by itself."""
@@ -79,7 +79,7 @@ def _in_place(
     anchor, importance, *_ = *others, None, None
     betas = beta1, 1 - beta1, beta2, 1 - beta2
     delta, m, v = formula(
-        old, grad, m, v, anchor, importance, *betas, step, eps, recall, decay, torch.sqrt, truediv
+        old, grad, m, v, anchor, importance, *betas, step, eps, pull, decay, torch.sqrt, truediv
     )
     for x, new in zip((columns[0], columns[2], columns[3]), (old + delta, m, v), strict=True):
         x.copy_(new)

@@ -35,7 +35,7 @@ def kernel_(
         grads: gradients, the parameters' shapes.
         ms: first moments, at least float32; overwritten.
         vs: second moments, at least float32; overwritten.
-        anchors: pretrained values, the parameters' shapes; None where `c.recall` is 0.
+        anchors: pretrained values, the parameters' shapes; None where `c.pull` is 0.
         c: coefficients: Python floats, or a list of 0-d tensors, one a parameter.
         importances: by which the pulls are multiplied, the parameters' shapes; None for 1.
         exact: whether to round the square root correctly, too, as torch's own does everywhere but on the
@@ -60,7 +60,7 @@ def kernel_(
         Lists(vs, spent=True),
         Lists(_like(anchors, ms)) if anchors is not None else None,
         Lists(_like(importances, ms)) if pulls and importances is not None else None,
-        *(c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.recall, c.decay or None),
+        *(c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.pull, c.decay or None),
         lambda x: x.root(exact),
         Lists.over,
     )

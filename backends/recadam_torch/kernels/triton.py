@@ -95,7 +95,7 @@ _formula = triton.jit(FunctionType(formula.__code__, globals(), "formula"))
 @triton.jit
 def _block(
     theta_at, grad_at, m_at, v_at, anchor_at, importance_at, scale_at, key, i, size,
-    beta1, rest1, beta2, rest2, step, eps, recall, decay,
+    beta1, rest1, beta2, rest2, step, eps, pull, decay,
     pulls: tl.constexpr, weighs: tl.constexpr, decays: tl.constexpr, chance: tl.constexpr,
     negates: tl.constexpr, scaled: tl.constexpr, masked: tl.constexpr,
 ):
@@ -123,7 +123,7 @@ def _block(
         factor = decay
     delta, m, v = _formula(
         theta, grad, m, v, anchor, importance,
-        beta1, rest1, beta2, rest2, step, eps, recall, factor, _sqrt, _divide,
+        beta1, rest1, beta2, rest2, step, eps, pull, factor, _sqrt, _divide,
     )
     new = theta + delta
     if chance:
@@ -166,14 +166,14 @@ def _kernel(
     beta1, rest1 = tl.load(own), tl.load(own + step_by)
     beta2, rest2 = tl.load(own + 2 * step_by), tl.load(own + 3 * step_by)
     step, eps = tl.load(own + 4 * step_by), tl.load(own + 5 * step_by)
-    recall, decay = tl.load(own + 6 * step_by), tl.load(own + 7 * step_by)
+    pull, decay = tl.load(own + 6 * step_by), tl.load(own + 7 * step_by)
     key = tl.load(keys_at + tensor)
     if start + chunk <= size:
         for offset in range(0, chunk, block):
             i = start + offset + tl.arange(0, block)
             _block(
                 theta_at, grad_at, m_at, v_at, anchor_at, importance_at, scale_at, key, i, size,
-                beta1, rest1, beta2, rest2, step, eps, recall, decay,
+                beta1, rest1, beta2, rest2, step, eps, pull, decay,
                 pulls, weighs, decays, chance, negates, scaled, False,
             )
     else:
@@ -181,7 +181,7 @@ def _kernel(
             i = start + offset + tl.arange(0, block)
             _block(
                 theta_at, grad_at, m_at, v_at, anchor_at, importance_at, scale_at, key, i, size,
-                beta1, rest1, beta2, rest2, step, eps, recall, decay,
+                beta1, rest1, beta2, rest2, step, eps, pull, decay,
                 pulls, weighs, decays, chance, negates, scaled, True,
             )
 
@@ -294,7 +294,7 @@ class TritonKernel:
             self._captured += [self._table, self._chunks]  # which the graph reads at every replay
 
     def _scalars(self, c: Coefficients, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        numbers = (c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.recall, c.decay)
+        numbers = (c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.pull, c.decay)
         if not any(isinstance(x, Tensor) for x in numbers):
             return self._sent(np.array(numbers, dtype=str(dtype).removeprefix("torch."))[:, None], device)
         # Filled, not copied: a graph that is being captured waits for no copy from the host.
