@@ -63,7 +63,7 @@ MUTATIONS = [
         ("a part of the first moment under the fraction", "divide(m, sqrt", "divide(m - rest1 * grad, sqrt"),
         ("the pull pushes", "pull * (anchor - theta)", "pull * (theta - anchor)"),
         ("the decay reads the new theta", "decay * theta", "decay * (theta + delta)"),
-        ("the importance is missing", "pull = importance * pull", "pull = 1.0 * pull"),
+        ("the importance is missing", "back = importance * back", "back = 1.0 * back"),
         ("the gradient is not squared", "(grad * grad)", "grad"),
         ("16-bit sums are rounded twice", "_astype(xp, theta, delta.dtype) + delta,",
          "theta + _astype(xp, delta, theta.dtype),"),

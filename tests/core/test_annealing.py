@@ -65,8 +65,8 @@ def test_survives_a_dict(annealing):
 def test_release_step_is_the_first_whose_pull_is_exactly_zero(annealing):
     step = release_step(annealing)
     hp = Hyperparameters(lr=1e-5, annealing=annealing)
-    assert coefficients(step, hp).recall == 0.0
-    assert coefficients(step - 1, hp).recall > 0.0
+    assert coefficients(step, hp).pull == 0.0
+    assert coefficients(step - 1, hp).pull > 0.0
     assert annealing.weights(step)[1] < RECALL_FLOOR
 
 
