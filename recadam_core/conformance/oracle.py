@@ -81,10 +81,10 @@ def _exact_weights(annealing: Any, t: int) -> tuple[Any, Any]:
     num = mpmath.mpf
     if isinstance(annealing, Sigmoid):
         e = mpmath.exp(num(annealing.k) * (t - num(annealing.t0)))
-        return num(annealing.weight) * e / (1 + e), num(annealing.weight) / (1 + e)
+        return num(annealing.weight) * e / (1 + e), max(num(annealing.floor), num(annealing.weight) / (1 + e))
     if isinstance(annealing, Linear):
         done = min(num(1), t / num(annealing.t0))
-        return num(annealing.weight) * done, num(annealing.weight) * (1 - done)
+        return num(annealing.weight) * done, max(num(annealing.floor), num(annealing.weight) * (1 - done))
     return num(annealing.task), num(annealing.recall)
 
 

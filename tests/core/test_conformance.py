@@ -22,7 +22,15 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recadam_core import Coefficients, Hyperparameters, RecAdamError, Sigmoid, get_backend
+from recadam_core import (
+    Coefficients,
+    Hyperparameters,
+    Linear,
+    RecAdamError,
+    Sigmoid,
+    coefficients,
+    get_backend,
+)
 from recadam_core.backends import Specification
 from recadam_core.conformance import Case, oracle, walk
 from recadam_core.conformance.cases import ARRAYS, DENORMALS, EXACT, FAST
@@ -180,6 +188,16 @@ def test_the_oracle_on_a_step_that_was_done_by_hand():
     # 2 + 0.1 * 2 * 0.5 * (1 - 2) - 0.1 * 0.5 * 3/3 - 0.1 * 0.5 * 2
     assert float(got.theta[0]) == pytest.approx(1.75, abs=1e-16)
     assert float(got.m[0]) == pytest.approx(0.3, abs=1e-15)
+
+
+@pytest.mark.parametrize("annealing", [Sigmoid(k=1.0, t0=5, floor=0.25), Linear(t0=10, floor=0.25)])
+def test_the_oracle_knows_the_floor_of_an_annealing(annealing):
+    hp = Hyperparameters(lr=0.5, gamma=1.0, annealing=annealing, bias_correction=False)
+    c = exact_coefficients(1000, hp, 0.5)
+    assert (float(c.pull), float(c.step)) == (0.125, 0.5)
+    for t in (1, 6, 9, 1000):
+        theirs = coefficients(t, hp)
+        assert float(exact_coefficients(t, hp, 0.5).pull) == pytest.approx(theirs.pull, rel=1e-15)
 
 
 @given(t=st.integers(1, 10**6), k=st.floats(1e-3, 1.0), beta=st.sampled_from([0.9, 0.999, 0.99999]))
