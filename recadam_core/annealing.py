@@ -255,15 +255,17 @@ def annealed_weights(annealing: Annealing, t: Any, xp: Any = None) -> tuple[Any,
         >>> annealed_weights(Sigmoid(k=0.1, t0=250), 528)[1]
         0.0
     """
-    found = annealing.weights(t, xp)
+    weights = annealing.weights(t, xp)
     place = type(annealing).__name__ + (f", step {shown(t)}" if xp is None else "")
-    if not isinstance(found, (tuple, list)) or len(found) != 2:
-        raise RecAdamError(f"{place}: weights gives {shown(found)}; have it give two numbers, (task, recall)")
+    if not isinstance(weights, (tuple, list)) or len(weights) != 2:
+        raise RecAdamError(
+            f"{place}: weights gives {shown(weights)}; have it give two numbers, (task, recall)"
+        )
     task, recall = (
         weight
         if xp is not None and hasattr(weight, "dtype")
         else check_number(place, f"the {what} weight", weight, low=0.0)
-        for what, weight in zip(("task", "recall"), found, strict=True)
+        for what, weight in zip(("task", "recall"), weights, strict=True)
     )
     where = xp.where if hasattr(recall, "dtype") else host.where
     return task, where(recall < RECALL_FLOOR, 0.0 * recall, recall)
@@ -342,14 +344,14 @@ def release_step(annealing: Annealing) -> int | None:
         (528, 100, None)
     """
     if type(annealing) not in ANNEALINGS.values():
-        own = getattr(annealing, "release_step", None)
-        found = None if own is None else own()
-        if found is not None and (isinstance(found, bool) or not isinstance(found, int) or found < 1):
+        says = getattr(annealing, "release_step", None)
+        step = None if says is None else says()
+        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 1):
             raise RecAdamError(
-                f"{type(annealing).__name__}: release_step gives {shown(found)}; have it give a step from 1, "
+                f"{type(annealing).__name__}: release_step gives {shown(step)}; have it give a step from 1, "
                 "or None"
             )
-        return found
+        return step
 
     def released(t: int) -> bool:
         return bool(annealing.weights(float(t))[1] < RECALL_FLOOR)  # an array may hold no such int

@@ -81,9 +81,9 @@ def fault(array: Any, xp: Any = None) -> str:
         >>> fault(1.0), fault(np.ones(1), np)
         ('is float; give an array', '')
     """
-    own, wrong = kind_of(array)
-    if not wrong and xp is not None and own is not xp and library(own) != library(xp):
-        return f"is of {library(own)} beside arrays of {library(xp)}; give all of one library"
+    namespace, wrong = kind_of(array)
+    if not wrong and xp is not None and namespace is not xp and library(namespace) != library(xp):
+        return f"is of {library(namespace)} beside arrays of {library(xp)}; give all of one library"
     return wrong
 
 

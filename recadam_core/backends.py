@@ -293,7 +293,7 @@ def backend_for(array: Array) -> Backend:
         return known
     if wrong := not_plain(array):
         raise RecAdamError(f"no backend serves this: it {wrong}")
-    found: Backend = Specification(kind_of(array)[0])
+    chosen: Backend = Specification(kind_of(array)[0])
     for name in _announced():
         # An array of a library exists only where that library is loaded.
         if name not in sys.modules:
@@ -304,7 +304,7 @@ def backend_for(array: Array) -> Backend:
             warnings.warn(str(error), stacklevel=2)
             continue
         if backend.owns(array):
-            found = backend
+            chosen = backend
             break
-    _serving[type(array)] = found
-    return found
+    _serving[type(array)] = chosen
+    return chosen

@@ -168,10 +168,10 @@ def coefficients(
         pull = pull if is_zero(pull) else where(pull > 2.0**60, 1.0 + 0.0 * shrink, shrink * pull)
     else:
         eps = eps * root
-    found = Coefficients(beta1, beta2, step, eps, pull, decay)
-    if not traced and not all(map(math.isfinite, found)):
+    c = Coefficients(beta1, beta2, step, eps, pull, decay)
+    if not traced and not all(map(math.isfinite, c)):
         raise RecAdamError(f"step {t}: lr = {lr:g} gives coefficients beyond the range of numbers; lower it")
-    return found
+    return c
 
 
 def coefficients_of(t: Any, hp: Hyperparameters, anchored: bool, dtype: str) -> Coefficients:

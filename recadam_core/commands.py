@@ -64,8 +64,8 @@ def schedule(
     """Print λ(t) and the pull, and warn when training is frozen, the pull inactive or lr * gamma unstable."""
     from .advice import schedule_advice
 
-    given = {"k": k, "t0": t0}
-    curve = annealing_from_dict({"name": annealing, **{n: v for n, v in given.items() if v is not None}})
+    middle = {"k": k, "t0": t0}
+    curve = annealing_from_dict({"name": annealing, **{n: v for n, v in middle.items() if v is not None}})
     hp = Hyperparameters(lr=lr, gamma=gamma, form=form, annealing=curve)
     marks = sorted({1, *(int(x) for x in np.linspace(0, steps, 11)[1:])})
     if isinstance(curve, Sigmoid):

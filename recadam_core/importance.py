@@ -74,7 +74,7 @@ def check_weighable(form: str) -> None:
         raise RecAdamError(f"importance needs form='decoupled', not {form!r}")
 
 
-def check_importance(name: str, given: Any, shape: Any) -> None:
+def check_importance(name: str, importance: Any, shape: Any) -> None:
     """Raise unless an importance fits its parameter.
 
     Example:
@@ -84,14 +84,14 @@ def check_importance(name: str, given: Any, shape: Any) -> None:
         recadam_core.errors.RecAdamError: importance of 'w' leaves [0, 1]; scale it, and set the strength by
         gamma
     """
-    what = fault(given).partition(";")[0]
-    if not what and tuple(given.shape) != tuple(shape):
-        what = f"has shape {tuple(given.shape)}"
+    what = fault(importance).partition(";")[0]
+    if not what and tuple(importance.shape) != tuple(shape):
+        what = f"has shape {tuple(importance.shape)}"
     if what:
         raise RecAdamError(f"importance of {name!r} {what}; give a floating array of shape {tuple(shape)}")
     try:
-        fits = getattr(given, "is_meta", False) or bool(
-            array_namespace(given).all((given >= 0) & (given <= 1))
+        fits = getattr(importance, "is_meta", False) or bool(
+            array_namespace(importance).all((importance >= 0) & (importance <= 1))
         )
     except TypeError:
         fits = True  # traced: there is no value to look at

@@ -161,13 +161,13 @@ class RecAdam:
         for name in importance:
             if name not in params:
                 raise RecAdamError(f"importance: {name!r} matches no parameter; rename it or leave it out")
-        found = {}
+        weights = {}
         for name in anchors:
             check_importance(name, importance.get(name), params[name].shape)
             if wrong := fault(importance[name], xp):
                 raise RecAdamError(f"importance of {name!r} {wrong}")
-            found[name] = importance[name]
-        return found
+            weights[name] = importance[name]
+        return weights
 
     def step(
         self, params: Mapping[str, Array], grads: Mapping[str, Array], state: State, lr: float | None = None
@@ -211,8 +211,8 @@ class RecAdam:
             # One that writes in place looks at all groups before it writes into the first.
             together = getattr(backend, "step_groups", None)
             # Without importances as backends are called that know of none.
-            given = (group[1:] if group.importances else group[1:-1] for group in groups)
-            stepped = together(groups) if together else [backend.step(*arguments) for arguments in given]
+            columns = (group[1:] if group.importances else group[1:-1] for group in groups)
+            stepped = together(groups) if together else [backend.step(*arguments) for arguments in columns]
             for group, (thetas, moments) in zip(groups, stepped, strict=True):
                 new_params.update(zip(group.names, thetas, strict=True))
                 new_moments.update(zip(group.names, moments, strict=True))
@@ -225,8 +225,8 @@ class RecAdam:
         """The number of the step, if all that it takes fits together."""
         if not isinstance(state, State):
             raise RecAdamError(f"state: {type(state).__name__}; give what init or the step before returned")
-        held = ((f"{what} in the state", getattr(state, what)) for what in State._fields[1:])
-        for what, arrays in (("parameters", params), ("gradients", grads), *held):
+        moments = ((f"{what} in the state", getattr(state, what)) for what in State._fields[1:])
+        for what, arrays in (("parameters", params), ("gradients", grads), *moments):
             check_named(what, arrays)
         if state.importance:
             check_weighable(self.hp.form)
@@ -251,9 +251,9 @@ class RecAdam:
             arrays += [("moments of", pair.v), ("anchor of", star), ("importance of", weight)]
             shape = None
             for what, x in arrays[: 6 if weight is not None else 5 if star is not None else 4]:
-                own, wrong = kind_of(x)
-                xp = xp or own
-                if (wrong or own is not xp) and (wrong := fault(x, xp)):
+                namespace, wrong = kind_of(x)
+                xp = xp or namespace
+                if (wrong or namespace is not xp) and (wrong := fault(x, xp)):
                     raise RecAdamError(f"{what} {name!r} {wrong}")
                 shape = tuple(x.shape) if shape is None else shape
                 if tuple(x.shape) == shape:

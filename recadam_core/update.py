@@ -152,10 +152,10 @@ def update(
     """
     if not isinstance(state, Moments):
         raise RecAdamError(f"update: state is {type(state).__name__}; give Moments(m, v)")
-    given = [("theta", theta), ("grad", grad), ("m", state.m), ("v", state.v)]
-    given += [(what, x) for what, x in (("anchor", anchor), ("importance", importance)) if x is not None]
-    xp = check_arrays((f"update: {what}", x) for what, x in given)
-    for what, array in given:
+    arrays = [("theta", theta), ("grad", grad), ("m", state.m), ("v", state.v)]
+    arrays += [(what, x) for what, x in (("anchor", anchor), ("importance", importance)) if x is not None]
+    xp = check_arrays((f"update: {what}", x) for what, x in arrays)
+    for what, array in arrays:
         if array.shape != theta.shape:
             raise RecAdamError(
                 f"update: {what} has shape {array.shape}, theta {theta.shape}; give equal shapes"
@@ -167,8 +167,8 @@ def update(
 
     def scalar(where: str, name: str, x: Any) -> Any:
         # A library's own scalar may be traced. NumPy's never is, and rounding it would change 1 - beta.
-        own = kind_of(x)[0] is xp and not isinstance(x, np.generic | np.ndarray) and x.shape == ()
-        return cast(x) if own else check_number(where, name, x)
+        is_scalar = kind_of(x)[0] is xp and not isinstance(x, np.generic | np.ndarray) and x.shape == ()
+        return cast(x) if is_scalar else check_number(where, name, x)
 
     beta1, beta2, step, eps, pull, decay = scalars("update", c, scalar)
     if anchor is None and not is_zero(pull):

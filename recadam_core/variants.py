@@ -142,10 +142,10 @@ class Capabilities:
             >>> Capabilities().variant("functional").name
             'functional'
         """
-        found = {variant.name: variant for variant in self.variants}
-        if name not in found:
-            raise unknown("variant", name, found)
-        return found[name]
+        by_name = {variant.name: variant for variant in self.variants}
+        if name not in by_name:
+            raise unknown("variant", name, by_name)
+        return by_name[name]
 
 
 def installed(module: str) -> bool:

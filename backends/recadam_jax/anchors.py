@@ -82,13 +82,13 @@ def load_anchor(
         raise RecAdamError(f"anchors: {file}: transpose is for .safetensors files; leave it out")
     wanted = {x: leaf for x, leaf in ours.each() if not _below(x, heads)}
     try:
-        found = (_orbax if file.is_dir() else _safetensors)(file, wanted, name, transpose)
+        anchors = (_orbax if file.is_dir() else _safetensors)(file, wanted, name, transpose)
     except (RecAdamError, KeyboardInterrupt):
         raise
     except Exception as error:  # whatever a reader raises on a damaged file
         told = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RecAdamError(f"anchors: {file}: cannot be read ({told}); fetch it again") from error
-    return ours.unflatten([found.get(x) for x in ours.paths])
+    return ours.unflatten([anchors.get(x) for x in ours.paths])
 
 
 def release(state: Any, annealing: Annealing) -> Any:
@@ -140,10 +140,10 @@ def release(state: Any, annealing: Annealing) -> Any:
                 )
         return part._replace(anchor=jax.tree.map(lambda _: Released(), part.anchor), importance=None)
 
-    found = jax.tree.map(without, state, is_leaf=lambda x: isinstance(x, RecAdamState))
+    released = jax.tree.map(without, state, is_leaf=lambda x: isinstance(x, RecAdamState))
     if not seen:
         raise RecAdamError("release: this state has no part of recadam; give the optimizer's state")
-    return found
+    return released
 
 
 def _below(path: str, roots: Any) -> bool:
@@ -175,7 +175,7 @@ def _match(
 
 
 def _safetensors(path: Path, wanted: dict[str, Any], name: Any, transpose: Any) -> dict[str, Any]:
-    files, found = _files(path), {}
+    files, anchors = _files(path), {}
     pieces = {x: file.get_slice(x) for x, file in files.items()}
     shapes = {x: tuple(piece.get_shape()) for x, piece in pieces.items()}
     for ours, leaf in wanted.items():
@@ -185,10 +185,10 @@ def _safetensors(path: Path, wanted: dict[str, Any], name: Any, transpose: Any) 
         shape, sharding = tuple(np.shape(leaf)), place(leaf)
         if sharding is None or 0 in shape or not shape:
             whole = files[theirs].get_tensor(theirs)
-            found[ours] = whole.T if turned else whole
+            anchors[ours] = whole.T if turned else whole
         else:
-            found[ours] = jax.make_array_from_callback(shape, sharding, _reader(pieces[theirs], turned))
-    return found
+            anchors[ours] = jax.make_array_from_callback(shape, sharding, _reader(pieces[theirs], turned))
+    return anchors
 
 
 def _reader(piece: Any, turned: bool) -> Callable[[Any], Any]:
@@ -244,15 +244,15 @@ def _orbax(path: Path, wanted: dict[str, Any], name: Any, _: Any) -> dict[str, A
         metadata = checkpointer.metadata(path).item_metadata
         if metadata is None:
             raise RecAdamError(f"anchors: {path}: no checkpoint of orbax; give the folder of one step's item")
-        keys, held = _names(metadata.tree), jax.tree.leaves(metadata.tree)
-        shapes = {x: tuple(leaf.shape) for x, leaf in zip(keys, held, strict=True)}
+        keys, stored = _names(metadata.tree), jax.tree.leaves(metadata.tree)
+        shapes = {x: tuple(leaf.shape) for x, leaf in zip(keys, stored, strict=True)}
         sources, places = {}, {}
         for ours, leaf in wanted.items():
             sources[ours] = theirs = _match(path, ours, leaf, [ours if name is None else name(ours)], shapes)
             places[theirs] = place(leaf)
         whole = ocp.RestoreArgs(restore_type=np.ndarray)
         arguments = [ocp.ArrayRestoreArgs(sharding=places[x]) if places.get(x) else whole for x in keys]
-        items = [x if key in places else ... for key, x in zip(keys, held, strict=True)]
+        items = [x if key in places else ... for key, x in zip(keys, stored, strict=True)]
         tree: Any = jax.tree.structure(metadata.tree)
         asked = ocp.args.PyTreeRestore(tree.unflatten(items), tree.unflatten(arguments), partial_restore=True)
         restored = checkpointer.restore(path, args=asked)
@@ -262,6 +262,6 @@ def _orbax(path: Path, wanted: dict[str, Any], name: Any, _: Any) -> dict[str, A
 
 def _names(tree: Any) -> list[str]:
     """Paths in a checkpoint, in which the variables of flax.nnx are dicts of one value."""
-    found = paths(tree)
-    wrapped = all(x.endswith("/value") for x in found)
-    return [x.removesuffix("/value") for x in found] if wrapped else found
+    names = paths(tree)
+    wrapped = all(x.endswith("/value") for x in names)
+    return [x.removesuffix("/value") for x in names] if wrapped else names

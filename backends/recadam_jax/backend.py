@@ -76,16 +76,16 @@ class _OptaxStepper:
         self.state: Any = from_hyperparameters(hp, anchor=stars, importance=weights).init(params)
 
         @jax.jit
-        def train(params: Any, grads: Any, state: Any, lr: Any, given: Any) -> Any:
+        def train(params: Any, grads: Any, state: Any, lr: Any, on_host: Any) -> Any:
             tx = from_hyperparameters(hp, lr)
-            updates, state = tx.update(grads, state, params, coefficients=given)
+            updates, state = tx.update(grads, state, params, coefficients=on_host)
             return optax.apply_updates(params, updates), state
 
         self.train = train
 
     def __call__(self, grads: dict[str, jax.Array], lr: float) -> dict[str, jax.Array]:
-        given = host_coefficients(int(self.state.count) + 1, self.hp, lr) if self.host else None
-        self.params, self.state = self.train(self.params, grads, self.state, lr, given)
+        on_host = host_coefficients(int(self.state.count) + 1, self.hp, lr) if self.host else None
+        self.params, self.state = self.train(self.params, grads, self.state, lr, on_host)
         return self.params
 
     def moments(self) -> dict[str, Moments]:
@@ -178,9 +178,9 @@ class JaxBackend(Specification):
     def from_numpy(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> jax.Array:
         """A copy on the default device; refuses float64 while JAX would silently make it float32."""
         dtype = dtype or array.dtype.name
-        held = jax.dtypes.canonicalize_dtype(dtype).name
-        if held != dtype:
-            raise RecAdamError(f"JAX would make {dtype} into {held}; set JAX_ENABLE_X64=1")
+        canonical = jax.dtypes.canonicalize_dtype(dtype).name
+        if canonical != dtype:
+            raise RecAdamError(f"JAX would make {dtype} into {canonical}; set JAX_ENABLE_X64=1")
         return jnp.array(array, dtype=dtype)
 
     def precision(self, dtype: str) -> contextlib.AbstractContextManager[Any]:

@@ -90,30 +90,30 @@ class Schedule:
 
     def weights(self, t: Any, xp: Any = None) -> tuple[Any, Any]:
         """Both weights of a step, as `Annealing` has them."""
-        found = self.function
-        if callable(found):
-            found = found((t - 1).astype(jnp.int32) if xp else int(t) - 1)
-        if isinstance(found, (tuple, list)):
-            return cast(tuple[Any, Any], found)
-        if not (isinstance(found, (int, float)) or hasattr(found, "dtype")):
-            return found, found  # which is then refused
-        recall = 1 - found
+        task = self.function
+        if callable(task):
+            task = task((t - 1).astype(jnp.int32) if xp else int(t) - 1)
+        if isinstance(task, (tuple, list)):
+            return cast(tuple[Any, Any], task)
+        if not (isinstance(task, (int, float)) or hasattr(task, "dtype")):
+            return task, task  # which is then refused
+        recall = 1 - task
         # A schedule in float32 may end a rounding above 1.
         where = (xp or jnp).where if hasattr(recall, "dtype") else lambda rounded, x, y: x if rounded else y
-        return found, where((recall < 0) & (recall > -(2.0**-20)), 0.0 * recall, recall)
+        return task, where((recall < 0) & (recall > -(2.0**-20)), 0.0 * recall, recall)
 
 
-def annealing_of(given: Any) -> Annealing:
+def annealing_of(annealing: Any) -> Annealing:
     """The annealing that an argument stands for."""
-    if given is None:
+    if annealing is None:
         return Sigmoid()
-    if hasattr(given, "weights") or isinstance(given, type):
-        return cast(Annealing, given)
-    if callable(given):
-        return Schedule(given)
-    if not (isinstance(given, Real) or hasattr(given, "dtype")):
-        return cast(Annealing, given)  # which is then refused
-    task = check_number("recadam", "annealing", given, low=0.0, high=1.0)
+    if hasattr(annealing, "weights") or isinstance(annealing, type):
+        return cast(Annealing, annealing)
+    if callable(annealing):
+        return Schedule(annealing)
+    if not (isinstance(annealing, Real) or hasattr(annealing, "dtype")):
+        return cast(Annealing, annealing)  # which is then refused
+    task = check_number("recadam", "annealing", annealing, low=0.0, high=1.0)
     return Schedule(task) if is_traced(task) else Constant(task, 1 - task)
 
 
@@ -129,13 +129,13 @@ def taken(name: str, count: Any) -> jax.Array:
     """The steps taken, whatever kind of integer a restored state has them in."""
     try:
         fits = jnp.issubdtype(jnp.result_type(count), jnp.integer) and jnp.shape(count) == ()
-        found = jnp.asarray(count, jnp.int32) if fits else None
+        steps = jnp.asarray(count, jnp.int32) if fits else None
     except (TypeError, ValueError, OverflowError):
-        found = None
+        steps = None
     # Its own value: while something else is traced, a comparison would be traced, too.
-    if found is None or (not is_traced(count) and int(count) < 0):
+    if steps is None or (not is_traced(count) and int(count) < 0):
         raise RecAdamError(f"{name}: the state's count is {shown(count)}; give what init returned")
-    return found
+    return steps
 
 
 def _rate(name: str, learning_rate: Any, count: Any) -> Any:
@@ -149,24 +149,24 @@ def _rate(name: str, learning_rate: Any, count: Any) -> Any:
 
 
 def of_step(
-    name: str, hp: Hyperparameters, learning_rate: Any, count: jax.Array, given: HostCoefficients | None
+    name: str, hp: Hyperparameters, learning_rate: Any, count: jax.Array, on_host: HostCoefficients | None
 ) -> dict[bool, Coefficients]:
     """A step's coefficients by whether a parameter is anchored: the host's, or traced."""
-    if given is None:
+    if on_host is None:
         t = optax.safe_increment(count).astype(jax.dtypes.canonicalize_dtype(jnp.float64))
         lr = _rate(name, learning_rate, count)
         by_anchored = {a: coefficients(t, hp, lr, a, xp=jnp) for a in (True, False)}
         for c in by_anchored.values():
             _check(name, t, c, hp.form)
         return by_anchored
-    if not isinstance(given, HostCoefficients) or any(
-        not isinstance(row, (tuple, list)) or len(row) != 4 for row in given
+    if not isinstance(on_host, HostCoefficients) or any(
+        not isinstance(row, (tuple, list)) or len(row) != 4 for row in on_host
     ):
         raise RecAdamError(
-            f"recadam: coefficients are {shown(given)}; give those of host_coefficients(t, hp)"
+            f"recadam: coefficients are {shown(on_host)}; give those of host_coefficients(t, hp)"
         )
     by_anchored = {}
-    for anchored, (step, eps, pull, decay) in ((True, given.anchored), (False, given.new)):
+    for anchored, (step, eps, pull, decay) in ((True, on_host.anchored), (False, on_host.new)):
         pull = 0.0 if not anchored or is_zero(hp.gamma) else pull
         decay = 0.0 if is_zero(hp.weight_decay) else decay
         by_anchored[anchored] = Coefficients(*hp.betas, step, eps, pull, decay)
@@ -195,7 +195,7 @@ def check_strength(name: str, hp: Hyperparameters, learning_rate: Any) -> None:
 
     A schedule is asked at up to 200 steps, evenly over the annealing and thinner after it.
     """
-    found = []
+    strengths = []
     try:
         last = min(release_step(hp.annealing) or 10_000, 2**31 - 2)
         steps = sorted({*map(int, np.linspace(1, last, 100)), *map(int, np.geomspace(1, last, 100))})
@@ -205,9 +205,9 @@ def check_strength(name: str, hp: Hyperparameters, learning_rate: Any) -> None:
                 rate = _rate(where, learning_rate, jnp.asarray(t - 1))
                 rate = float(check_number(where, "the learning rate", rate, low=0.0))
                 recall = float(annealed_weights(hp.annealing, t)[1])
-                found.append((rate * float(hp.gamma) * recall, rate * float(hp.weight_decay), where))
+                strengths.append((rate * float(hp.gamma) * recall, rate * float(hp.weight_decay), where))
     except jax.errors.JAXTypeError:
         return  # traced settings
     for size in (lambda x: x[0], lambda x: x[1], lambda x: x[0] + x[1]):
-        pull, decay, where = max(found, key=size)
+        pull, decay, where = max(strengths, key=size)
         check_stable(pull, decay, hp.form, where)

@@ -54,16 +54,16 @@ def importance_of(loss: Callable[[Any, Any], Any], params: Any, batches: Iterabl
         if wrong:
             raise RecAdamError(f"importance: {name!r} {wrong}; give the floating arrays alone")
 
-    def scalar(held: Any, batch: Any) -> Any:
-        told = loss(held, batch)
+    def scalar(params_: Any, batch: Any) -> Any:
+        told = loss(params_, batch)
         if getattr(told, "shape", None) != ():
             what = f"has shape {told.shape}" if hasattr(told, "shape") else f"is a {type(told).__name__}"
             raise RecAdamError(f"importance: the loss {what}; give a scalar")
         return told
 
     @partial(jax.jit, donate_argnums=0)
-    def add(sums: list[Any], held: Any, batch: Any) -> Any:
-        told, grads = jax.value_and_grad(scalar)(held, batch)
+    def add(sums: list[Any], params_: Any, batch: Any) -> Any:
+        told, grads = jax.value_and_grad(scalar)(params_, batch)
         found = jax.tree.leaves(grads)
         finite = jnp.stack([jnp.isfinite(g).all() for g in found])
         return [x + jnp.square(g.astype(x.dtype)) for x, g in zip(sums, found, strict=True)], told, finite

@@ -17,7 +17,7 @@ from recadam_core.importance import check_importance
 from .placement import as_array, is_traced, placed, portable, zeros_like
 from .trees import Parameters, check_leaf, is_wide
 
-__all__ = ["Kept", "RecAdamState", "Released"]
+__all__ = ["Anchoring", "RecAdamState", "Released"]
 
 
 class Released(NamedTuple):
@@ -46,7 +46,7 @@ class RecAdamState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Kept:
+class Anchoring:
     """What the state holds, and how: arguments of `recadam`."""
 
     anchor: Any = None
@@ -95,8 +95,8 @@ class Kept:
             return []
         stars = ours.leaves if self.anchor is None else ours.beside(self.anchor, "anchor", spread=False)
         return [
-            self._anchor(path, p, star) if kept and star is not None else None
-            for path, p, star, kept in ours.each(stars, self._mask(ours))
+            self._anchor(path, p, star) if keeps and star is not None else None
+            for path, p, star, keeps in ours.each(stars, self._mask(ours))
         ]
 
     def _mask(self, ours: Parameters) -> list[Any]:
@@ -107,9 +107,9 @@ class Kept:
             if mask is None:
                 raise RecAdamError("anchor_mask: the function gives None; have it give a tree of bools")
         keep = ours.beside(mask, "anchor_mask", spread=True)
-        for path, _, kept in ours.each(keep):
-            if not isinstance(kept, (bool, np.bool_)):
-                what = f"of shape {jnp.shape(kept)}" if hasattr(kept, "shape") else repr(kept)
+        for path, _, keeps in ours.each(keep):
+            if not isinstance(keeps, (bool, np.bool_)):
+                what = f"of shape {jnp.shape(keeps)}" if hasattr(keeps, "shape") else repr(keeps)
                 raise RecAdamError(
                     f"anchor_mask {path!r} is {what}; give True or False, and name anchor_mask in "
                     "static_args of inject_hyperparams"
@@ -144,10 +144,10 @@ class Kept:
         """The importance of each anchor, checked and copied; None when there are none."""
         if self.importance is None or not ours.leaves:
             return None if self.importance is None else []
-        given = ours.beside(self.importance, "importance", spread=False)
+        importances = ours.beside(self.importance, "importance", spread=False)
         return [
             None if star is None else self._importance(path, p, x)
-            for path, p, star, x in ours.each(stars, given)
+            for path, p, star, x in ours.each(stars, importances)
         ]
 
     def _importance(self, path: str, p: Any, x: Any) -> Any:

@@ -25,7 +25,7 @@ from .coefficients import (
     taken,
 )
 from .placement import as_array, fetched, is_traced, typed
-from .state import Kept, RecAdamState, Released
+from .state import Anchoring, RecAdamState, Released
 from .trees import Parameters
 
 __all__ = [
@@ -84,7 +84,7 @@ def recadam(
         form: "decoupled", "released" or "proximal".
         importance: how much each weight matters to the old task: arrays in [0, 1] by which the pulls are
             multiplied, a tree like the parameters with an array wherever there is an anchor, as
-            `importance_of` gives it. Kept where the anchors are; for the form "decoupled". None for 1.
+            `importance_of` gives it. Anchoring where the anchors are; for the form "decoupled". None for 1.
 
     Returns:
         A transformation whose update needs the parameters. The updates are the whole step, to be
@@ -113,8 +113,8 @@ def recadam(
     lr: Any = 0.0 if scheduled else learning_rate
     curve, corrected = annealing_of(annealing), _static("recadam", bias_correction)
     hp = Hyperparameters(lr, (b1, b2), eps, weight_decay, gamma, curve, corrected, form)
-    kept = Kept(anchor, anchor_mask, anchor_dtype, anchor_memory, importance, mu_dtype)
-    return _transformation("recadam", hp, learning_rate if scheduled else hp.lr, kept)
+    anchoring = Anchoring(anchor, anchor_mask, anchor_dtype, anchor_memory, importance, mu_dtype)
+    return _transformation("recadam", hp, learning_rate if scheduled else hp.lr, anchoring)
 
 
 def scale_by_recadam(
@@ -172,19 +172,19 @@ def scale_by_recadam(
     """
     curve, corrected = annealing_of(annealing), _static("scale_by_recadam", bias_correction)
     hp = Hyperparameters(1.0, (b1, b2), eps, 0.0, gamma, curve, corrected)
-    kept = Kept(anchor, anchor_mask, anchor_dtype, anchor_memory, importance, mu_dtype)
-    return _transformation("scale_by_recadam", hp, None, kept)
+    anchoring = Anchoring(anchor, anchor_mask, anchor_dtype, anchor_memory, importance, mu_dtype)
+    return _transformation("scale_by_recadam", hp, None, anchoring)
 
 
 def from_hyperparameters(
-    hp: Hyperparameters, learning_rate: Any = None, **kept: Any
+    hp: Hyperparameters, learning_rate: Any = None, **anchoring: Any
 ) -> optax.GradientTransformationExtraArgs:
     """`recadam` with the settings that the other backends take.
 
     Args:
         hp: the settings.
         learning_rate: a number or a schedule in place of hp's.
-        **kept: `anchor`, `anchor_mask`, `anchor_dtype`, `anchor_memory`, `mu_dtype` and `importance` of
+        **anchoring: `anchor`, `anchor_mask`, `anchor_dtype`, `anchor_memory`, `mu_dtype` and `importance` of
             `recadam`.
 
     Returns:
@@ -200,12 +200,12 @@ def from_hyperparameters(
     """
     if not isinstance(hp, Hyperparameters):
         raise RecAdamError(f"from_hyperparameters: hp is {shown(hp)}; give Hyperparameters")
-    for given in kept:
-        if given not in Kept.__dataclass_fields__:
-            raise unknown("argument of from_hyperparameters:", given, Kept.__dataclass_fields__)
+    for name in anchoring:
+        if name not in Anchoring.__dataclass_fields__:
+            raise unknown("argument of from_hyperparameters:", name, Anchoring.__dataclass_fields__)
     rate = hp.lr if learning_rate is None else learning_rate
     hp = hp.replace(lr=0.0 if callable(rate) else rate)
-    return _transformation("recadam", hp, rate if callable(rate) else hp.lr, Kept(**kept))
+    return _transformation("recadam", hp, rate if callable(rate) else hp.lr, Anchoring(**anchoring))
 
 
 def _static(where: str, bias_correction: Any) -> Any:
@@ -231,14 +231,14 @@ def _beside(what: str, path: str, x: Any, p: Any) -> Any:
 
 
 def _transformation(
-    name: str, hp: Hyperparameters, learning_rate: Any, kept: Kept
+    name: str, hp: Hyperparameters, learning_rate: Any, anchoring: Anchoring
 ) -> optax.GradientTransformationExtraArgs:
     """The step; without a learning rate, the direction that is to be multiplied by one and subtracted."""
-    if kept.importance is not None:
+    if anchoring.importance is not None:
         check_weighable(hp.form)
 
     def init(params: Any) -> RecAdamState:
-        state = kept.init(params)
+        state = anchoring.init(params)
         if learning_rate is not None and jax.tree.leaves(state.anchor):
             check_strength(name, hp, learning_rate)
         return state

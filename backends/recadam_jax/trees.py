@@ -17,11 +17,11 @@ __all__ = ["Parameters", "check_leaf", "is_wide", "paths", "unfit"]
 
 def paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
     """The key path of each leaf, as `encoder/layer_3/kernel`."""
-    found = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)]
+    keys = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)]
     wrapped = jax.tree_util.GetAttrKey("value")
-    if all(path and path[-1] == wrapped for path in found):  # as each variable of flax.nnx holds its array
-        found = [path[:-1] for path in found]
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path in found]
+    if all(path and path[-1] == wrapped for path in keys):  # as each variable of flax.nnx holds its array
+        keys = [path[:-1] for path in keys]
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path in keys]
 
 
 class Parameters:

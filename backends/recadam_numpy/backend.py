@@ -98,13 +98,13 @@ class NumpyBackend(Specification):
         elif runs:
             names = [name for _, columns in runs for name in columns[0]]
             # Whole columns, or none: of parameters that are pulled alike all have what one has.
-            given = [[None if xs[0] is None else xs for xs in columns] for _, (_, *columns) in runs]
-            tables, held = zip(*(self._one_pass.table_of(*columns) for columns in given), strict=True)
+            columns_of = [[None if xs[0] is None else xs for xs in columns] for _, (_, *columns) in runs]
+            tables, arrays = zip(*(self._one_pass.table_of(*columns) for columns in columns_of), strict=True)
             if self._in_place:
                 self._one_pass.check_apart(tables, names, "NumpyBackend")
-            for (c, _), table, (*_, stars, weights) in zip(runs, tables, given, strict=True):
+            for (c, _), table, (*_, stars, weights) in zip(runs, tables, columns_of, strict=True):
                 table.run(c, stars is not None, weighs=weights is not None)
-            del held  # not earlier: the tables hold addresses only
+            del arrays  # not earlier: the tables hold addresses only
         return [
             (
                 [_as_was(old, x) for old, (x, *_) in zip(group.params, new, strict=True)],
@@ -123,8 +123,8 @@ class NumpyBackend(Specification):
         if pulls and group.anchors is None:
             raise RecAdamError(f"NumpyBackend: pull is {group.c.pull!r} but there are no anchors; give them")
         count = len(group.params)
-        given = (group.anchors, group.importances) if pulls else (None, None)
-        stars, weights = ([None] * count if xs is None else xs for xs in given)
+        pulled = (group.anchors, group.importances) if pulls else (None, None)
+        stars, weights = ([None] * count if xs is None else xs for xs in pulled)
         if any(len(xs) != count for xs in (group.grads, group.moments, stars, weights)):
             raise RecAdamError("NumpyBackend: lists of several lengths; give as many arrays of each")
         new = []

@@ -47,7 +47,7 @@ def kernel(
 
     Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12.
     """
-    given: dict[str, Any] = {
+    every: dict[str, Any] = {
         "theta": theta,
         "m": m,
         "v": v,
@@ -55,7 +55,7 @@ def kernel(
         "anchor": anchor,
         "importance": importance,
     }
-    arrays = {what: x for what, x in given.items() if x is not None or what not in ("anchor", "importance")}
+    arrays = {what: x for what, x in every.items() if x is not None or what not in ("anchor", "importance")}
     for what, x in arrays.items():
         check_arrays([(f"kernel: {what}", x)], np)
         if x.shape != theta.shape or x.dtype != theta.dtype:

@@ -86,8 +86,8 @@ class Table:
         self._shares = np.searchsorted(starts, np.concatenate([[0], cuts, [total]])).astype(np.int64)
         self._scalars = np.zeros(8, dtype=CODES[dtypes[2]])
         self._entry = _compiled(*dtypes)
-        held = (self.addresses, self._pieces, self._shares, self._scalars)
-        places = [x.__array_interface__["data"][0] for x in held]
+        tables = (self.addresses, self._pieces, self._shares, self._scalars)
+        places = [x.__array_interface__["data"][0] for x in tables]
         words = [0, len(ends), len(starts), 0, 0, *places, len(self._shares) - 1]
         self._words = np.array(words, dtype=np.int64)
 
@@ -180,10 +180,10 @@ def one_pass(
     """
     if not len(thetas):
         return
-    table, held = table_of(thetas, grads, ms, vs, anchors, importances)
+    table, arrays = table_of(thetas, grads, ms, vs, anchors, importances)
     check_apart([table], range(len(thetas)), "one_pass")
     table.run(c, anchors is not None, weighs=importances is not None)
-    del held  # not earlier
+    del arrays  # not earlier
 
 
 def table_of(
@@ -201,10 +201,10 @@ def table_of(
     # What follows goes by addresses alone.
     dtype: Any = getattr(thetas[0], "dtype", None)
     for i, theta in enumerate(thetas):
-        given = [("theta", theta), ("grad", grads[i]), ("m", ms[i]), ("v", vs[i])]
+        every = [("theta", theta), ("grad", grads[i]), ("m", ms[i]), ("v", vs[i])]
         for what, xs in (("anchor", anchors), ("importance", importances)):
-            given += [] if xs is None else [(what, xs[i])]
-        for what, x in given:
+            every += [] if xs is None else [(what, xs[i])]
+        for what, x in every:
             if type(x) is not np.ndarray:
                 check_arrays([(f"one_pass: {what} {i}", x)], np)
             if x.shape != theta.shape or x.dtype != dtype:

@@ -196,8 +196,8 @@ class RecAdam(Optimizer):
         of_group, importance = group.pop("anchors", None), group.pop("importance", importance)
         settings = settled({**self.defaults, **group})
         group.update({name: settings[name] for name in group})
-        for what, given in (("anchors", of_group), ("an importance", param_group.get("importance"))):
-            if given is not None and not settings["anchored"]:
+        for what, value in (("anchors", of_group), ("an importance", param_group.get("importance"))):
+            if value is not None and not settings["anchored"]:
                 raise RecAdamError(f"RecAdam: a group has {what} and says 'anchored': False; leave one out")
         anchors = anchors if of_group is None else of_group
         if anchors is not None:

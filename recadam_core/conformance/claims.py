@@ -153,27 +153,27 @@ def _claims(
     backend: Backend, variant: Variant, level: str, golden: Mapping[str, tuple[str, ...]]
 ) -> list[Claim]:
     dtypes = backend.capabilities.dtypes
-    found = []
+    made = []
     if level == "exact":
         for dtype in EXACT:
             for kind, cases in (("exact", EXACT), ("denormals", DENORMALS), ("weighed", WEIGHED)):
                 claim = Claim(kind, level, dtype, tuple(case.name for case in cases[dtype]))
                 # What is never exact promises no bits; that it misses them may be shown all the same.
                 if variant.exact.promised or {kind, claim.name} & set(variant.misses):
-                    found.append(claim)
+                    made.append(claim)
     else:
         for dtype, fast in FAST.items():
             names = tuple(case.name for case in (*fast, WEIGHED[dtype][0]))
-            found.append(Claim("step", level, dtype, names))
+            made.append(Claim("step", level, dtype, names))
             if f"trajectory {dtype}" in BOUNDS:
-                found.append(Claim("trajectory", level, dtype, names))
+                made.append(Claim("trajectory", level, dtype, names))
         if variant.coefficients is not None:
             dtypes_of_them = EXACT if variant.traced else ("float64",)  # of the host
-            found += [Claim("coefficients", level, dtype, tuple(ANNEALINGS)) for dtype in dtypes_of_them]
-        found += [Claim("golden", level, dtype, paths) for dtype, paths in golden.items()]
+            made += [Claim("coefficients", level, dtype, tuple(ANNEALINGS)) for dtype in dtypes_of_them]
+        made += [Claim("golden", level, dtype, paths) for dtype, paths in golden.items()]
         usual = "float32" if "float32" in dtypes else dtypes[0]
-        found.append(Claim("manners", level, usual, tuple(MANNERS)))
-    return [claim for claim in found if claim.dtype in dtypes]
+        made.append(Claim("manners", level, usual, tuple(MANNERS)))
+    return [claim for claim in made if claim.dtype in dtypes]
 
 
 def _golden(folder: Path | None) -> dict[str, tuple[str, ...]]:
@@ -182,11 +182,11 @@ def _golden(folder: Path | None) -> dict[str, tuple[str, ...]]:
     paths = sorted(Path(folder).glob("*.npz"))
     if not paths:
         raise RecAdamError(f"{folder}: no .npz file there; give the folder of golden trajectories")
-    found: dict[str, tuple[str, ...]] = {}
+    by_dtype: dict[str, tuple[str, ...]] = {}
     for path in paths:
         dtype = load_recording(path).dtype
-        found[dtype] = (*found.get(dtype, ()), str(path))
-    return found
+        by_dtype[dtype] = (*by_dtype.get(dtype, ()), str(path))
+    return by_dtype
 
 
 def check(backend: Backend, variant: Variant, claim: Claim) -> Result:
@@ -202,7 +202,7 @@ def check(backend: Backend, variant: Variant, claim: Claim) -> Result:
     """
     began = time.perf_counter()
     known = variant.misses.get(claim.kind, "") or variant.misses.get(claim.name, "")
-    found: list[tuple[Measured, str]] = []
+    measures: list[tuple[Measured, str]] = []
     for case in claim.cases:
         try:
             measured = MEASURES[claim.kind](backend, variant, claim.dtype, case)
@@ -210,15 +210,15 @@ def check(backend: Backend, variant: Variant, claim: Claim) -> Result:
             # Whatever a stranger's code raises is a miss, and no known one.
             kind = "" if isinstance(error, RecAdamError) else f"{type(error).__name__}: "
             measured, known = Measured(math.inf, f": {kind}{error}"), ""
-        found.append((measured, case))
-        if known and not found[-1][0].worst <= _bound(claim):
+        measures.append((measured, case))
+        if known and not measures[-1][0].worst <= _bound(claim):
             break  # a known miss is shown by one case
-    worst, case = max(found, key=lambda pair: math.inf if math.isnan(pair[0].worst) else pair[0].worst)
-    count = sum(measured.count for measured, _ in found)
+    worst, case = max(measures, key=lambda pair: math.inf if math.isnan(pair[0].worst) else pair[0].worst)
+    count = sum(measured.count for measured, _ in measures)
     ulps = None
     if count:
-        largest = max(measured.ulps for measured, _ in found)
-        ulps = (largest, sum(measured.total for measured, _ in found) / count)
+        largest = max(measured.ulps for measured, _ in measures)
+        ulps = (largest, sum(measured.total for measured, _ in measures) / count)
     path = Path(case)
     chosen = f"--golden {shlex.quote(str(path.parent))} --case {path.name}" if claim.kind == "golden" else ""
     command = (

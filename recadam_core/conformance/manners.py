@@ -57,10 +57,10 @@ class _Run:
 
 def copies(backend: Backend, variant: Variant, dtype: str) -> None:
     """What `from_numpy`, `to_numpy` and `copy` return shares no memory with what they were given."""
-    given = np.arange(1.0, 5.0, dtype="float32" if dtype == "bfloat16" else dtype)
-    array = backend.from_numpy(given, dtype)
+    numbers = np.arange(1.0, 5.0, dtype="float32" if dtype == "bfloat16" else dtype)
+    array = backend.from_numpy(numbers, dtype)
     before = np.array(backend.to_numpy(array), copy=True)
-    given[:] = 0
+    numbers[:] = 0
     if not np.array_equal(backend.to_numpy(array), before):
         raise RecAdamError("from_numpy shares memory with what it was given; copy there")
     told = backend.to_numpy(array)
@@ -99,10 +99,10 @@ def arguments(backend: Backend, variant: Variant, dtype: str) -> None:
     """No step changes gradients or anchors, nor, where it is pure, parameters, moments or older results."""
     run = _Run(backend, variant, dtype)
     pure = isinstance(run.stepper, Functional)
-    held: list[tuple[str, Arrays, dict[str, NumpyArray]]] = []
+    before: list[tuple[str, Arrays, dict[str, NumpyArray]]] = []
 
     def hold(what: str, arrays: Arrays) -> None:
-        held.append((what, dict(arrays), read(backend, arrays)))
+        before.append((what, dict(arrays), read(backend, arrays)))
 
     hold("anchor", run.anchors)
     for t in range(1, STEPS + 1):
@@ -113,8 +113,8 @@ def arguments(backend: Backend, variant: Variant, dtype: str) -> None:
             hold(f"parameter of step {t},", params)
             for i, letter in enumerate("mv"):
                 hold(f"{letter} of step {t},", {n: x[i] for n, x in run.stepper.moments().items()})
-        for what, arrays, before in held:
-            check_same(before, read(backend, arrays), f"step {t} changed the {what}", "; copy before writing")
+        for what, arrays, values in before:
+            check_same(values, read(backend, arrays), f"step {t} changed the {what}", "; copy before writing")
 
 
 def names(backend: Backend, variant: Variant, dtype: str) -> None:

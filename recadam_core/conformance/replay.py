@@ -202,15 +202,15 @@ def walk(
                 lr = float(recording.lr[t - 1]) if t else 0.0
                 grads = {n: g[t - 1] for n, g in group.grads.items()} if t else {}
                 if t:
-                    given, old = place(grads, 1), params
-                    untouched = [("gradient", given)] if t <= 2 else []
+                    placed, old = place(grads, 1), params
+                    untouched = [("gradient", placed)] if t <= 2 else []
                     if untouched and isinstance(stepper, Functional):
                         untouched.append(("parameter", old))
-                    held = [read(backend, arrays) for _, arrays in untouched]
-                    params = stepper(given, lr)
-                    for (what, arrays), before in zip(untouched, held, strict=True):
+                    before = [read(backend, arrays) for _, arrays in untouched]
+                    params = stepper(placed, lr)
+                    for (what, arrays), values in zip(untouched, before, strict=True):
                         remedy = " was changed by the step; copy before writing"
-                        check_same(before, read(backend, arrays), f"step {t}: {what}", remedy)
+                        check_same(values, read(backend, arrays), f"step {t}: {what}", remedy)
                 for name, x in params.items():
                     if (x.dtype, tuple(x.shape)) != kinds[name]:
                         raise RecAdamError(

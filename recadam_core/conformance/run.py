@@ -96,13 +96,13 @@ def plan(
         for claim in claims(backend, variant, level, golden)
         if not kinds or claim.kind in kinds
     ]
-    found: dict[tuple[str, tuple[tuple[str, str], ...]], list[tuple[str, Claim]]] = {}
+    claims_of: dict[tuple[str, tuple[tuple[str, str], ...]], list[tuple[str, Claim]]] = {}
     for name, variant_name, variables, claim in ways:
         if cases:
             claim = dataclasses.replace(claim, cases=tuple(_chosen(claim, cases)))
         if claim.cases:
-            found.setdefault((name, variables), []).append((variant_name, claim))
-    jobs = [Job(*key, tuple(those)) for key, those in found.items()]
+            claims_of.setdefault((name, variables), []).append((variant_name, claim))
+    jobs = [Job(*key, tuple(those)) for key, those in claims_of.items()]
     for case in cases:
         if not any(
             case in (given, Path(given).name) for job in jobs for _, c in job.claims for given in c.cases
@@ -128,8 +128,8 @@ def _chosen(claim: Claim, cases: Sequence[str]) -> Iterator[str]:
         elif "/" in case:
             parsed = Case.named(case)
             # Denormal numbers and importances are claims of their own.
-            own = {"denormal": "denormals", "weighed": "weighed"}.get(parsed.arrays, "exact")
-            fits = claim.kind in (own, "step", "trajectory")
+            kind = {"denormal": "denormals", "weighed": "weighed"}.get(parsed.arrays, "exact")
+            fits = claim.kind in (kind, "step", "trajectory")
             # With eps 0 a zero gradient has no exact step.
             fits = fits and (claim.kind != "step" or parsed.settings != "bare")
             if fits and parsed.dtype == claim.dtype:
@@ -247,8 +247,8 @@ def _main() -> None:
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a backend prints is no result
     fields = json.loads(sys.argv[1])
-    found = ((name, Claim(**{**claim, "cases": tuple(claim["cases"])})) for name, claim in fields["claims"])
-    job = Job(fields["backend"], tuple(map(tuple, fields["environment"])), tuple(found))
+    claims = ((name, Claim(**{**claim, "cases": tuple(claim["cases"])})) for name, claim in fields["claims"])
+    job = Job(fields["backend"], tuple(map(tuple, fields["environment"])), tuple(claims))
     for result in _results(job):
         print(json.dumps(dataclasses.asdict(result)), file=results, flush=True)
 

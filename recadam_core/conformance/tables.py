@@ -103,8 +103,8 @@ def markdown(results: Iterable[Result]) -> str:
     for claim in sorted(rows, key=_order):
         any_group = next(iter(rows[claim].values()))[0]
         cases = max(result.cases for of in rows[claim].values() for group in of for result in group)
-        found = ["; ".join(_cells(rows[claim].get(backend, []))) for backend in backends]
-        lines.append([claim, str(cases), f"{any_group[0].bound:g}", *found])
+        line = ["; ".join(_cells(rows[claim].get(backend, []))) for backend in backends]
+        lines.append([claim, str(cases), f"{any_group[0].bound:g}", *line])
     return _table(["claim", "cases", "bound", *backends], lines)
 
 

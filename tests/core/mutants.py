@@ -189,7 +189,7 @@ MUTATIONS = [
     ),
     *_kernel(
         "jax", "recadam_jax.coefficients", "optax-host",
-        ("heads are anchored", "(False, given.new)", "(False, given.anchored)"),
+        ("heads are anchored", "(False, on_host.new)", "(False, on_host.anchored)"),
         ("the decay is missing", "0.0 if is_zero(hp.weight_decay) else decay", "0.0"),
         ("eps and step are swapped", "(step, eps, pull, decay) in (", "(eps, step, pull, decay) in ("),
     ),

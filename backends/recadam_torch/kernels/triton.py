@@ -161,12 +161,12 @@ def _kernel(
     anchor_at = _at(tl.load(table_at + 4 * tensors + tensor), anchor_like, aligned)
     importance_at = _at(tl.load(table_at + 5 * tensors + tensor), importance_like, aligned)
     size = tl.load(table_at + 6 * tensors + tensor)
-    own = scalars_at + stride * tensor
+    scalar_at = scalars_at + stride * tensor
     step_by = stride * tensors + (1 - stride)
-    beta1, rest1 = tl.load(own), tl.load(own + step_by)
-    beta2, rest2 = tl.load(own + 2 * step_by), tl.load(own + 3 * step_by)
-    step, eps = tl.load(own + 4 * step_by), tl.load(own + 5 * step_by)
-    pull, decay = tl.load(own + 6 * step_by), tl.load(own + 7 * step_by)
+    beta1, rest1 = tl.load(scalar_at), tl.load(scalar_at + step_by)
+    beta2, rest2 = tl.load(scalar_at + 2 * step_by), tl.load(scalar_at + 3 * step_by)
+    step, eps = tl.load(scalar_at + 4 * step_by), tl.load(scalar_at + 5 * step_by)
+    pull, decay = tl.load(scalar_at + 6 * step_by), tl.load(scalar_at + 7 * step_by)
     key = tl.load(keys_at + tensor)
     if start + chunk <= size:
         for offset in range(0, chunk, block):
