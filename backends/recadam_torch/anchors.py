@@ -41,8 +41,10 @@ class CoverageWarning(UserWarning):
     """Some parameters have no anchor, and nobody said that they are new.
 
     Example:
-        >>> issubclass(CoverageWarning, UserWarning)
-        True
+        >>> with warnings.catch_warnings(record=True, action="always") as caught:
+        ...     anchors = Anchors.of(nn.Linear(2, 1), {"weight": torch.ones(1, 2)})
+        >>> print(caught[0].category.__name__, caught[0].message)
+        CoverageWarning anchors: no anchor for bias; name them in new=[...] if they are new
     """
 
 

@@ -26,8 +26,10 @@ class Drift(NamedTuple):
     """How far a parameter is from its anchor, and what pulls it.
 
     Example:
-        >>> Drift("w", 0.5, 0.25, 0.1, 0.9, 0.1, 1e-3).distance
-        0.5
+        >>> from recadam_torch import RecAdam
+        >>> w = torch.nn.Parameter(torch.ones(1))
+        >>> RecAdam([("w", w)], anchors={"w": torch.tensor([4.0])}).drift().relative
+        0.75
     """
 
     name: str  # of the parameter; empty for all together

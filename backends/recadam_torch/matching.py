@@ -28,8 +28,8 @@ class Match(NamedTuple):
     """What was found for one parameter.
 
     Example:
-        >>> Match("head.weight", (2, 8), 16, "new").stored
-        ''
+        >>> Match("embed.weight", (3, 2), 6, "anchored", "embed.weight", rows=2).pulled
+        4
     """
 
     parameter: str
@@ -79,8 +79,9 @@ class Coverage:
         """The matches of these statuses.
 
         Example:
-            >>> Coverage((), {}, "").having("new")
-            []
+            >>> from recadam_torch import Anchors
+            >>> [m.parameter for m in Anchors.of(nn.Linear(2, 1), new=["bias"]).coverage.having("new")]
+            ['bias']
         """
         return [match for match in self.matches if match.status in statuses]
 
