@@ -81,8 +81,10 @@ def load_anchor(
     if file.is_dir() and transpose is not None:
         raise RecAdamError(f"anchors: {file}: transpose is for .safetensors files; leave it out")
     wanted = {x: leaf for x, leaf in ours.each() if not _below(x, heads)}
+    names = {x: name(x) for x in wanted} if name else {}
+    turned = {x for x in wanted if transpose and transpose(x)}
     try:
-        anchors = (_orbax if file.is_dir() else _safetensors)(file, wanted, name, transpose)
+        anchors = (_orbax if file.is_dir() else _safetensors)(file, wanted, names, turned)
     except (RecAdamError, KeyboardInterrupt):
         raise
     except Exception as error:  # whatever a reader raises on a damaged file
@@ -174,20 +176,22 @@ def _match(
     return theirs
 
 
-def _safetensors(path: Path, wanted: dict[str, Any], name: Any, transpose: Any) -> dict[str, Any]:
+def _safetensors(
+    path: Path, wanted: dict[str, Any], names: dict[str, Any], turned: set[str]
+) -> dict[str, Any]:
     files, anchors = _files(path), {}
     pieces = {x: file.get_slice(x) for x, file in files.items()}
     shapes = {x: tuple(piece.get_shape()) for x, piece in pieces.items()}
     for ours, leaf in wanted.items():
-        choices = [ours, ours.replace("/", ".")] if name is None else [name(ours)]
-        turned = transpose is not None and transpose(ours)
-        theirs = _match(path, ours, leaf, choices, shapes, turned)
+        choices = [names[ours]] if names else [ours, ours.replace("/", ".")]
+        is_turned = ours in turned
+        theirs = _match(path, ours, leaf, choices, shapes, is_turned)
         shape, sharding = tuple(np.shape(leaf)), place(leaf)
         if sharding is None or 0 in shape or not shape:
             whole = files[theirs].get_tensor(theirs)
-            anchors[ours] = whole.T if turned else whole
+            anchors[ours] = whole.T if is_turned else whole
         else:
-            anchors[ours] = jax.make_array_from_callback(shape, sharding, _reader(pieces[theirs], turned))
+            anchors[ours] = jax.make_array_from_callback(shape, sharding, _reader(pieces[theirs], is_turned))
     return anchors
 
 
@@ -235,7 +239,7 @@ def _open(path: Path) -> Any:
         raise RecAdamError(f"anchors: {path}: damaged, or not there ({error}); fetch it again") from error
 
 
-def _orbax(path: Path, wanted: dict[str, Any], name: Any, _: Any) -> dict[str, Any]:
+def _orbax(path: Path, wanted: dict[str, Any], names: dict[str, Any], _: set[str]) -> dict[str, Any]:
     try:
         import orbax.checkpoint as ocp
     except ModuleNotFoundError:
@@ -248,7 +252,7 @@ def _orbax(path: Path, wanted: dict[str, Any], name: Any, _: Any) -> dict[str, A
         shapes = {x: tuple(leaf.shape) for x, leaf in zip(keys, stored, strict=True)}
         sources, places = {}, {}
         for ours, leaf in wanted.items():
-            sources[ours] = theirs = _match(path, ours, leaf, [ours if name is None else name(ours)], shapes)
+            sources[ours] = theirs = _match(path, ours, leaf, [names.get(ours, ours)], shapes)
             places[theirs] = place(leaf)
         whole = ocp.RestoreArgs(restore_type=np.ndarray)
         arguments = [ocp.ArrayRestoreArgs(sharding=places[x]) if places.get(x) else whole for x in keys]

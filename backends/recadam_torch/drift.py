@@ -51,7 +51,7 @@ def drift_of(
     unknown = (math.nan, math.nan, math.nan)
     parts: list[Tensor] = []
     owners: list[Tensor] = []
-    weights: dict[str, tuple[float, float, float]] = {}  # of task and recall, and the rate
+    weights: list[tuple[str, float, float, float]] = []  # name, task, recall, rate
     for name, p in pairs:
         state = states[p]
         if state.get("anchor") is None:
@@ -59,21 +59,22 @@ def drift_of(
         _check_shape(name, p, state["anchor"])
         if p.is_meta:
             raise RecAdamError(f"drift: parameter {name!r} is on the meta device and has no values")
-        c, weights[name] = None, unknown
+        c, figures = None, unknown
         if p in last:
             t, (hp, lr, anchored) = int(state["step"]), last[p]
             task, recall = annealed_weights(hp.annealing, t) if anchored else (1.0, 0.0)
-            weights[name] = task, recall, lr * hp.gamma
+            figures = task, recall, lr * hp.gamma
             with contextlib.suppress(RecAdamError):  # one that diverges, as the device does not refuse
                 c = coefficients(t, hp, lr, anchored)
+        weights.append((name, *figures))
         parts += _squares(p, state, c)
         owners += [p] * 4
     if not weights:
         return Drift("", math.nan, math.nan, math.nan, *unknown)
     sums = torch.tensor([float(x) for x in summed(parts, owners)], dtype=torch.float64, device="cpu")
     rows = sums.reshape(-1, 4)
-    each = {name: _figures(name, row, *weights[name]) for name, row in zip(weights, rows, strict=True)}
-    stepped = next((some for some in weights.values() if some is not unknown), unknown)
+    each = {name: _figures(name, row, *some) for (name, *some), row in zip(weights, rows, strict=True)}
+    stepped = next((tuple(some) for _, *some in weights if some[0] == some[0]), unknown)
     total = rows.sum(0) if stepped is unknown else rows.nansum(0)
     return _figures("", total, *stepped)._replace(parameters=each)
 

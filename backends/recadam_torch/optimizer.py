@@ -26,14 +26,12 @@ from .drift import Drift, drift_of, exchanged, weights_between
 from .kernels import chosen_fused
 from .plan import Planner
 from .settings import FLAGS, FROM, SETTINGS, named, settled
-from .states import States
+from .states import Left, States
 from .stepping import Work, execute
 
 __all__ = ["RecAdam"]
 
 _KNOWN = {"params", "param_names", "anchors", "importance", *SETTINGS}
-_OF_ALL = "anchors and importance of all groups"
-"""How the constructor hands these on: the base class calls `add_param_group` for each group."""
 
 
 class RecAdam(Optimizer):
@@ -78,7 +76,7 @@ class RecAdam(Optimizer):
         save_anchors: whether checkpoints hold the anchors. Otherwise they hold a hash of each, and the
             name of the file it came from.
 
-    Every argument but `anchors` and `params` may differ from group to group.
+    Every argument but `params` may differ from group to group.
 
     Raises:
         RecAdamError: for a value outside its range, an anchor that matches no parameter or has
@@ -140,9 +138,11 @@ class RecAdam(Optimizer):
             **{name: FLAGS[name] for name in FROM},
         }
         defaults = settled(defaults)
-        self._states, self._planner = States(self), Planner()
+        # The base class calls add_param_group for each group.
+        self._left, self._planner = Left(anchors, importance), Planner()
         self._interpolates = False  # whether the weights are others for now
-        super().__init__(_with(params, {_OF_ALL: (anchors, importance)}), defaults)
+        super().__init__(params, defaults)
+        self._left.anchors = self._left.importance = None
         if anchors is not None:
             anchored = [group for group in self.param_groups if group["anchored"]]
             names = list(chain.from_iterable(group["param_names"] for group in anchored))
@@ -153,19 +153,23 @@ class RecAdam(Optimizer):
             if not isinstance(anchors, Anchors):
                 check_anchors(dict(zip(names, shapes, strict=True)), anchors)
 
+    @property
+    def _states(self) -> States:
+        return States(self._left, self.param_groups, self.state)
+
     def __getstate__(self) -> dict[str, Any]:
         """What pickles and copies hold."""
         self._states.check_files()
         state: dict[str, Any] = super().__getstate__()
-        return {**state, "copies": self._states.copies}
+        return {**state, "_own": self._left.copies}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle; loading a state, which calls this too, changes no settings of its own."""
-        copies = state.get("copies")
-        super().__setstate__({key: value for key, value in state.items() if key != "copies"})
-        if "_states" not in self.__dict__:
-            self._states, self._interpolates = States(self, copies), False
-            self._states.files |= {group.get("anchor_source", "") for group in self.param_groups}
+        super().__setstate__({key: value for key, value in state.items() if key != "_own"})
+        if "_left" not in self.__dict__:
+            files = {group.get("anchor_source", "") for group in self.param_groups}
+            self._left = Left(copies=state.get("_own", {}), files=files)
+            self._interpolates = False
         self._planner = Planner()
         self._states.restore()
         for group in self.param_groups:
@@ -179,7 +183,7 @@ class RecAdam(Optimizer):
 
         Args:
             param_group: "params" and any setting of the constructor. With "anchors", pretrained
-                values by name.
+                values by name; with "importance", weights by name.
 
         Raises:
             RecAdamError: as the constructor; then nothing is added.
@@ -189,25 +193,23 @@ class RecAdam(Optimizer):
                 f"RecAdam: a group is {shown(param_group)}; give a dict with its parameters under 'params'"
             )
         group = dict(param_group)
-        anchors, importance = group.pop(_OF_ALL, (None, None))
         for name in group.keys() - _KNOWN:  # others may keep words of their own in a group
             if isinstance(name, str) and difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.8):
                 raise unknown("setting of a group:", name, _KNOWN)
-        of_group, importance = group.pop("anchors", None), group.pop("importance", importance)
+        anchors, importance = group.pop("anchors", None), group.pop("importance", None)
         settings = settled({**self.defaults, **group})
         group.update({name: settings[name] for name in group})
-        for what, value in (("anchors", of_group), ("an importance", param_group.get("importance"))):
+        for what, value in (("anchors", anchors), ("an importance", importance)):
             if value is not None and not settings["anchored"]:
                 raise RecAdamError(f"RecAdam: a group has {what} and says 'anchored': False; leave one out")
-        anchors = anchors if of_group is None else of_group
         if anchors is not None:
             check_named("anchors", anchors)
         super().add_param_group(group)
         group = self.param_groups[-1]
         try:
-            if of_group is not None and not isinstance(of_group, Anchors) and "param_names" in group:
+            if anchors is not None and not isinstance(anchors, Anchors) and "param_names" in group:
                 shapes = [p.shape for p in group["params"]]
-                check_anchors(dict(zip(group["param_names"], shapes, strict=True)), of_group)
+                check_anchors(dict(zip(group["param_names"], shapes, strict=True)), anchors)
             self._states.add(group, anchors, importance)
         except BaseException:
             self.param_groups.pop()
@@ -355,7 +357,7 @@ class RecAdam(Optimizer):
         missing: dict[Tensor, str] = {}
 
         def check(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            groups, states, without = resumed(self, saved, self._states.left, self._states.files)
+            groups, states, without = resumed(self, saved, self._left.states, self._left.files)
             resumed_states.append(states)
             missing.update(without)
             # All is checked, and made: the base class puts in the groups.
@@ -365,7 +367,7 @@ class RecAdam(Optimizer):
             for p, state in resumed_states[-1].items():
                 self._states.put(p, state)
             for p in missing:  # which may be tuned already
-                self._states.copies.pop(p, None)
+                self._left.copies.pop(p, None)
 
         # As the last hook before and the first one after, so that users' hooks see and change what counts.
         before = self.register_load_state_dict_pre_hook(check)
@@ -450,12 +452,12 @@ class RecAdam(Optimizer):
 
     def _between(self, alpha: float, anchors: Mapping[str, Tensor] | None) -> dict[Tensor, Tensor]:
         self._states.settle()
-        if self._states.parts:
+        if self._left.parts:
             raise RecAdamError(
                 "interpolate: ZeRO's flat parts are not the model's weights; gather both checkpoints and "
                 "interpolate those"
             )
-        return weights_between(self.param_groups, self.state, self._states.files, alpha, anchors)
+        return weights_between(self.param_groups, self.state, self._left.files, alpha, anchors)
 
     @contextmanager
     def interpolated(self, alpha: float, anchors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
@@ -480,13 +482,3 @@ class RecAdam(Optimizer):
                 yield
         finally:
             self._interpolates = outer
-
-
-def _with(params: Any, more: dict[str, Any]) -> Any:
-    """Groups that hand something on to `add_param_group`; what is no parameters the base class refuses."""
-    if isinstance(params, Tensor) or not hasattr(params, "__iter__"):
-        return params
-    groups = list(params)
-    if not groups or not isinstance(groups[0], Mapping):
-        groups = [{"params": groups}] if groups else []
-    return [{**group, **more} if isinstance(group, Mapping) else group for group in groups]

@@ -30,11 +30,14 @@ class Planner:
 
     def __init__(self) -> None:
         self._policies = Policies()
-        self._prepared: dict[int, Prepared] = {}
-        self._states: list[Any] = []
+        self._prepared: dict[int, LastStep] = {}
+        self._seen: list[Any] = []
         self._kernels: dict[Any, Callable[..., None]] = {}
         # What was stepped last: of each list of parameters, by the first of them.
         self._last: dict[Tensor, tuple[list[Tensor], Hyperparameters, Any, bool]] = {}
+
+    def __reduce__(self) -> Any:
+        return Planner, ()  # copies look up everything anew
 
     def plan(
         self,
@@ -47,7 +50,7 @@ class Planner:
 
         `settle` is called, once, before anything is looked up anew.
         """
-        same = len(state) == len(self._states) and all(map(is_, state.values(), self._states))
+        same = len(state) == len(self._seen) and all(map(is_, state.values(), self._seen))
         alike: dict[Any, tuple[Policy, float | None, list[dict[str, Any]]]] = {}
         for group, policy in zip(groups, self._policies.of(groups), strict=True):
             rate = rate_of(group["lr"], reads=not policy.ways["capturable"])
@@ -69,7 +72,7 @@ class Planner:
                 settle()
                 settled = True
             every += self._anew(some, policy, rate, state, compiling)
-        self._states = list(state.values())
+        self._seen = list(state.values())
         return every if compiling else list(map(looked_at, every))
 
     def remember(self, work: list[Work]) -> None:
@@ -169,8 +172,8 @@ class Planner:
             )
             check_alike(work)
             check_written(work)
-            if len(lists) == 1 and Prepared.may_be(groups, work):
-                self._prepared[id(groups[0])] = Prepared(groups, policy, work, states)
+            if len(lists) == 1 and LastStep.may_be(groups, work):
+                self._prepared[id(groups[0])] = LastStep(groups, policy, work, states)
             every.append(work)
         return every
 
@@ -181,7 +184,7 @@ class Planner:
         return self._kernels[fused, key]
 
 
-class Prepared:
+class LastStep:
     """The work of the last step of groups, for as long as their parameters and states are the same objects.
 
     A thousand small parameters cost three times more to look up than to step.

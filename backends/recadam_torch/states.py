@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from recadam_core import RecAdamError
+from recadam_core.arrays import check_named
 
 from .anchors import Anchors, anchor_of, from_file, no_hash, take_hashes
 from .checkpoints import Entry, blank, checked, states_of
@@ -26,42 +26,44 @@ from .sources import Mapped, is_wide, mapped_files
 from .stepping import Work
 from .zero import forget, is_flat_part, joined
 
-__all__ = ["States"]
+__all__ = ["Left", "States"]
 
 _MOVING = ("step", "exp_avg", "exp_avg_sq", "residual")
 """What a step writes to in a state."""
 
 
+@dataclass
+class Left:
+    """What an optimizer left behind for its next step, against which `optimizer.state` is held."""
+
+    anchors: Mapping[str, Tensor] | None = None  # for groups without their own, while the optimizer is made
+    importance: Any = None
+    states: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
+    names: dict[Tensor, str] = field(default_factory=dict)
+    copies: dict[Tensor, Tensor] = field(default_factory=dict)  # anchors that are copies of what is unstepped
+    identities: dict[Tensor, tuple[Any, ...]] = field(default_factory=dict)  # of anchors, when hashed
+    parts: dict[Tensor, list[Tensor]] = field(default_factory=dict)  # what ZeRO's flat tensors are parts of
+    files: set[str] = field(default_factory=set)  # that the user took anchors from
+    mapped: set[Mapped] | None = None  # files whose pages are anchors; None to look for them
+    lent: bool = False  # whether someone may hold states from before the first step
+
+
 class States:
-    """Each parameter's state as the optimizer left it, against which `optimizer.state` is held.
+    """An optimizer's groups and states as they are, beside what it left there.
 
     Others write there, too: wrappers put other parameters in place of the optimizer's, checkpoints come past
     `load_state_dict`, entries are set by hand.
     """
 
-    def __init__(self, optimizer: Optimizer, copies: dict[Tensor, Tensor] | None = None) -> None:
-        self._optimizer: Any = weakref.proxy(optimizer)  # no circle: memory goes with the optimizer
-        self.left: dict[Tensor, dict[str, Any]] = {}
-        self.parts: dict[Tensor, list[Tensor]] = {}  # what ZeRO's flat tensors are parts of
-        self.files: set[str] = set()  # that the user took anchors from
-        self.copies = copies or {}  # anchors that are copies of their parameters, until these are stepped
-        self._names: dict[Tensor, str] = {}
-        self._identities: dict[Tensor, tuple[Any, ...]] = {}  # what each anchor was when it got its hash
-        self._mapped: set[Mapped] | None = None  # files whose pages are anchors; None to look for them
-        self._lent = False  # whether someone may hold states from before the first step
-
-    @property
-    def _groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = self._optimizer.param_groups
-        return groups
-
-    @property
-    def _state(self) -> dict[Tensor, dict[str, Any]]:
-        state: dict[Tensor, dict[str, Any]] = self._optimizer.state
-        return state
+    def __init__(self, left: Left, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> None:
+        self.left, self._groups, self._state = left, groups, state
 
     def add(self, group: dict[str, Any], anchors: Mapping[str, Tensor] | None, importance: Any) -> None:
         """Put in the states of a new group; raises before anything is put in."""
+        anchors = self.left.anchors if anchors is None else anchors
+        importance = self.left.importance if importance is None else importance
+        if anchors is not None:
+            check_named("anchors", anchors)
         if isinstance(anchors, Anchors) and group["anchored"] and "param_names" in group:
             group.update(_provenance(anchors, group))
         if anchors is not None and "param_names" not in group:
@@ -75,52 +77,52 @@ class States:
         for p, state in zip(group["params"], states, strict=True):
             self.put(p, state)
             if anchors is None and "anchor" in state:
-                self.copies[p] = state["anchor"]
-        self.files.add(group["anchor_source"])
-        self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
-        self._mapped = None
+                self.left.copies[p] = state["anchor"]
+        self.left.files.add(group["anchor_source"])
+        self.left.names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+        self.left.mapped = None
 
     def restore(self) -> None:
         """Take what `optimizer.state` holds, of a pickle, as what the optimizer left there."""
-        self.left = {p: self._state[p] for g in self._groups for p in g["params"] if p in self._state}
-        self._identities = {p: _identity(state.get("anchor")) for p, state in self.left.items()}
-        self._names, self._mapped, self._lent = {}, None, False
-        for state in self.left.values():
+        self.left.states = {p: self._state[p] for g in self._groups for p in g["params"] if p in self._state}
+        self.left.identities = {p: _identity(state.get("anchor")) for p, state in self.left.states.items()}
+        self.left.names, self.left.mapped, self.left.lent = {}, None, False
+        for state in self.left.states.values():
             if "anchor" in state:
                 state.setdefault("anchor_hash", no_hash()["anchor_hash"])
         for group in self._groups:
-            self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+            self.left.names.update(zip(group["params"], group.get("param_names", ()), strict=False))
 
     def put(self, p: Tensor, state: dict[str, Any]) -> None:
         """Give a parameter this state."""
-        self._state[p] = self.left[p] = state
-        self._identities[p] = _identity(state.get("anchor"))
+        self._state[p] = self.left.states[p] = state
+        self.left.identities[p] = _identity(state.get("anchor"))
 
     def begin(self, states: Mapping[Tensor, dict[str, Any]]) -> None:
         """Start anew with these states."""
         for p, state in states.items():
             self.put(p, state)
-        self._lent, self._mapped = False, None
+        self.left.lent, self.left.mapped = False, None
 
     def _drop(self, p: Tensor) -> dict[str, Any]:
         self._state.pop(p, None)
-        self._names.pop(p, None)
-        self._identities.pop(p, None)
-        return self.left.pop(p)
+        self.left.names.pop(p, None)
+        self.left.identities.pop(p, None)
+        return self.left.states.pop(p)
 
     def check_files(self) -> None:
         """Raise if a file whose pages are anchors was written to."""
-        if self._mapped is None or not all(file.intact() for file in self._mapped):
+        if self.left.mapped is None or not all(file.intact() for file in self.left.mapped):
             groups = (group for group in self._groups if group.get("anchor_place") == "file")
             states = (self._state.get(p, {}) for group in groups for p in group["params"])
-            self._mapped = mapped_files(s["anchor"] for s in states if s.get("anchor") is not None)
-            for file in self._mapped:
+            self.left.mapped = mapped_files(s["anchor"] for s in states if s.get("anchor") is not None)
+            for file in self.left.mapped:
                 file.check()
 
     def settle(self) -> None:
         """Let every parameter have its state, whole, and the optimizer alone hold what was not stepped."""
         self.check_files()
-        left, params = self.left, [p for group in self._groups for p in group["params"]]
+        left, params = self.left.states, [p for group in self._groups for p in group["params"]]
         if not (
             len(left) == len(params) == len(self._state)
             and all(map(is_, left, params))
@@ -129,27 +131,27 @@ class States:
         ):
             self.adopt()
             self._complete()
-        if self._lent:  # as AdamW's states, which are not there before the first step
-            self._lent = False
+        if self.left.lent:  # as AdamW's states, which are not there before the first step
+            self.left.lent = False
             with torch.inference_mode(False), torch.no_grad():
-                for state in filter(_unstepped, self.left.values()):
+                for state in filter(_unstepped, self.left.states.values()):
                     state.update({k: x.clone() for k, x in state.items() if k in _MOVING and x is not None})
 
     def adopt(self) -> None:
         """Give the states of parameters that are gone to those of the same names, sharded as those are."""
         current = {p for group in self._groups for p in group["params"]}
-        orphans = {self._names.get(p): p for p in self.left if p not in current}
+        orphans = {self.left.names.get(p): p for p in self.left.states if p not in current}
         for group in self._groups:
             lost = {name: orphans[name] for name in group.get("param_names", ()) if name in orphans}
             if is_flat_part(group["params"], list(lost.values())):
                 flat = group["params"][0]
                 name = next(iter(lost)) + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
-                self.put(flat, joined(flat, {n: (p, self.left[p]) for n, p in lost.items()}))
-                self.parts[flat] = list(lost.values())
+                self.put(flat, joined(flat, {n: (p, self.left.states[p]) for n, p in lost.items()}))
+                self.left.parts[flat] = list(lost.values())
                 self._pass_on(flat, *lost.values())
                 for p in lost.values():
                     self._drop(p)
-                group["param_names"], self._names[flat] = [name], name
+                group["param_names"], self.left.names[flat] = [name], name
                 continue
             if "param_names" in group and len(group["param_names"]) != len(group["params"]):
                 raise RecAdamError(
@@ -158,7 +160,7 @@ class States:
                     "use one that does not (FSDP2, ZeRO)"
                 )
             for name, p in named(group):
-                if p in self.left or self._state.get(p):
+                if p in self.left.states or self._state.get(p):
                     continue
                 if name not in orphans:
                     raise RecAdamError(
@@ -167,13 +169,13 @@ class States:
                     )
                 old = self._drop(orphans[name])
                 self.put(p, {key: _sharded_as(p, key, value) for key, value in old.items()})
-                self._names[p] = name
+                self.left.names[p] = name
                 self._pass_on(p, orphans[name])
 
     def _pass_on(self, new: Tensor, *old: Tensor) -> None:
         """Parameters whose anchors are copies of them have another in their place."""
-        if [p for p in old if self.copies.pop(p, None) is not None]:
-            self.copies[new] = self._state[new]["anchor"]
+        if [p for p in old if self.left.copies.pop(p, None) is not None]:
+            self.left.copies[new] = self._state[new]["anchor"]
 
     def _complete(self) -> None:
         """Give the states that others have put in what those left out; raise where there is none."""
@@ -181,7 +183,7 @@ class States:
         for group in self._groups:
             entries = []
             for place, (name, p) in enumerate(named(group)):
-                state, left = self._state.get(p), self.left.get(p, {})
+                state, left = self._state.get(p), self.left.states.get(p, {})
                 if not state:
                     raise RecAdamError(
                         f"parameter {name!r} has no state: it was cleared, and its anchor went with it; to "
@@ -190,11 +192,11 @@ class States:
                 if state is not left or not _whole(state):
                     saved = checked("optimizer.state", name, p, state)
                     entries.append(Entry(name, p, place, saved, left))
-            states.update(states_of("optimizer.state", group, entries, self.files)[0])
+            states.update(states_of("optimizer.state", group, entries, self.left.files)[0])
         for p, state in states.items():
             self.put(p, state)
-            self._mapped = None
-        self.left = {p: self._state[p] for group in self._groups for p in group["params"]}
+            self.left.mapped = None
+        self.left.states = {p: self._state[p] for group in self._groups for p in group["params"]}
 
     @torch.no_grad()
     def anchor_anew(self) -> Any:
@@ -202,7 +204,7 @@ class States:
 
         Returns what `put_back` takes.
         """
-        if not self.copies or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        if not self.left.copies or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return None
         self.settle()
         pairs = [pair for group in self._groups for pair in named(group)]
@@ -213,15 +215,15 @@ class States:
         moved = [pair for pair, total in zip(same, totals, strict=True) if int(total)]
         anchors = {p: anchor_of(None, name, p) for name, p in moved}
         olds = {p: (self._state[p]["anchor"], self._state[p]["anchor_hash"]) for p in anchors}
-        before = dict(self.copies), olds
+        before = dict(self.left.copies), olds
         for p, anchor in anchors.items():
             del self._state[p]["anchor"], self._state[p]["anchor_hash"]
             if anchor is not None:
                 self._state[p].update({"anchor": anchor, **no_hash()})
-            self._identities[p] = _identity(anchor)
+            self.left.identities[p] = _identity(anchor)
         take_hashes([self._state[p] for p in anchors if is_sharded(p)])
         for _, p in pairs:
-            self.copies.pop(p, None)
+            self.left.copies.pop(p, None)
         if moved:
             which = f"{moved[0][0]!r} and {len(moved) - 1} more were" if moved[1:] else f"{moved[0][0]!r} was"
             warnings.warn(
@@ -234,17 +236,17 @@ class States:
     def put_back(self, before: Any) -> None:
         """After a first step that was refused, so that what is overwritten until the next is still seen."""
         if before:
-            self.copies, olds = before
+            self.left.copies, olds = before
             for p, (anchor, number) in olds.items():
                 self.put(p, {**self._state[p], "anchor": anchor, "anchor_hash": number})
 
     def _comparable(self, name: str, p: Tensor) -> bool:
         """Whether a parameter's anchor is its own copy still, and it was not stepped and can be compared."""
-        state, copy = self._state[p], self.copies.get(p)
+        state, copy = self._state[p], self.left.copies.get(p)
         anchor: Any = state.get("anchor")
         if copy is None or copy is not anchor or copy.shape != p.shape:
             return False
-        if self._identities[p] != _identity(copy) or not (in_memory(p) and in_memory(copy)):
+        if self.left.identities[p] != _identity(copy) or not (in_memory(p) and in_memory(copy)):
             return False
         return local(copy).device == local(p).device and not steps_taken(name, state["step"])
 
@@ -259,19 +261,19 @@ class States:
             take_hashes(self._state[p] for p in released)
             for p in released:
                 self._state[p]["anchor"] = None
-                forget(self.parts.get(p, ()), "anchor")
+                forget(self.left.parts.get(p, ()), "anchor")
             freed = freed or bool(released)
         return freed
 
     def ready(self) -> None:
         """Let every anchor have its hash, as what is saved needs it."""
         self.settle()
-        for p, state in self.left.items():
+        for p, state in self.left.states.items():
             now = _identity(state.get("anchor"))
-            if now and now != self._identities[p]:  # set by hand
+            if now and now != self.left.identities[p]:  # set by hand
                 state["anchor_hash"].zero_()
-                self._identities[p] = now
-        take_hashes(self.left.values())
+                self.left.identities[p] = now
+        take_hashes(self.left.states.values())
 
     def lend(self, saved: dict[str, Any]) -> bool:
         """Leave the anchors out of what is saved; whether someone holds states now that were not stepped."""
@@ -283,8 +285,8 @@ class States:
                 # Copies: distributed checkpoints are loaded into what this returns.
                 state.update({k: state[k].clone() for k in ("anchor_hash", "anchor_rows") if k in state})
                 saved["state"][index] = state
-        self._lent = self._lent or any(map(_unstepped, self.left.values()))
-        return self._lent
+        self.left.lent = self.left.lent or any(map(_unstepped, self.left.states.values()))
+        return self.left.lent
 
     def anew(self, reanchor: bool) -> dict[Tensor, dict[str, Any]]:
         """Every parameter's state as before its first step, anchored as it was or where it is now."""
@@ -293,7 +295,7 @@ class States:
         for group in self._groups:
             freed = {}
             for place, (name, p) in enumerate(named(group)):
-                state = self.left.get(p) or self._state.get(p, {})
+                state = self.left.states.get(p) or self._state.get(p, {})
                 if not state:
                     raise RecAdamError(
                         f"reset_moments: the state of {name!r} was emptied, and its anchor is lost; "
@@ -304,7 +306,7 @@ class States:
                     states[p].update(no_hash(), anchor=anchor_of(None, name, p))
                 elif state.get("anchor", p) is None:
                     freed[p] = name, place
-            again = from_file(group, [(p, place) for p, (_, place) in freed.items()], self.files)
+            again = from_file(group, [(p, place) for p, (_, place) in freed.items()], self.left.files)
             for p, (name, _) in freed.items():
                 if p not in again or again[p]["anchor_hash"] != states[p]["anchor_hash"]:
                     raise RecAdamError(

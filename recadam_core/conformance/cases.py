@@ -252,7 +252,7 @@ def _round(x: NumpyArray, dtype: str) -> NumpyArray:
         return to_bfloat16(x) if dtype == "bfloat16" else x.astype(dtype)
 
 
-FIVE = ("sigmoid", "steep", "linear", "pull", "free")
+CURVES = ("sigmoid", "steep", "linear", "pull", "free")
 OTHERS = tuple(SETTINGS)[1:]
 BOTH = ("float32", "float64")
 
@@ -263,7 +263,7 @@ def _exact(dtype: str) -> Iterator[Case]:
     form, annealing = ("decoupled", "slow") if whole else ("released", "long")
     yield Case(form, annealing, arrays="one", dtype=dtype, steps=1000)
     # Every form under every annealing, with every kind of array.
-    for form, annealing in _pairs(FIVE, whole):
+    for form, annealing in _pairs(CURVES, whole):
         yield Case(form, annealing, arrays="mixed", dtype=dtype, steps=8)
     # Every form with every other setting.
     for form, settings in _pairs(OTHERS, whole):
@@ -276,7 +276,7 @@ def _exact(dtype: str) -> Iterator[Case]:
 
 def _fast(dtype: str) -> Iterator[Case]:
     # Where float32 has shown all annealings, three will do.
-    for form, annealing in _pairs(FIVE if dtype == "float32" else FIVE[::2], False):
+    for form, annealing in _pairs(CURVES if dtype == "float32" else CURVES[::2], False):
         yield Case(form, annealing, dtype=dtype, steps=45)
     if dtype in BOTH:
         for form, settings in _pairs(OTHERS[:-1], False):
@@ -299,7 +299,7 @@ DENORMALS: dict[str, tuple[Case, ...]] = {
 """Cases of the claim "the same bits, of denormal numbers too", by dtype."""
 
 WEIGHED: dict[str, tuple[Case, ...]] = {
-    dtype: tuple(Case(annealing=x, arrays="weighed", dtype=dtype, steps=12) for x in FIVE[:count])
+    dtype: tuple(Case(annealing=x, arrays="weighed", dtype=dtype, steps=12) for x in CURVES[:count])
     for dtype, count in {"float32": 4, "float64": 4, "bfloat16": 1, "float16": 1}.items()
 }
 """Cases of the claim "the same bits, where pulls are weighed", by dtype; the first is one of "step", too."""

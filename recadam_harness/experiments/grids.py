@@ -199,11 +199,8 @@ def _size(options: Options, target: str) -> dict[str, Any]:
         return QUICK_SIZE
     if target not in TARGETS:
         raise unknown("target", target, TARGETS)
-    return {
-        "movie-reviews": {},
-        "snli": {"rows": 2490, "steps": 156},
-        "topics": {"rows": 1000, "max_length": 64},
-    }[target]
+    sizes = {"snli": {"rows": 2490, "steps": 156}, "topics": {"rows": 1000, "max_length": 64}}
+    return sizes.get(target, {})
 
 
 def _tuning(options: Options, name: str, target: str, model: str) -> list[Entry]:

@@ -156,7 +156,7 @@ def test_readme_and_the_page_on_trajectories_say_the_same_of_the_demo():
 
 
 def mutations():
-    spec = importlib.util.spec_from_file_location("mutants", ROOT / "tests" / "mutants.py")
+    spec = importlib.util.spec_from_file_location("mutants", ROOT / "tests" / "core" / "mutants.py")
     module = sys.modules.setdefault("mutants", importlib.util.module_from_spec(spec))
     if not hasattr(module, "MUTATIONS"):
         spec.loader.exec_module(module)

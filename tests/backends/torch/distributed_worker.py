@@ -238,7 +238,7 @@ def main(case, rank, world, folder, **option):
     for p, entry in inner.state.items():
         anchor = entry.get("anchor")
         if anchor is not None:
-            parts[inner._states._names[p].removeprefix("module.")] = (
+            parts[inner._left.names[p].removeprefix("module.")] = (
                 anchor.to_local() if hasattr(anchor, "to_local") else anchor
             ).numel()
     weights, drift = full(model), inner.drift()

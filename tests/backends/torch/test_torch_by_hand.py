@@ -216,3 +216,83 @@ def test_a_group_of_another_optimizer_is_refused():
     with pytest.raises(RecAdamError):
         step(w, optimizer)
     assert torch.equal(w, torch.zeros(2))
+
+
+# What subclasses and wrappers do with the object itself.
+
+
+class OwnGroups(RecAdam):
+    """Makes groups of its own, of the parameters alone."""
+
+    def add_param_group(self, param_group):
+        super().add_param_group({"params": param_group["params"], "lr": 0.005})
+
+
+class Sequence:
+    """Can be iterated by its items alone."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __getitem__(self, i):
+        return self.items[i]
+
+
+@pytest.mark.parametrize("make", [OwnGroups, lambda params, **more: RecAdam(Sequence(params), **more)])
+def test_anchors_and_importance_of_the_constructor_reach_every_group(make):
+    w = nn.Parameter(torch.ones(2))
+    anchors, importance = {"w": torch.zeros(2)}, {"w": torch.tensor([0.5, 1.0])}
+    optimizer = make([("w", w)], anchors=anchors, importance=importance)
+    assert optimizer.state[w]["anchor"].tolist() == [0.0, 0.0]
+    assert optimizer.state[w]["importance"].tolist() == [0.5, 1.0]
+    late = nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [("late", late)]})  # those were for the constructor's groups
+    assert optimizer.state[late]["anchor"].tolist() == [1.0, 1.0]
+    assert "importance" not in optimizer.state[late]
+
+
+class Wrapper(RecAdam):
+    """Takes the place of another, as some trainers' wrappers do."""
+
+    def __init__(self, optimizer):
+        self.__dict__.update(optimizer.__dict__)
+
+
+def test_an_optimizer_may_live_on_in_another_object():
+    w, optimizer = made(annealing=Constant(1.0, 0.0))
+    step(w, optimizer)
+    wrapper = Wrapper(optimizer)
+    del optimizer
+    step(w, wrapper)
+    assert int(wrapper.state_dict()["state"][0]["step"]) == 2
+
+
+class WholeCopies(RecAdam):
+    """Copies and pickles all that it has."""
+
+    def __getstate__(self):
+        return self.__dict__.copy()
+
+
+def test_a_copy_of_everything_steps_alone():
+    w = nn.Parameter(torch.zeros(2))
+    optimizer = WholeCopies([("w", w)], **K)
+    step(w, optimizer, 1.0)
+    other = copy.deepcopy(optimizer)
+    (theirs,) = other.param_groups[0]["params"]
+    before = w.detach().clone()
+    step(theirs, other, 1.0)
+    assert torch.equal(w, before)
+    step(w, optimizer, 1.0)
+    assert torch.equal(theirs, w)
+
+
+def test_names_that_collide_have_figures():
+    a, b, c = (nn.Parameter(torch.ones(1)) for _ in range(3))
+    optimizer = RecAdam([("a", a), ("a", b), ("a (1)", c)])
+    assert optimizer.drift().distance == 0.0
+
+
+def test_a_group_that_is_refused_is_shown_as_it_was_given():
+    with pytest.raises(RecAdamError, match=r"^RecAdam: a group is \{\}; give a dict"):
+        RecAdam([{}])
