@@ -3,7 +3,8 @@
 # Another build of PyTorch: make install TORCH=torch==2.11.0 PIP_FLAGS="--index-url <that build's index>"
 
 PYTHON ?= python3
-VENV ?= .venv
+# Not from the environment, where it may be somebody's own: make VENV=folder.
+VENV := .venv
 TORCH ?= torch==2.13.0
 # make versions: the Pythons that have that build of PyTorch; and those to try, all if none is named.
 TORCH_ON ?= 3.11
@@ -12,6 +13,9 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 
+ifneq ($(words $(VENV)),1)
+$(error VENV is "$(VENV)"; give one folder, without a space in its name)
+endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c constraints.txt
 # One thread a test process: pytest and the demo use the cores themselves.
@@ -29,10 +33,11 @@ help:
 	@echo "make docs         build the documentation into docs/_build/html"
 	@echo "make bench        one step beside its peers: a table of ratios; make asv: the suite that tracks them"
 	@echo "make asv-quick    every benchmark of that suite, small and once: whether it runs"
-	@echo "make install      install everything into $(VENV);  make clean: remove what was made"
+	@echo "make install      install everything into $(VENV);  make clean: remove that and what was built, no runs"
 
 # Debian's python3 has venv without pip; then pip comes from Debian's package of its wheel.
 $(BIN)/python:
+	@if [ -e $(VENV) ] && [ ! -e $(VENV)/pyvenv.cfg ]; then echo "$(VENV) is there and is no environment; give another by VENV=..." >&2; exit 1; fi
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
 	  echo "no pip in this Python: taking it from Debian's package python3-pip-whl" && \
 	  $(PYTHON) -m venv --clear --without-pip $(VENV) && \
@@ -68,7 +73,7 @@ test-heavy: $(VENV)/.development
 	$(THREADS) $(BIN)/python -m pytest -n auto -m heavy $(PYTEST_FLAGS)
 
 versions: $(VENV)/.development
-	@$(if $(PYTHONS),,rm -rf runs/versions)
+	@$(if $(PYTHONS),,rm -f runs/versions/3.*-newest.json runs/versions/3.*-lowest.json)
 	@$(THREADS) TORCH="$(TORCH)" TORCH_ON="$(TORCH_ON)" PIP_FLAGS="$(PIP_FLAGS)" \
 	  $(BIN)/nox -s $(or $(PYTHONS:%=versions-%),versions lowest table)
 
@@ -92,8 +97,10 @@ docs: $(VENV)/.development
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo docs/_build/html/index.html
 
+# Runs are not made by make alone, nor is what else lies beside them: they stay.
 clean:
-	rm -rf .asv .nox $(VENV) runs docs/_build dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .asv .nox docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@if [ -e $(VENV)/.runtime ]; then rm -rf $(VENV); fi
 
 $(VENV)/.bench: $(VENV)/.development
 	@$(PIP) "$(TORCH)" -e ".[bench]"

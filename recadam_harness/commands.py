@@ -21,10 +21,10 @@ from recadam_core.hyperparameters import FORMS
 
 from .archives import ARCHIVES, fetch
 from .compare import PREDICTIONS, Comparison, compare_runs
-from .config import RunConfig
+from .config import RunConfig, check_read
 from .demo import PLAN, plan_demo, run_demo
 from .directory import Run, load_run, resumable
-from .engines import OPTIMIZERS, announced
+from .engines import OPTIMIZERS, UNREAD, announced
 from .experiments.data import TARGETS
 from .experiments.glue import TASKS as GLUE
 from .experiments.grids import EXPERIMENTS, Options
@@ -85,6 +85,8 @@ def finetune_command(
     """Fine-tune on a task; settings that are not given are the task's own."""
     others = ("task", "backend", "optimizer", "out", "overwrite", "resume", "checkpoint_every", "annealing")
     changes = _settings(context, *others)
+    if annealing:
+        check_read(optimizer, ["annealing"])
     if annealing not in (None, "sigmoid"):
         curve: dict[str, Any] = {name: changes.pop(name) for name in ("k", "t0") if name in changes}
         changes["annealing"] = annealing_from_dict({"name": annealing, **curve})
@@ -275,7 +277,12 @@ def seeds(
 
     changes = _settings(context, "task", "optimizer", "backend", "count", "out", "overwrite")
     names = list(dict.fromkeys(optimizer or ["recadam", "annealed", "adamw"]))
-    configs = [RunConfig.for_task(task, backend, name, **changes) for name in names]
+    # Each optimizer gets the settings that it reads, and every setting has one that does.
+    reads = {name: {n: x for n, x in changes.items() if n not in UNREAD.get(name, ())} for name in names}
+    for setting in changes:
+        if all(setting not in read for read in reads.values()):
+            check_read(names[0], [setting])
+    configs = [RunConfig.for_task(task, backend, name, **reads[name]) for name in names]
     if out.exists() and not out.is_dir():
         raise RecAdamError(f"{out}: is a file; give a directory")
     if (out / "seeds.json").exists() and not overwrite:

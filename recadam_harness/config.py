@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,11 @@ from recadam_core.annealing import Sigmoid
 from recadam_core.errors import RecAdamError, unknown
 from recadam_core.hyperparameters import Hyperparameters
 
-from .engines import OPTIMIZERS
+from .engines import OPTIMIZERS, UNREAD
 from .schedules import SCHEDULES, learning_rate
 from .tasks import get_task
 
-__all__ = ["RunConfig", "check_whole", "flat"]
+__all__ = ["RunConfig", "check_read", "check_whole", "flat"]
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,13 @@ class RunConfig:
             The configuration.
 
         Raises:
-            RecAdamError: for an unknown name or a value outside its range.
+            RecAdamError: for an unknown name, a setting that the optimizer does not read, or a value outside
+                its range.
         """
         declared = get_task(task)
+        check_read(optimizer, changes)
+        if changes.get("annealing") and (twice := [x for x in ("k", "t0", "weight") if x in changes]):
+            raise RecAdamError(f"{twice[0]} is the sigmoid's, and another annealing is given; leave one out")
         values = {**declared.defaults, **changes}
         annealing = values.pop("annealing", None)
         sigmoid = {name: values.pop(name) for name in ("k", "t0", "weight") if name in values}
@@ -132,6 +136,13 @@ class RunConfig:
     def rate(self, t: int) -> float:
         """The learning rate of a step."""
         return learning_rate(t, self.steps, self.hp.lr, self.schedule, self.warmup)
+
+
+def check_read(optimizer: str, settings: Iterable[str]) -> None:
+    """Raise for a setting that the optimizer does not read."""
+    for name in settings:
+        if name in UNREAD.get(optimizer, ()):
+            raise RecAdamError(f"optimizer {optimizer!r} does not read {name}; leave it out")
 
 
 def check_whole(name: str, value: Any, low: int, high: int = 10**8) -> None:

@@ -23,6 +23,7 @@ from ..models import Model, Ops
 
 __all__ = [
     "OPTIMIZERS",
+    "UNREAD",
     "Engine",
     "StepRecord",
     "able",
@@ -46,6 +47,14 @@ OPTIMIZERS = {
     "coupled": "Adam fed with the gradient of the annealed objective, penalty and all",
 }
 """Optimizers that every engine has, with a line on each."""
+
+_CURVE = ("annealing", "k", "t0", "weight")
+UNREAD = {
+    "adamw": ("gamma", *_CURVE, "form", "bias_correction"),
+    "annealed": ("gamma",),
+    "coupled": ("form",),
+}
+"""Settings that one of them does not read."""
 
 
 class StepRecord(NamedTuple):

@@ -21,6 +21,8 @@ from recadam_core.variants import Variant
 from recadam_harness import load_run
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+ADAMW = ["finetune", "digits", "--optimizer", "adamw"]
+UNREAD = "recadam: optimizer"
 
 
 def test_finetune_prints_its_figures_and_its_directory(recadam, tmp_path):
@@ -45,6 +47,9 @@ def test_finetune_prints_its_figures_and_its_directory(recadam, tmp_path):
         (["finetune", "digits", "--form", "coupled"], "recadam: unknown form 'coupled'"),
         (["finetune", "digits", "--annealing", "cosine"], "recadam: unknown annealing 'cosine'"),
         (["finetune", "digits", "--annealing", "linear", "--k", "1"], "recadam: unknown argument of"),
+        ([*ADAMW, "--gamma", "1e300"], f"{UNREAD} 'adamw' does not read gamma"),
+        ([*ADAMW, "--annealing", "sigmoid"], f"{UNREAD} 'adamw' does not read annealing"),
+        (["seeds", "--optimizer", "annealed", "--gamma", "1"], f"{UNREAD} 'annealed' does not read gamma"),
         (["finetune", "digits", "--lr", "nan"], "recadam: Hyperparameters: lr is nan;"),
         (["finetune", "digits", "--k", "-1"], "recadam: Sigmoid: k is -1.0; give a finite number > 0"),
         (["finetune", "digits", "--steps", "0"], "recadam: steps is 0; give a whole number from 1"),

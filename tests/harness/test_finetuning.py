@@ -364,6 +364,21 @@ def test_a_diverging_pull_is_refused_before_anything_is_written(tmp_path):
         ({"gama": 3.0}, "unknown setting 'gama': did you mean 'gamma'?"),
         ({"train_rows": 1.5}, "train_rows is 1.5; give a whole number from 1 to 100,000,000"),
         ({"model": "minilm-l6"}, "unknown setting 'model'"),
+        ({"annealing": Linear(10), "t0": 5.0}, "t0 is the sigmoid's, and another annealing is given"),
+        *(
+            ({"optimizer": name, setting: value}, f"optimizer {name!r} does not read {setting}; leave it out")
+            for name, setting, value in (
+                ("adamw", "gamma", 1e300),
+                ("adamw", "annealing", Linear(10)),
+                ("adamw", "k", 0.1),
+                ("adamw", "t0", 5.0),
+                ("adamw", "weight", 2.0),
+                ("adamw", "form", "released"),
+                ("adamw", "bias_correction", False),
+                ("annealed", "gamma", 1.0),
+                ("coupled", "form", "released"),
+            )
+        ),
     ],
 )
 def test_bad_configurations(changes, message):
@@ -466,8 +481,9 @@ def test_a_damaged_model_in_the_cache_is_refused(tmp_path, monkeypatch):
 @pytest.mark.timeout(1800)
 def test_movie_reviews_end_to_end_in_float32(tmp_path, optimizer):
     """A real pretrained encoder, 60 steps in torch and in JAX, each with its own autodiff."""
+    curve = {"k": 0.1, "t0": 30.0} if optimizer == "recadam" else {}
     runs = [
-        finetune(RunConfig.for_task("movie-reviews", b, optimizer, steps=60, k=0.1, t0=30.0), tmp_path / b)
+        finetune(RunConfig.for_task("movie-reviews", b, optimizer, steps=60, **curve), tmp_path / b)
         for b in ("torch", "jax")
     ]
     c = compare_runs(*runs)

@@ -1,0 +1,66 @@
+"""What make does to files that are not its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.tree
+MAKEFILE = Path(__file__).parents[2] / "Makefile"
+THEIRS = (
+    "runs/demo/report.html",
+    "dist/mine.whl",
+    "build/notes.txt",
+    "mine/bin/python",
+    "docs/a.md",
+    "pyproject.toml",
+    "constraints.txt",
+)
+BUILT = (".asv/x", ".nox/x", "docs/_build/html/x", ".mypy_cache/x", ".venv/.runtime", ".venv/bin/python")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copy(MAKEFILE, tmp_path)
+    for name in (*THEIRS, *BUILT):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    return tmp_path
+
+
+def make(folder, *arguments, **environment):
+    command = ["make", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("exported", [{}, {"VENV": "mine"}, {"VENV": "runs"}])
+def test_clean_removes_what_was_built_and_nothing_else(folder, exported):
+    assert make(folder, "clean", **exported).returncode == 0
+    assert [name for name in THEIRS if not (folder / name).exists()] == []
+    assert [name for name in BUILT if (folder / name).exists()] == []
+
+
+@pytest.mark.parametrize("venv", ["mine", "runs", "docs"])
+def test_clean_leaves_an_environment_that_make_did_not_make(folder, venv):
+    assert make(folder, "clean", f"VENV={venv}").returncode == 0
+    assert [name for name in THEIRS if not (folder / name).exists()] == []
+
+
+def test_a_folder_that_is_no_environment_is_not_made_one(folder):
+    told = make(folder, "install", "VENV=runs")
+    assert told.returncode == 2
+    assert "runs is there and is no environment; give another by VENV=..." in told.stderr
+    assert [name for name in THEIRS if not (folder / name).exists()] == []
+
+
+def test_a_name_with_a_space_is_refused(folder):
+    told = make(folder, "clean", "VENV=mine too")
+    assert told.returncode == 2
+    assert 'VENV is "mine too"; give one folder' in told.stderr
+    assert [name for name in (*THEIRS, *BUILT) if not (folder / name).exists()] == []
