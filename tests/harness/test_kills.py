@@ -73,7 +73,8 @@ def test_kills_at_random_points_change_no_bit(tmp_path, steps, count):
 def harness(out, config, kills):
     """`recadam finetune --resume`, killed when its records have come to each of these steps."""
     command = [sys.executable, "-m", "recadam_core", "finetune", config.task, "--backend", config.backend]
-    command += ["--optimizer", config.optimizer, "--steps", str(config.steps), "--t0", str(config.steps / 3)]
+    command += ["--optimizer", config.optimizer, "--steps", str(config.steps)]
+    command += ["--t0", str(config.steps / 3)] if config.optimizer == "recadam" else []
     command += ["--eval-every", "40", "--out", str(out), "--resume", "--checkpoint-every", "7"]
     records, status = out / "steps.jsonl", out / "status.json"
     for kill in [*kills, None]:
