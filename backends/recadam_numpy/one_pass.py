@@ -105,7 +105,8 @@ class Table:
             weighs: whether importances are read.
             team: calls a C function with a pointer in so many threads, and waits; None for threads of ours.
         """
-        self._scalars[:] = c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.pull, c.decay
+        with np.errstate(over="ignore"):  # a float32 of it is infinite, as in every other kernel
+            self._scalars[:] = c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.pull, c.decay
         # Which terms there are: each combination is compiled apart, without a branch in its loop.
         self._words[0], self._words[3], self._words[4] = 0, pulls + (pulls and weighs), c.decay != 0
         workers, words = len(self._shares) - 1, self._words.ctypes.data

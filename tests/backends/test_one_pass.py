@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from recadam_core import Coefficients, RecAdamError, Sigmoid
+from recadam_core import Coefficients, Constant, RecAdamError, Sigmoid
 from recadam_torch import Anchors, kernel_
 from recadam_torch import RecAdam as TorchRecAdam
 from recadam_torch.kernels import FUSED, fused_kernel
@@ -402,3 +402,12 @@ def test_what_a_grad_scaler_finds_stays_on_the_device_with_triton():
             assert torch.equal(p, q)
             assert infinite or torch.equal(p.grad, q.grad)  # it is unscaled where it lies
             assert optimizer.state[p]["step"] == reference.state[q]["step"]
+
+
+@pytest.mark.parametrize("fused", ["numba", False])
+def test_a_coefficient_beyond_float32_is_infinite_there(fused):
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = TorchRecAdam([p], lr=1e40, annealing=Constant(1.0, 0.0), fused=fused)
+    p.grad = torch.tensor([1.0, -1.0])
+    optimizer.step()
+    assert p.tolist() == [-float("inf"), float("inf")]
