@@ -16,6 +16,7 @@ from recadam_core.arrays import check_named
 from recadam_core.errors import check_number
 
 from .anchors import anchor_of, from_file
+from .memory import reshaped
 from .settings import named
 from .shards import local, summed
 
@@ -56,7 +57,8 @@ def drift_of(
         state = states[p]
         if state.get("anchor") is None:
             continue
-        _check_shape(name, p, state["anchor"])
+        if state["anchor"].shape != p.shape:
+            raise reshaped(name, p, "anchor", state["anchor"])
         if p.is_meta:
             raise RecAdamError(f"drift: parameter {name!r} is on the meta device and has no values")
         c, figures = None, unknown
@@ -130,7 +132,8 @@ def weights_between(
                 )
             new = p.detach().clone()
             if anchor is not None:
-                _check_shape(name, p, anchor)
+                if anchor.shape != p.shape:
+                    raise reshaped(name, p, "anchor", anchor)
                 mine, star = local(new), local(anchor).to(p.device)
                 wide = torch.promote_types(p.dtype, torch.float32)
                 if alpha != 1:  # at the ends exactly, whatever is at the other
@@ -155,11 +158,3 @@ def exchanged(weights: Mapping[Tensor, Tensor]) -> Iterator[None]:
 def _put(weights: Mapping[Tensor, Tensor]) -> None:
     for p, x in weights.items():
         local(p).copy_(local(x))
-
-
-def _check_shape(name: str, p: Tensor, anchor: Tensor) -> None:
-    if anchor.shape != p.shape:
-        raise RecAdamError(
-            f"parameter {name!r} has shape {tuple(p.shape)}, its anchor {tuple(anchor.shape)}: its shape was "
-            "changed; make a new optimizer"
-        )

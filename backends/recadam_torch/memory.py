@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recadam_core import RecAdamError
 
-__all__ = ["is_writable", "regular"]
+__all__ = ["is_writable", "regular", "reshaped"]
 
 _dtype, _device, _shape = map(attrgetter, ("dtype", "device", "shape"))
 
@@ -46,3 +46,11 @@ def is_writable(x: Tensor) -> bool:
     """Whether each element of a dense tensor has a place of its own to be written to."""
     shared = x.numel() and any(step == 0 and n > 1 for step, n in zip(x.stride(), x.shape, strict=True))
     return not (shared or x.is_neg())
+
+
+def reshaped(name: str, theta: Tensor, what: str, other: Tensor) -> RecAdamError:
+    """The error of what belongs to a parameter and has not its shape."""
+    return RecAdamError(
+        f"parameter {name!r} has shape {tuple(theta.shape)}, its {what} {tuple(other.shape)}: its shape was "
+        "changed; make a new optimizer"
+    )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recadam_core import Coefficients, Hyperparameters, Moments, RecAdamError, apply, coefficients, update
 
-from .memory import is_writable
+from .memory import is_writable, reshaped
 from .rounding import key_of, noise, round_, widened
 from .shards import in_memory, is_sharded
 
@@ -54,10 +54,7 @@ def check_alike(work: Work) -> None:
     for what, xs in _columns(work):
         if list(map(_shape, xs)) != shapes:
             i = next(i for i, x in enumerate(xs) if x.shape != shapes[i])
-            raise RecAdamError(
-                f"parameter {work.names[i]!r} has shape {tuple(shapes[i])}, its {what} {tuple(xs[i].shape)}: "
-                "its shape was changed; make a new optimizer"
-            )
+            raise reshaped(work.names[i], work.thetas[i], what, xs[i])
 
 
 def check_written(work: Work) -> None:
