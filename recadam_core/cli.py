@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import signal
+import io
+import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from .errors import Interrupted, RecAdamError
+from .files import naming
+from .interrupts import exit_code, obey
 
 __all__ = ["main"]
 
@@ -23,24 +27,37 @@ def main() -> None:
     """Run the command line; bad input ends it with one line and exit code 2."""
     try:
         # A supervisor's SIGTERM ends a run as Ctrl-C does: child processes with it, directories true.
-        signal.signal(signal.SIGTERM, _end)
+        obey()
+        _speak_anything()
         _run()
     except RecAdamError as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
         extra = next((EXTRAS[word] for word in sys.argv[1:] if word in EXTRAS), "finetune")
         _fail(f"{error.name!r} is not installed; pip install 'recadam-core[{extra}]'")
+    except BrokenPipeError:  # who reads the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(128 + 13)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}; give a path that can be written and read")
+    except MemoryError as error:
+        _fail(f"not enough memory ({str(error) or 'nothing more is said'}); give fewer rows, seeds or steps")
     except (KeyboardInterrupt, Interrupted) as error:
         print("; ".join(filter(None, ("recadam: interrupted", str(error)))), file=sys.stderr)
-        sys.exit(130)
+        sys.exit(exit_code())
 
 
-def _end(number: int, frame: object) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice, and would interrupt the end
-    raise KeyboardInterrupt
+def _speak_anything() -> None:
+    """Names and signs that the terminal's encoding lacks are printed escaped; no name is a broken one."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    for word in sys.argv[1:]:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise RecAdamError(f"{ascii(word)[1:-1]}: is no valid text; give a name in UTF-8") from None
 
 
 def _run() -> None:
@@ -50,8 +67,8 @@ def _run() -> None:
 
     try:
         code = whole()(standalone_mode=False)
-    except typer.Abort:
-        raise KeyboardInterrupt from None
+    except typer.Abort as error:  # which stands for an interrupt, and for the end of a file
+        raise error.__cause__ or KeyboardInterrupt from None
     except Exception as error:
         # Usage errors; typer's releases differ in which package their classes are of.
         if not hasattr(error, "format_message"):
@@ -59,12 +76,14 @@ def _run() -> None:
         message = error.format_message().replace("\n", " ")
         if not message:  # the help was shown, for want of a command
             sys.exit(2)
-        _fail(message)
+        raise RecAdamError(message) from None
     if code == 130:  # typer swallows the interrupt
         raise KeyboardInterrupt
+    with naming(Path("standard output")):
+        sys.stdout.flush()
     sys.exit(code)
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"recadam: {message}", file=sys.stderr)
+    print(f"recadam: {RecAdamError(message)}", file=sys.stderr)
     sys.exit(2)

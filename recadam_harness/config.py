@@ -7,17 +7,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from recadam_core.annealing import Sigmoid
-from recadam_core.errors import RecAdamError, unknown
+from recadam_core.errors import RecAdamError, check_whole, shown, unknown
 from recadam_core.hyperparameters import Hyperparameters
 
 from .engines import OPTIMIZERS, UNREAD
 from .schedules import SCHEDULES, learning_rate
 from .tasks import get_task
 
-__all__ = ["RunConfig", "check_read", "check_whole", "flat"]
+__all__ = ["RunConfig", "check_read", "flat"]
 
 
 @dataclass(frozen=True)
@@ -73,15 +71,19 @@ class RunConfig:
             raise unknown("dtype", self.dtype, ("float32", "float64"))
         lowest = {"steps": 1, "batch_size": 1, "warmup": 0, "eval_every": 0, "snapshot_every": 0}
         for name, low in lowest.items():
-            check_whole(name, getattr(self, name), low)
-        check_whole("seed", self.seed, 0, 2**63 - 1)
+            object.__setattr__(self, name, check_whole(name, getattr(self, name), low))
+        object.__setattr__(self, "seed", check_whole("seed", self.seed, 0, 2**63 - 1))
         if self.schedule == "linear" and self.warmup >= self.steps:
             raise RecAdamError(f"warmup is {self.warmup} of {self.steps} steps; give fewer than there are")
-        for name, value in self.options.items():
+        options = dict(self.options)
+        for name, value in options.items():
             if name not in task.options:
                 raise unknown(f"option of task {self.task!r}:", name, task.options)
             if name in task.lowest:
-                check_whole(name, value, task.lowest[name])
+                options[name] = check_whole(name, value, task.lowest[name])
+            elif not isinstance(value, str):
+                raise RecAdamError(f"{name} is {shown(value)}; give a text")
+        object.__setattr__(self, "options", options)
 
     @classmethod
     def for_task(cls, task: str, backend: str, optimizer: str = "recadam", **changes: Any) -> RunConfig:
@@ -133,6 +135,16 @@ class RunConfig:
         """The configuration that `to_dict` described."""
         return cls(**{**values, "hp": Hyperparameters.from_dict(values["hp"])})
 
+    def keeps(self, t: int) -> bool:
+        """Whether the weights after a step are kept."""
+        return t == self.steps or bool(
+            self.snapshot_every and t % self.snapshot_every == 0 and t < self.steps
+        )
+
+    def evaluates(self, t: int) -> bool:
+        """Whether a run is evaluated after a step."""
+        return t in (0, self.steps) or bool(self.eval_every and t % self.eval_every == 0)
+
     def rate(self, t: int) -> float:
         """The learning rate of a step."""
         return learning_rate(t, self.steps, self.hp.lr, self.schedule, self.warmup)
@@ -143,12 +155,6 @@ def check_read(optimizer: str, settings: Iterable[str]) -> None:
     for name in settings:
         if name in UNREAD.get(optimizer, ()):
             raise RecAdamError(f"optimizer {optimizer!r} does not read {name}; leave it out")
-
-
-def check_whole(name: str, value: Any, low: int, high: int = 10**8) -> None:
-    """Raise unless it is a whole number in the interval."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-        raise RecAdamError(f"{name} is {value!r}; give a whole number from {low} to {high:,}")
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,8 +14,9 @@ from recadam_core.errors import RecAdamError, unknown
 
 from .compare import Comparison
 from .directory import Run, load_run
+from .folders import Folder, owned
 from .processes import pool
-from .report import compare_all, write_report
+from .report import PAGE, compare_all, draw_report
 
 __all__ = ["plan_demo", "run_demo"]
 
@@ -45,16 +46,21 @@ def run_demo(
 ) -> tuple[list[Run], list[tuple[str, Comparison]], Path]:
     """Run a plan in other processes, each on its share of the cores."""
     paths = {out / "-".join(entry): entry for entry in plan}
-    unfinished = list(paths)
-    with pool(jobs) as each:
-        tell(0, ", ".join(path.name for path in unfinished[:jobs]))
-        for (path, _), _ in each(_finetune, paths.items()):
-            unfinished.remove(path)
-            tell(len(plan) - len(unfinished), ", ".join(path.name for path in unfinished[:jobs]))
-    runs = [load_run(path) for path in paths]
-    comparisons = compare_all(runs)
-    title = "RecAdam beside AdamW, in " + ", ".join(dict.fromkeys(b for _, b, _ in plan))
-    page = write_report(runs, out, title, comparisons)
+    with owned(out):
+        folder = Folder(out, "demo")
+        files = [PAGE, *(f"{task}.png" for task, _, _ in plan), *(f"logs/{path.name}.log" for path in paths)]
+        folder.check([*files, *(path.name for path in paths)])
+        folder.begin([*files, *(path.name for path in paths)])
+        unfinished = list(paths)
+        with pool(jobs) as each:
+            tell(0, ", ".join(path.name for path in unfinished[:jobs]))
+            for (path, _), _ in each(_finetune, paths.items()):
+                unfinished.remove(path)
+                tell(len(plan) - len(unfinished), ", ".join(path.name for path in unfinished[:jobs]))
+        runs = [load_run(path) for path in paths]
+        comparisons = compare_all(runs)
+        title = "RecAdam beside AdamW, in " + ", ".join(dict.fromkeys(b for _, b, _ in plan))
+        page = draw_report(runs, folder, title, comparisons)
     task_of = {str(run.path): run.config.task for run in runs}
     by_task = sorted(comparisons, key=lambda c: list(PLAN).index(task_of[c.paths[0]]))
     return runs, [(task_of[c.paths[0]], c) for c in by_task], page
@@ -73,8 +79,8 @@ def _finetune(run: tuple[Path, tuple[str, str, str]]) -> None:
     try:
         main()
     except SystemExit as end:
-        if end.code == 130:  # interrupted, by the end of the parent: nobody waits for more
-            os._exit(130)
+        if isinstance(end.code, int) and end.code > 128:  # by a signal that was for the whole demo
+            os._exit(end.code)
         failed = bool(end.code)
     except Exception:
         traceback.print_exc()

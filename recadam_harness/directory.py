@@ -2,41 +2,58 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from recadam_core.errors import RecAdamError
-from recadam_core.files import replacing
+from recadam_core.errors import RecAdamError, shown
+from recadam_core.files import parse_json
 
 from .config import RunConfig, flat
 from .engines import Array, StepRecord
+from .folders import LOCK, MANIFEST, Folder
 
 __all__ = [
     "CHECKPOINT",
     "COLUMNS",
+    "FILES",
+    "PREDICTIONS",
+    "RECORDS",
     "Run",
     "born",
+    "check_evaluations",
     "claim",
     "clear",
+    "identity_of",
     "load_run",
-    "remove_unfinished",
     "resumable",
-    "save_weights",
-    "weights_path",
+    "weights_name",
 ]
 
+T = TypeVar("T")
 COLUMNS = ("step", *StepRecord._fields, "task_weight", "recall_weight", "lr", "pull", "seconds")
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT, PREDICTIONS, RECORDS = "checkpoint.safetensors", "predictions.npy", "steps.jsonl"
 FILES = (
-    *("config.json", "provenance.json", "status.json", "steps.jsonl", "evaluations.json"),
-    *("predictions.npy", CHECKPOINT),
+    "config.json",
+    "provenance.json",
+    "status.json",
+    RECORDS,
+    "evaluations.json",
+    PREDICTIONS,
+    CHECKPOINT,
 )
+STATES = ("complete", "running", "interrupted", "failed")
+AGAIN = "run it again"
+WEIGHTS = re.compile(r"weights/(\d{6,})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -51,6 +68,7 @@ class Run:
             recall_weight, lr, pull, seconds.
         evaluations: figures at the steps that were evaluated.
         provenance: versions, machine, and hash of the starting weights.
+        folder: its manifest.
     """
 
     path: Path
@@ -59,6 +77,7 @@ class Run:
     steps: dict[str, Array]
     evaluations: list[dict[str, Any]]
     provenance: dict[str, Any]
+    folder: Folder
 
     @property
     def label(self) -> str:
@@ -67,32 +86,38 @@ class Run:
 
     def weights(self, step: int | None = None) -> dict[str, Array]:
         """Weights after a step; None for the last ones."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+        from .checkpoints import read_weights
 
         steps = self.snapshots()
         if not steps or (step is not None and step not in steps):
-            raise RecAdamError(f"{self.path}: no weights of step {step or 'the end'}; run it again")
-        path = weights_path(self.path, steps[-1] if step is None else step)
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise RecAdamError(f"{path}: damaged ({error}); run it again") from None
+            raise RecAdamError(f"{self.path}: no weights of step {step or 'the end'}; {AGAIN}")
+        return read_weights(self.folder, steps[-1] if step is None else step)
 
     def snapshots(self) -> list[int]:
         """Steps whose weights are kept."""
-        return sorted(int(path.stem) for path in (self.path / "weights").glob("[0-9]*.safetensors"))
+        listed = ((name, WEIGHTS.fullmatch(name)) for name in self.folder.files)
+        return sorted(int(match[1]) for name, match in listed if match and (self.path / name).exists())
 
     def predictions(self) -> Array:
         """Scores of the test rows after the last step, of shape (rows, classes)."""
-        try:
-            return np.asarray(np.load(self.path / "predictions.npy", allow_pickle=False))
-        except (OSError, ValueError) as error:
-            raise RecAdamError(f"{self.path / 'predictions.npy'}: {error}; run it to the end") from None
+
+        def parse(path: Path, data: bytes) -> Array:
+            return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
+
+        if not (self.path / PREDICTIONS).exists():
+            raise RecAdamError(f"{self.path / PREDICTIONS}: is not there; run it to the end")
+        scores = _read(self.folder, PREDICTIONS, parse)
+        rows = self.provenance.get("test_rows")
+        if scores.ndim != 2 or scores.dtype.kind != "f" or len(scores) != rows:
+            raise _damaged(self.path / PREDICTIONS, f"{scores.dtype} {scores.shape}, of {rows} rows")
+        return scores
 
 
 def load_run(path: str | Path, strict: bool = True) -> Run:
     """Read a run's directory; an unfinished one too.
+
+    Every file is held against the sha256 that the run wrote into its manifest, so that no other run's file
+    and no flipped bit is taken for this run's.
 
     Args:
         path: the directory.
@@ -102,68 +127,173 @@ def load_run(path: str | Path, strict: bool = True) -> Run:
         The run. A run whose process died without a word counts as interrupted.
 
     Raises:
-        RecAdamError: when it is no run, or a file of it is missing or damaged.
+        RecAdamError: when it is no run, or a file of it is missing, damaged or another run's.
     """
     path = Path(path)
     if not (path / "config.json").exists():
         raise RecAdamError(f"{path}: no run here; give a directory that `recadam finetune` wrote")
-
-    def read(name: str, kind: type) -> Any:
-        file = path / name
-        try:
-            value = json.loads(file.read_text(encoding="utf-8")) if file.exists() else kind()
-        except ValueError as error:
-            raise RecAdamError(f"{file}: damaged ({error}); run it again") from None
-        if not isinstance(value, kind):
-            raise RecAdamError(f"{file}: damaged (not a {kind.__name__}); run it again")
-        return value
-
-    try:
-        config = RunConfig.from_dict(read("config.json", dict))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RecAdamError(f"{path / 'config.json'}: damaged ({error!r}); run it again") from None
-    status = {"state": "interrupted", "step": 0, **read("status.json", dict)}
-    columns = _read_records(path / "steps.jsonl")
+    if not (path / MANIFEST).exists():
+        raise _damaged(path / MANIFEST, "is not there")
+    folder = Folder(path, "run")
+    config = _read(folder, "config.json", _config)
+    nothing: dict[str, Any] = {}
+    provenance = _read(folder, "provenance.json", _provenance, nothing)
+    if provenance and folder.identity != identity_of(config, provenance["start_sha256"]):
+        raise _damaged(path / MANIFEST, "of another configuration or other starting weights")
+    status = _read(folder, "status.json", _status, {"state": "interrupted", "step": 0})
+    columns = _read(folder, RECORDS, _records, _table([]))
     if status["state"] == "running" and not _alive(status.get("pid"), status.get("born")):
         status = {**status, "state": "interrupted", "step": len(columns["step"])}
-    evaluations, provenance = read("evaluations.json", list), read("provenance.json", dict)
+    none_yet: list[dict[str, Any]] = []
+    evaluations = _read(folder, "evaluations.json", _evaluations, none_yet)
+    run = Run(path, config, status, columns, evaluations, provenance, folder)
     if strict and status["state"] == "complete":
-        complete = {
-            "steps.jsonl": len(columns["step"]) == config.steps,
-            "provenance.json": {"start_sha256", "headline"} <= provenance.keys(),
-            "evaluations.json": bool(evaluations)
-            and all(isinstance(e, dict) and "target_accuracy" in e for e in evaluations)
-            and evaluations[-1].get("step") == config.steps,
-        }
-        for name, there in complete.items():
-            if not there:
-                raise RecAdamError(
-                    f"{path / name}: damaged (the run is complete, this file is not); run it again"
-                )
-    return Run(path, config, status, columns, evaluations, provenance)
+        _check_complete(run)
+    return run
 
 
-def _read_records(path: Path) -> dict[str, Array]:
+def _check_complete(run: Run) -> None:
+    """Raise unless all that a complete run has is there, and sealed."""
+    evaluated = run.evaluations[-1] if run.evaluations else {}
+    wanted = {"target_accuracy", *run.provenance.get("headline", [])[:1]}
+    whole = {
+        "status.json": run.status["step"] == run.config.steps,
+        RECORDS: len(run.steps["step"]) == run.config.steps,
+        "provenance.json": bool(run.provenance),
+        "evaluations.json": evaluated.get("step") == run.config.steps
+        and all(wanted <= e.keys() for e in run.evaluations),
+    }
+    for name, there in whole.items():
+        if not there:
+            raise _damaged(run.path / name, "the run is complete, this file is not")
+    last = weights_name(run.config.steps)
+    for name in ("config.json", "provenance.json", RECORDS, "evaluations.json", PREDICTIONS, last):
+        if run.folder.files.get(name) is None:
+            raise _damaged(run.path / MANIFEST, f"the run is complete, and {name} has no sha256 here")
+
+
+def _damaged(path: Path, why: object) -> RecAdamError:
+    return RecAdamError(f"{path}: damaged ({why}); {AGAIN}")
+
+
+def _read(folder: Folder, name: str, parse: Callable[[Path, bytes], T], absent: T | None = None) -> T:
+    """What a file of a run says, if it is what the run wrote; a value where it is not there."""
+    path = folder.path / name
+    if absent is not None and not path.exists():
+        if folder.files.get(name) is not None:
+            raise _damaged(path, "is not there")
+        return absent
+    try:
+        data = path.read_bytes()
+        value = parse(path, data)
+    except RecAdamError:
+        raise
+    except OSError as error:
+        raise RecAdamError(f"{path}: {error.strerror or error}; give a path that can be read") from None
+    except Exception as error:  # what parsers make of nonsense is more than they say
+        raise _damaged(path, f"{type(error).__name__}: {error}") from None
+    if folder.altered(name, data):
+        raise _damaged(path, "not what the run wrote: its sha256 is not the manifest's")
+    return value
+
+
+def _config(path: Path, data: bytes) -> RunConfig:
+    values = parse_json(path, data, dict, AGAIN)
+    try:
+        return RunConfig.from_dict(values)
+    except RecAdamError as error:
+        raise _damaged(path, error) from None
+    except Exception as error:
+        raise _damaged(path, f"{type(error).__name__}: {shown(str(error))}") from None
+
+
+def _provenance(path: Path, data: bytes) -> dict[str, Any]:
+    values = parse_json(path, data, dict, AGAIN)
+    resumed = values.setdefault("resumed", [])
+    headline = values.get("headline")
+    if not (isinstance(headline, list) and [type(x) for x in headline] == [str, bool]):
+        raise _damaged(path, f"headline is {shown(headline)}")
+    for name, kind in (("start_sha256", str), ("test_rows", int), ("versions", dict), ("command", str)):
+        if not isinstance(values.get(name), kind):
+            raise _damaged(path, f"{name} is {shown(values.get(name))}")
+    if not isinstance(resumed, list) or not all(isinstance(x, dict) for x in resumed):
+        raise _damaged(path, f"resumed is {shown(resumed)}")
+    return values
+
+
+def _status(path: Path, data: bytes) -> dict[str, Any]:
+    values = parse_json(path, data, dict, AGAIN)
+    if values.get("state") not in STATES:
+        raise _damaged(path, f"state is {shown(values.get('state'))}")
+    for name in ("step", "pid", "born"):
+        value = values.get(name, None if name == "born" else 0)
+        if not (name == "born" and value is None) and not _whole(value):
+            raise _damaged(path, f"{name} is {shown(value)}")
+    return {"step": 0, **values}
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _records(path: Path, data: bytes) -> dict[str, Array]:
     """The records by column; a last line that a kill cut short is left out."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    lines = data.decode("utf-8", "replace").splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            rows.append([float(row[name]) for name in COLUMNS])
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):
-                raise RecAdamError(f"{path}: damaged in line {number} ({error!r}); run it again") from None
+            values = [row[name] for name in COLUMNS]
+            if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in values):
+                raise TypeError(f"no number in {shown(line)}")
+            rows.append([float(x) for x in values])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            if number < len(lines) or line.rstrip().endswith("}"):
+                raise RecAdamError(
+                    f"{path}: damaged in line {number} ({type(error).__name__}: {shown(str(error))}); {AGAIN}"
+                ) from None
+            break
+        if values[0] != number:
+            raise RecAdamError(f"{path}: damaged in line {number} (step {values[0]} stands there); {AGAIN}")
+    return _table(rows)
+
+
+def _table(rows: list[list[float]]) -> dict[str, Array]:
     return dict(zip(COLUMNS, np.array(rows).reshape(-1, len(COLUMNS)).T, strict=True))
+
+
+def _evaluations(path: Path, data: bytes) -> list[dict[str, Any]]:
+    return check_evaluations(path, parse_json(path, data, list, AGAIN))
+
+
+def check_evaluations(path: Path, values: list[Any]) -> list[dict[str, Any]]:
+    """The evaluations, if each has a later step than the one before, and finite figures."""
+    before = -1
+    for e in values:
+        step = e.get("step", -1) if isinstance(e, dict) else -1
+        if not _whole(step) or step <= before:
+            raise _damaged(path, f"no evaluation, or none of a later step: {shown(e)}")
+        before = step
+        for name, x in e.items():
+            if isinstance(x, bool) or not isinstance(x, (int, float)) or not _finite(x):
+                raise _damaged(path, f"{shown(name)} is {shown(x)} at step {step}")
+    return values
+
+
+def _finite(x: float) -> bool:
+    try:
+        return math.isfinite(x)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _alive(pid: Any, since: Any) -> bool:
     """Whether that process still runs; its start time tells it from a later one of the same number."""
-    if not isinstance(pid, int):
+    if not isinstance(pid, int) or pid <= 0:
         return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         pass  # somebody else's, but there
@@ -179,32 +309,33 @@ def born(pid: int) -> int | None:
         return None
 
 
-def claim(out: Path, overwrite: bool, resumed: RunConfig | None) -> Run | None:
+def identity_of(config: RunConfig, start_sha256: str) -> str:
+    """What a run's files belong to: the sha256 of its configuration and its starting weights."""
+    text = json.dumps([config.to_dict(), start_sha256], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def claim(out: Path, config: RunConfig, overwrite: bool, resume: bool) -> Run | None:
     """Make sure that the directory may be written; the earlier run that is to be resumed, if there is one."""
     if out.exists() and not out.is_dir():
         raise RecAdamError(f"{out}: is a file; give a directory")
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or not any(path.name != LOCK for path in out.iterdir()):
         return None
-    try:
-        run = load_run(out, strict=False)
-    except RecAdamError:
-        try:
-            RunConfig.from_dict(json.loads((out / "config.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecAdamError):
-            raise RecAdamError(f"{out}: holds something that is no run; give another directory") from None
-        if overwrite:  # a damaged run
-            return None
-        raise
-    if not overwrite and resumed is None:
+    if not (out / MANIFEST).exists():
+        raise RecAdamError(f"{out}: holds something that is no run; give another directory")
+    folder = Folder(out, "run")
+    steps = {
+        int(x.stem): x.name for x in out.glob("weights/*.safetensors") if re.fullmatch(r"\d{6,}", x.stem)
+    }
+    planned = [f"weights/{name}" for step, name in steps.items() if config.keeps(step)]
+    folder.check([*folder.files, *FILES, *planned])
+    if overwrite or not any((out / name).exists() for name in folder.files):
+        return None
+    if not resume:
         hint = "give --overwrite, --resume or another directory"
         raise RecAdamError(f"{out}: holds a run already; {hint}")
-    if run.status["state"] == "running":
-        raise RecAdamError(
-            f"{out}: process {run.status['pid']} is still writing this run; stop it, or delete status.json"
-        )
-    if resumed is None:
-        return None
-    theirs, ours = flat(run.config.to_dict()), flat(resumed.to_dict())
+    run = load_run(out, strict=False)
+    theirs, ours = flat(run.config.to_dict()), flat(config.to_dict())
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
             raise RecAdamError(
@@ -214,35 +345,18 @@ def claim(out: Path, overwrite: bool, resumed: RunConfig | None) -> Run | None:
     return run
 
 
-def clear(out: Path) -> None:
-    """Make the directory, and remove what an earlier run left in it: its own files and no others."""
-    out.mkdir(parents=True, exist_ok=True)
-    for path in [*out.glob("weights/[0-9]*.safetensors"), *(out / name for name in reversed(FILES))]:
-        path.unlink(missing_ok=True)
-    remove_unfinished(out)
-
-
-def remove_unfinished(out: Path) -> None:
-    """Remove the files that a kill has left beside their places."""
-    patterns = [f".{name}.*" for name in FILES] + ["weights/.[0-9]*.safetensors.*"]
-    for path in [path for pattern in patterns for path in out.glob(pattern)]:
-        path.unlink(missing_ok=True)
+def clear(out: Path) -> Folder:
+    """Remove what an earlier run left: its own files and no others; config.json last."""
+    folder = Folder(out, "run")
+    folder.remove(sorted(folder.files, key=lambda name: (name in FILES, name == "config.json")))
+    return folder
 
 
 def resumable(out: Path) -> bool:
     """Whether a directory has what a resume goes on from: a checkpoint, or a run that is complete."""
-    return (out / CHECKPOINT).exists() or (out / "predictions.npy").exists()
+    return (out / CHECKPOINT).exists() or (out / PREDICTIONS).exists()
 
 
-def weights_path(out: Path, step: int) -> Path:
+def weights_name(step: int) -> str:
     """Where the weights after a step are."""
-    return out / "weights" / f"{step:06d}.safetensors"
-
-
-def save_weights(path: Path, weights: Mapping[str, Array], metadata: dict[str, str] | None = None) -> None:
-    """Write arrays by name as safetensors, whole or not at all."""
-    from safetensors.numpy import save
-
-    # Not by save_file, which writes beside its place too: a kill would leave that file, under any name.
-    with replacing(path) as beside:
-        beside.write_bytes(save({name: np.ascontiguousarray(x) for name, x in weights.items()}, metadata))
+    return f"weights/{step:06d}.safetensors"

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from recadam_core.figures import COLOURS
-from recadam_core.files import replacing
+
+from .folders import Folder
 
 __all__ = ["Table", "markdown_table", "write_page", "write_picture"]
 
@@ -16,23 +17,21 @@ Table = tuple[Sequence[str], list[list[str]]]
 """A head, and rows of as many cells."""
 
 
-def write_page(path: Path, template: str, **values: Any) -> Path:
+def write_page(folder: Folder, name: str, template: str, **values: Any) -> Path:
     """Fill in a template of this package."""
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("recadam_harness"), autoescape=True)
     page = environment.get_template(template).render(colours=COLOURS, **values)
-    with replacing(path) as beside:
-        beside.write_text(page, encoding="utf-8")
-    return path
+    folder.write(name, page.encode(errors="backslashreplace"))
+    return folder.path / name
 
 
-def write_picture(path: Path, figure: Any, dpi: int = 150) -> bytes:
+def write_picture(folder: Folder, name: str, figure: Any, dpi: int = 150) -> bytes:
     """Write a figure as PNG; what is in the file."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=dpi)
-    with replacing(path) as beside:
-        beside.write_bytes(picture.getvalue())
+    folder.write(name, picture.getvalue())
     return picture.getvalue()
 
 

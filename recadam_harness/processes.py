@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +18,7 @@ from recadam_core.errors import RecAdamError
 
 __all__ = ["Each", "pool"]
 
+PATIENCE = 10.0  # seconds until processes that were told to end are killed
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -57,6 +59,10 @@ def pool(jobs: int) -> Iterator[Each]:
         executor.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.terminate()
+        until = time.monotonic() + PATIENCE
+        for process in processes:  # a run says first that it was interrupted
+            process.join(max(0.0, until - time.monotonic()))
+            process.kill()
         shares.close()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -13,10 +13,13 @@ from recadam_core.errors import RecAdamError
 from .compare import Comparison, compare_runs, setup_of
 from .directory import Run
 from .engines import reference_first
+from .folders import Folder, owned
 from .pages import Table, write_page, write_picture
 from .plots import SOURCE_LABELS, task_figure
 
-__all__ = ["compare_all", "summary_rows", "write_report"]
+__all__ = ["PAGE", "compare_all", "draw_report", "summary_rows", "write_report"]
+
+PAGE = "report.html"
 
 
 def compare_all(runs: Sequence[Run]) -> list[Comparison]:
@@ -67,22 +70,43 @@ def write_report(
     runs: Sequence[Run],
     out: str | Path,
     title: str = "Fine-tuning runs",
-    comparisons: Sequence[Comparison] | None = None,
+    overwrite: bool = False,
 ) -> Path:
-    """Write report.html, and a PNG of each task's picture beside it."""
+    """Write report.html, and a PNG of each task's picture beside it.
+
+    Args:
+        runs: the runs.
+        out: the folder.
+        title: title of the page.
+        overwrite: whether to replace an earlier report in the folder.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        RecAdamError: when no run is complete, or the folder has files of these names.
+    """
     out = Path(out)
     complete = [run for run in runs if run.status["state"] == "complete"]
     if not complete:
         raise RecAdamError(f"{out}: no complete run to report on; run one to the end")
-    if comparisons is None:
-        comparisons = compare_all(complete)
+    comparisons = compare_all(complete)
+    with owned(out):
+        folder = Folder(out, "report")
+        folder.check([PAGE, *(f"{run.config.task}.png" for run in complete)], overwrite)
+        return draw_report(runs, folder, title, comparisons)
+
+
+def draw_report(runs: Sequence[Run], folder: Folder, title: str, comparisons: Sequence[Comparison]) -> Path:
+    """Write the page and its pictures into a folder that is ours."""
+    complete = [run for run in runs if run.status["state"] == "complete"]
     sections = []
     for task in dict.fromkeys(run.config.task for run in complete):
         chosen = _ordered([run for run in complete if run.config.task == task])
         paths = {str(run.path) for run in chosen}
         compared = [c for c in comparisons if paths.issuperset(c.paths)]
         figure = task_figure(chosen, compared)
-        write_picture(out / f"{task}.png", figure)
+        write_picture(folder, f"{task}.png", figure)
         picture = io.StringIO()
         figure.savefig(picture, format="svg")
         svg = picture.getvalue()
@@ -98,7 +122,8 @@ def write_report(
             }
         )
     return write_page(
-        out / "report.html",
+        folder,
+        PAGE,
         "report.html.j2",
         title=title,
         sections=sections,

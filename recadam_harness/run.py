@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import io
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,38 +21,66 @@ import numpy as np
 from recadam_core.annealing import annealed_weights
 from recadam_core.backends import get_backend
 from recadam_core.coefficients import coefficients
-from recadam_core.errors import RecAdamError
-from recadam_core.files import replacing, write_json
-from recadam_core.update import Moments
+from recadam_core.errors import RecAdamError, check_whole
+from recadam_core.files import naming, write_json
+from recadam_core.interrupts import deferred
 
-from .config import RunConfig, check_whole
+from .checkpoints import Checkpoint, write_weights
+from .config import RunConfig
 from .directory import (
     CHECKPOINT,
     COLUMNS,
+    FILES,
+    PREDICTIONS,
+    RECORDS,
     Run,
     born,
     claim,
     clear,
+    identity_of,
     load_run,
-    remove_unfinished,
-    save_weights,
-    weights_path,
 )
 from .engines import Engine, StepRecord, make_engine
+from .folders import Folder, owned
+from .memory import check_memory
 from .tasks import get_task
 from .tasks.base import Array, Problem, Rows
 
-__all__ = ["Prepared", "batch_order", "finetune", "prepare"]
+__all__ = ["Batches", "Prepared", "batch_order", "finetune", "prepare", "step_memory"]
 
 VERSIONS = ("recadam-core", "numpy", "torch", "jax", "jaxlib", "optax", "tokenizers", "scikit-learn")
 
 
+class Batches:
+    """Row numbers of each batch: epoch after epoch of seeded permutations, drawn when they are needed."""
+
+    def __init__(self, rows: int, size: int, seed: int) -> None:
+        if size > rows:
+            raise RecAdamError(f"batch_size is {size}; there are {rows} training rows, give no more")
+        self.rows, self.size, self.seed = rows, size, seed
+        self._restart()
+
+    def _restart(self) -> None:
+        self._rng = np.random.default_rng([self.seed, 1])
+        self._t, self._batch, self._ahead = 0, np.empty(0, int), np.empty(0, int)
+
+    def __getitem__(self, t: int) -> Array:
+        """The batch of step t, from 1; going back begins anew."""
+        if t < self._t:
+            self._restart()
+        while self._t < t:
+            if len(self._ahead) < self.size:
+                self._ahead = np.concatenate([self._ahead, self._rng.permutation(self.rows)])
+            self._batch, self._ahead = self._ahead[: self.size], self._ahead[self.size :]
+            self._t += 1
+        return self._batch
+
+
 def batch_order(rows: int, batch_size: int, steps: int, seed: int) -> Array:
-    """Row numbers of each batch: epoch after epoch of seeded permutations."""
-    rng = np.random.default_rng([seed, 1])
-    epochs = -(-steps * batch_size // rows)
-    order = np.concatenate([rng.permutation(rows) for _ in range(epochs)])
-    return order[: steps * batch_size].reshape(steps, batch_size)
+    """The batches of all steps, of shape (steps, batch_size)."""
+    check_memory(f"{steps:,} steps with batch_size {batch_size:,}", 16.0 * steps * batch_size)
+    batches = Batches(rows, batch_size, seed)
+    return np.stack([batches[t] for t in range(1, steps + 1)])
 
 
 class Prepared(NamedTuple):
@@ -60,11 +89,11 @@ class Prepared(NamedTuple):
     config: RunConfig
     problem: Problem
     engine: Engine
-    order: Array
+    batches: Batches
 
     def batch(self, t: int) -> Rows:
         """The rows of step t."""
-        return {name: column[self.order[t - 1]] for name, column in self.problem.train.items()}
+        return {name: column[self.batches[t]] for name, column in self.problem.train.items()}
 
     def step(self, t: int) -> StepRecord:
         """Step t."""
@@ -74,11 +103,19 @@ class Prepared(NamedTuple):
 def prepare(config: RunConfig) -> Prepared:
     """Read the data and make the engine, where the backend's precision is the configuration's."""
     problem = get_task(config.task).prepare(config.seed, **config.options)
+    batches = Batches(len(problem.train["targets"]), config.batch_size, config.seed)
+    check_memory(f"batch_size {config.batch_size:,}", step_memory(config, problem))
     start = problem.model, problem.params, problem.anchored
-    engine = make_engine(config.backend, *start, config.optimizer, config.hp, config.dtype)
-    rows = len(problem.train["targets"])
-    order = batch_order(rows, config.batch_size, config.steps, config.seed)
-    return Prepared(config, problem, engine, order)
+    with deferred():
+        engine = make_engine(config.backend, *start, config.optimizer, config.hp, config.dtype)
+    return Prepared(config, problem, engine, batches)
+
+
+def step_memory(config: RunConfig, problem: Problem) -> float:
+    """Roughly the bytes of a step: weights, gradients, moments and anchors, and what each row leaves."""
+    held = 5 * sum(x.size for x in problem.params.values())
+    rows = config.batch_size * problem.model.floats_a_row(problem.train)
+    return float(np.dtype(config.dtype).itemsize * (held + rows))
 
 
 def finetune(
@@ -113,51 +150,75 @@ def finetune(
     check_whole("checkpoint_every", checkpoint_every, 0)
     if overwrite and resume:
         raise RecAdamError(f"{out}: overwrite and resume exclude one another; give one of them")
-    earlier = claim(out, overwrite, config if resume else None)
-    if earlier is not None and earlier.status["state"] == "complete":
-        earlier = load_run(out)
-        earlier.weights(config.steps)
-        earlier.predictions()
-        return earlier
+    claim(out, config, overwrite, resume)
     for t in np.unique(np.linspace(1, config.steps, 1000, dtype=int)):
         _policy(config, int(t))  # a pull that diverges is refused before anything is written
-    tell(0, "reading data and model")
-    with get_backend(config.backend).precision(config.dtype):
-        prepared = prepare(config)
-        provenance = _provenance(prepared.problem, config)
-        step = _resume(earlier, prepared, provenance) if earlier else 0
-        if not step:
-            clear(out)
-            write_json(out / "config.json", config.to_dict())
-            write_json(out / "provenance.json", provenance)
-        with _status(out, step) as status:
-            _train(prepared, out, status, tell, checkpoint_every)
-    (out / CHECKPOINT).unlink(missing_ok=True)
-    return load_run(out)
+    with owned(out):
+        earlier = claim(out, config, overwrite, resume)
+        if earlier is not None and earlier.status["state"] == "complete":
+            earlier = load_run(out)
+            earlier.weights(config.steps)
+            earlier.predictions()
+            return earlier
+        tell(0, "reading data and model")
+        with get_backend(config.backend).precision(config.dtype):
+            prepared = prepare(config)
+            provenance = _provenance(prepared.problem, config)
+            folder, step, evaluations = _begin(out, earlier, prepared, provenance)
+            with _status(folder, step) as status, deferred() as check:
+                _train(prepared, folder, status, evaluations, tell, check, checkpoint_every)
+        folder.remove([CHECKPOINT])
+        return load_run(out)
+
+
+def _begin(
+    out: Path, earlier: Run | None, prepared: Prepared, provenance: dict[str, Any]
+) -> tuple[Folder, int, list[dict[str, Any]]]:
+    """Make the directory ready, by the last checkpoint of an earlier run or from the start."""
+    config = prepared.config
+    if earlier is not None and (out / CHECKPOINT).exists():
+        if earlier.provenance.get("start_sha256") != provenance["start_sha256"]:
+            raise RecAdamError(f"{out}: cannot resume: other starting weights or data; give --overwrite")
+        saved = Checkpoint.read(earlier, prepared.problem.params)
+        prepared.engine.restore(saved.step, saved.weights, saved.moments)
+        saved.put_back(earlier, {name: provenance[name] for name in ("started", "command", "versions")})
+        return earlier.folder, saved.step, saved.evaluations
+    folder = clear(out)
+    folder.begin(FILES, identity_of(config, provenance["start_sha256"]))
+    folder.write_json("config.json", config.to_dict())
+    folder.write_json("provenance.json", provenance)
+    return folder, 0, []
 
 
 def _train(
     prepared: Prepared,
-    out: Path,
+    folder: Folder,
     status: dict[str, Any],
+    evaluations: list[dict[str, Any]],
     tell: Callable[[int, str], None],
+    check: Callable[[], None],
     checkpoint_every: int,
 ) -> None:
     config, problem, engine = prepared.config, prepared.problem, prepared.engine
     first = int(status["step"]) + 1
-    evaluations: list[dict[str, Any]] = load_run(out).evaluations if first > 1 else []
+
+    def call(function: str, rows: Mapping[str, Array]) -> Array:
+        check()
+        return engine.call(function, rows)
 
     def evaluate(step: int) -> Array:
         tell(step, "evaluating")
-        logits, figures = problem.evaluate(engine.call)
+        logits, figures = problem.evaluate(call)
         evaluations.append({"step": step, **figures})
-        write_json(out / "evaluations.json", evaluations)
+        folder.write_json("evaluations.json", evaluations)
         return logits
 
     if first == 1:
         evaluate(0)
-    with (out / "steps.jsonl").open("a", encoding="utf-8") as records:
+    path = folder.path / RECORDS
+    with naming(path), path.open("a", encoding="utf-8") as records:
         for t in range(first, config.steps + 1):
+            check()
             batch, lr = prepared.batch(t), config.rate(t)
             began = time.perf_counter()
             record = engine.step(batch, lr)
@@ -168,17 +229,20 @@ def _train(
             records.flush()
             status["step"] = t
             if not np.isfinite(record.loss):
-                raise RecAdamError(f"{out}: the loss is {record.loss} at step {t}; lower lr, or raise eps")
+                raise RecAdamError(
+                    f"{folder.path}: the loss is {record.loss} at step {t}; lower lr, or raise eps"
+                )
             tell(t, f"loss {record.loss:.4f}")
-            last = t == config.steps
-            if last or (config.snapshot_every and t % config.snapshot_every == 0):
-                save_weights(weights_path(out, t), engine.weights())
-            if last or (config.eval_every and t % config.eval_every == 0):
+            if config.keeps(t):
+                write_weights(folder, t, engine.weights())
+            if config.evaluates(t):
                 logits = evaluate(t)
-            if checkpoint_every and t % checkpoint_every == 0 and not last:
-                _checkpoint(out / CHECKPOINT, t, engine)
-    with replacing(out / "predictions.npy") as beside, beside.open("wb") as file:
-        np.save(file, logits)
+            if checkpoint_every and t % checkpoint_every == 0 and t < config.steps:
+                Checkpoint.of(engine, t, evaluations).write(folder)
+    folder.seal(RECORDS)
+    scores = io.BytesIO()
+    np.save(scores, logits)
+    folder.write(PREDICTIONS, scores.getvalue())
 
 
 def _policy(config: RunConfig, t: int) -> tuple[float, float, float]:
@@ -191,67 +255,12 @@ def _policy(config: RunConfig, t: int) -> tuple[float, float, float]:
     return task, recall, coefficients(t, config.hp, config.rate(t)).pull
 
 
-def _checkpoint(path: Path, step: int, engine: Engine) -> None:
-    weights = engine.weights()
-    moments = {name: engine.moments(name) for name in weights}
-    arrays = {f"weights.{name}": x for name, x in weights.items()}
-    arrays |= {f"{part}.{name}": getattr(pair, part) for name, pair in moments.items() for part in "mv"}
-    save_weights(path, arrays, {"step": str(step)})
-
-
-def _resume(run: Run, prepared: Prepared, provenance: dict[str, Any]) -> int:
-    """Put the engine and the records back to the last checkpoint; its step, 0 where there is none."""
-    from safetensors import SafetensorError, safe_open
-
-    path = run.path / CHECKPOINT
-    if not path.exists():
-        return 0
-    if run.provenance.get("start_sha256") != provenance["start_sha256"]:
-        raise RecAdamError(f"{run.path}: cannot resume: other starting weights or data; give --overwrite")
-    config, start = run.config, prepared.problem.params
-    try:
-        with safe_open(path, framework="numpy") as file:
-            step = int((file.metadata() or {})["step"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # is no dict
-        if not 0 < step < config.steps:
-            raise ValueError(f"its step is {step} of {config.steps}")
-        for name, wanted in start.items():
-            for x in (arrays[f"{part}.{name}"] for part in ("weights", "m", "v")):
-                if x.shape != wanted.shape or x.dtype != config.dtype:
-                    raise ValueError(f"{name} is {x.dtype} {x.shape}, not {config.dtype} {wanted.shape}")
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise RecAdamError(f"{path}: damaged ({error}); delete it, or give --overwrite") from None
-    told = [
-        e.get("step") if isinstance(e, dict) and "target_accuracy" in e else None for e in run.evaluations
-    ]
-    if len(run.steps["step"]) < step or not told or not all(isinstance(x, int) for x in told):
-        raise RecAdamError(
-            f"{run.path}: records or evaluations end before step {step} of {path.name}; give --overwrite"
-        )
-    weights = {name: arrays[f"weights.{name}"] for name in start}
-    moments = {name: Moments(arrays[f"m.{name}"], arrays[f"v.{name}"]) for name in start}
-    prepared.engine.restore(step, weights, moments)
-    remove_unfinished(run.path)
-    for later in (s for s in run.snapshots() if s > step):
-        weights_path(run.path, later).unlink()
-    lines = (run.path / "steps.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    with replacing(run.path / "steps.jsonl") as beside:
-        beside.write_text("".join(lines[:step]), encoding="utf-8")
-    write_json(run.path / "evaluations.json", [e for e in run.evaluations if e["step"] <= step])
-    resumed = {name: provenance[name] for name in ("started", "command", "versions")}
-    write_json(
-        run.path / "provenance.json",
-        {**run.provenance, "resumed": [*run.provenance.get("resumed", []), {"step": step, **resumed}]},
-    )
-    return step
-
-
 @contextlib.contextmanager
-def _status(out: Path, step: int = 0) -> Iterator[dict[str, Any]]:
+def _status(folder: Folder, step: int = 0) -> Iterator[dict[str, Any]]:
     """Keep status.json true: running, then complete, interrupted or failed."""
     pid = os.getpid()
     status: dict[str, Any] = {"state": "running", "step": step, "pid": pid, "born": born(pid)}
-    write_json(out / "status.json", status)
+    write_json(folder.path / "status.json", status)
     try:
         yield status
         status["state"] = "complete"
@@ -262,9 +271,12 @@ def _status(out: Path, step: int = 0) -> Iterator[dict[str, Any]]:
         status.update(
             state="failed", reason=str(error).splitlines()[0] if str(error) else type(error).__name__
         )
+        with contextlib.suppress(OSError):  # a disk that is full, which was said
+            write_json(folder.path / "status.json", status)
         raise
     finally:
-        write_json(out / "status.json", status)
+        if status["state"] != "failed":
+            write_json(folder.path / "status.json", status)
 
 
 def _provenance(problem: Problem, config: RunConfig) -> dict[str, Any]:

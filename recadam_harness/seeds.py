@@ -15,11 +15,14 @@ from recadam_core.errors import RecAdamError
 
 from .config import RunConfig
 from .engines import Array, able, engine_of, make_engine
-from .run import batch_order
+from .folders import Folder
+from .memory import check_memory
+from .pages import write_picture
+from .run import batch_order, step_memory
 from .tasks import get_task
 from .tasks.base import Problem
 
-__all__ = ["Sweep", "sweep_seeds"]
+__all__ = ["Sweep", "draw_seeds", "sweep_seeds"]
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,15 @@ def sweep_seeds(config: RunConfig, seeds: Sequence[int]) -> Sweep:
     for t, lr in enumerate(rates, start=1):
         if config.optimizer == "recadam":  # a pull that diverges is refused before anything is trained
             coefficients(t, config.hp, float(lr))
+    check_memory(
+        f"{config.steps:,} steps of {len(seeds)} seeds", 16.0 * len(seeds) * config.steps * config.batch_size
+    )
     problems = [get_task(config.task).prepare(x.seed, **config.options) for x in configs]
     first = problems[0]
     rows = len(first.train["targets"])
+    row = sum(column[0].size for column in first.train.values())
+    held = 8.0 * config.steps * config.batch_size * row + step_memory(config, first)
+    check_memory(f"{config.steps:,} steps of {len(seeds)} seeds at once", len(seeds) * held)
     order = np.stack([batch_order(rows, config.batch_size, config.steps, x.seed) for x in configs])
     every = config.eval_every or config.steps
     at = sorted({*range(every, config.steps + 1, every), config.steps})
@@ -92,6 +101,14 @@ def sweep_seeds(config: RunConfig, seeds: Sequence[int]) -> Sweep:
         name: np.array([[seed[name] for seed in then] for then in figures]).T for name in figures[0][0]
     }
     return Sweep(configs[0], [x.seed for x in configs], records, at, evaluations, first.headline[0])
+
+
+def draw_seeds(sweeps: Sequence[Sweep], folder: Folder) -> None:
+    """Write seeds.json and seeds.png into a folder that is ours."""
+    from .plots import seeds_figure
+
+    folder.write_json("seeds.json", [sweep.to_dict() for sweep in sweeps])
+    write_picture(folder, "seeds.png", seeds_figure(sweeps))
 
 
 def _figures(

@@ -141,6 +141,7 @@ class Encoded:
         first: Sequence[str],
         second: Sequence[str] | None,
         length: int,
+        vocabulary: int,
         device: torch.device,
     ) -> None:
         if length > tokenizer.model_max_length:
@@ -151,6 +152,12 @@ class Encoded:
         self._tokenizer, self._device = tokenizer, device
         pairs = [list(first)] if second is None else [list(first), list(second)]
         self._columns = dict(tokenizer(*pairs, truncation=True, max_length=length))
+        largest = max((max(x, default=0) for x in self._columns["input_ids"]), default=0)
+        if largest >= vocabulary:
+            raise RecAdamError(
+                f"tokenizer: token {largest} is beyond the encoder's vocabulary of {vocabulary}; "
+                "give files that belong together"
+            )
         self.lengths = np.array([len(x) for x in self._columns["input_ids"]])
 
     def batch(self, rows: Sequence[int] | Array) -> Batch:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from recadam_core.errors import RecAdamError
-from recadam_core.files import replacing
 
+from ..folders import Folder, owned
 from ..pages import Table, markdown_table, write_page, write_picture
 from .figures import curves_figure, label_of, lines_figure, pareto_figure
 from .glue import PAPER, TASKS
@@ -20,9 +20,19 @@ from .grids import EXPERIMENTS, Options
 from .statistics import Summary, summarize
 from .table import Results, Row
 
-__all__ = ["SUMMARY", "write_experiment"]
+__all__ = ["PAGE", "SUMMARY", "files_of", "write_experiment"]
 
-SUMMARY = "summary.md"
+PAGE, SUMMARY = "report.html", "summary.md"
+
+
+def files_of(options: Options) -> list[str]:
+    """What may be written beside the table."""
+    pictures = [f"{_place(model, target)}.png" for model in options.models for target in options.targets]
+    return [PAGE, SUMMARY, *pictures]
+
+
+def _place(model: str, target: str) -> str:
+    return f"{model.rsplit('/', 1)[-1]}-{target.replace('/', '-')}"
 
 
 def write_experiment(name: str, results: Results, options: Options) -> Path:
@@ -37,29 +47,33 @@ def write_experiment(name: str, results: Results, options: Options) -> Path:
             else "none yet; let the experiment run on"
         )
         raise RecAdamError(f"{results.folder}: no row of a test, {why}")
-    sections = []
-    for model, target in dict.fromkeys((row.trial.model, row.trial.target) for row in tested):
-        rows = [row for row in tested if (row.trial.model, row.trial.target) == (model, target)]
-        tuned = [row for row in tuning if (row.trial.model, row.trial.target) == (model, target)]
-        sections.append(_section(name, model, target, rows, tuned, results.folder))
-    with replacing(results.folder / SUMMARY) as beside:
-        beside.write_text("\n".join(_markdown(section) for section in sections), encoding="utf-8")
-    return write_page(
-        results.folder / "report.html",
-        "experiment.html.j2",
-        title=name,
-        about=EXPERIMENTS[name].about,
-        sections=sections,
-        failed=failed,
-        quick=options.quick,
-    )
+    with owned(results.folder):
+        folder = Folder(results.folder, "experiment")
+        folder.check(files_of(options))
+        sections = []
+        for model, target in dict.fromkeys((row.trial.model, row.trial.target) for row in tested):
+            rows = [row for row in tested if (row.trial.model, row.trial.target) == (model, target)]
+            tuned = [row for row in tuning if (row.trial.model, row.trial.target) == (model, target)]
+            sections.append(_section(name, model, target, rows, tuned, folder))
+        text = "\n".join(_markdown(section) for section in sections)
+        folder.write(SUMMARY, text.encode(errors="backslashreplace"))
+        return write_page(
+            folder,
+            PAGE,
+            "experiment.html.j2",
+            title=name,
+            about=EXPERIMENTS[name].about,
+            sections=sections,
+            failed=failed,
+            quick=options.quick,
+        )
 
 
 def _section(
-    name: str, model: str, target: str, rows: Sequence[Row], tuned: Sequence[Row], folder: Path
+    name: str, model: str, target: str, rows: Sequence[Row], tuned: Sequence[Row], folder: Folder
 ) -> dict[str, Any]:
     summaries = summarize(rows)
-    place = f"{model.rsplit('/', 1)[-1]}-{target.replace('/', '-')}"
+    place = _place(model, target)
     draw: Callable[[], Any] | None = None
     if name == "comparison":
         draw = lambda: pareto_figure(summaries, f"{target}, {model}")  # noqa: E731
@@ -69,7 +83,7 @@ def _section(
         draw = lambda: lines_figure(_panels(summaries))  # noqa: E731
     picture = ""
     if draw is not None:
-        picture = base64.b64encode(write_picture(folder / f"{place}.png", draw(), dpi=130)).decode()
+        picture = base64.b64encode(write_picture(folder, f"{place}.png", draw(), dpi=130)).decode()
     first = rows[0].trial
     seeds = sorted({row.trial.seed for row in rows})
     return {

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from recadam_core.errors import RecAdamError
 
-from ..archives import fetch, model_folder
+from ..archives import fetch_all, model_folder
+from ..folders import Folder, owned
 from ..processes import Each, pool
 from . import run_trial
 from .data import archives, target_of
 from .grids import Experiment, Options
+from .report import files_of
 from .table import Entry, Results, Row
 from .trial import Trial
 
@@ -28,9 +29,9 @@ def run_experiment(
     tell: Callable[[int, str, int], None] | None = None,
 ) -> Results:
     """Run what is not in the folder's table yet."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with owned(folder):
         results = Results(folder)
+        Folder(folder, "experiment").check(files_of(options))
         for row in results.rows.values():
             if row.entry.arm not in experiment.arms:
                 raise RecAdamError(
@@ -39,21 +40,6 @@ def run_experiment(
                 )
         _run(experiment, options, results, jobs, tell or (lambda done, text, total: None))
     return results
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Nobody else writes there meanwhile: each writes the whole table, and would undo the other's rows."""
-    from filelock import FileLock, Timeout
-
-    path = folder / ".lock"
-    try:
-        with FileLock(path, blocking=False):
-            yield  # the file stays: who has it open already would lock what another could not see
-    except Timeout:
-        raise RecAdamError(
-            f"{folder}: another run writes there; let it end, or give another folder by --out"
-        ) from None
 
 
 def _run(
@@ -85,8 +71,7 @@ def _prepare(trials: Sequence[Trial]) -> None:
     """Fetch what they read, and find what is wrong with it before any of them has run."""
     for model in dict.fromkeys(t.model for t in trials):
         model_folder(model)
-    for name in dict.fromkeys(name for t in trials for name in archives(t.target, t.model)):
-        fetch(name)
+    fetch_all(name for t in trials for name in archives(t.target, t.model))
     for target, data in dict.fromkeys((t.target, t.data) for t in trials if t.data):
         target_of(target, data)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from recadam_core.errors import RecAdamError
 from recadam_core.files import replacing
 
+from ..folders import Folder
 from .trial import Trial
 
 __all__ = ["CURVES", "FIGURES", "TABLE", "Entry", "Results", "Row"]
@@ -25,6 +26,11 @@ FIGURES = (
     "distance", "loss", "seconds",
 )  # fmt: skip
 POINTS = ("step", "loss", "source_loss", "distance")
+RANGES = {
+    **dict.fromkeys(("matthews", "pearson", "spearman"), (-1.0, 1.0)),
+    **dict.fromkeys(("snli_mnr", "distance", "loss", "seconds"), (0.0, math.inf)),
+}
+"""Least and largest values of the figures that are no shares."""
 STAGES = ("tune", "test")
 
 
@@ -66,9 +72,11 @@ class Row:
         for name in needed:
             if name not in self.figures:
                 return f"no {name}"
-        if not 0 <= (accuracy := self.figures.get("accuracy", 0)) <= 1:
-            return f"accuracy is {accuracy}"
-        return next((f"{n} is {x}" for n, x in self.figures.items() if not math.isfinite(x)), "")
+        for name, x in self.figures.items():
+            low, high = RANGES.get(name.removesuffix("_before"), (0.0, 1.0))
+            if not (math.isfinite(x) and low <= x <= high):
+                return f"{name} is {x}"
+        return ""
 
 
 class Results:
@@ -76,8 +84,9 @@ class Results:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder or Path()
+        self.manifest = Folder(self.folder, "experiment") if folder else None
         self.rows: dict[tuple[str, str, str], Row] = {}
-        if folder is not None and (folder / TABLE).exists():
+        if folder is not None:
             curves = self._read_curves()
             for row in self._read_table(curves):
                 if row.entry.name in self.rows:
@@ -117,6 +126,8 @@ class Results:
         try:
             for _, line in self._lines(CURVES, ("key", *POINTS)):
                 point = {name: float(line[name]) for name in POINTS if line[name]}
+                if wrong := next((n for n, x in point.items() if not 0 <= x < math.inf), ""):
+                    raise ValueError(f"{wrong} is {point[wrong]}")
                 curves.setdefault(line["key"], []).append(point)
         except (KeyError, ValueError, TypeError) as error:
             raise RecAdamError(f"{self.folder / CURVES}: damaged ({error}); delete it and {TABLE}") from None
@@ -154,6 +165,8 @@ class Results:
 
     def write(self) -> None:
         """Write the curves where there are any, and then the table, which says what is done."""
+        if self.manifest:
+            self.manifest.begin([TABLE, CURVES])
         curves = {row.trial.key: row.curve for row in self.rows.values() if row.curve}
         if curves:
             with (

@@ -112,7 +112,8 @@ class _Subject:
 
     def encoded(self, first: Sequence[str], second: Sequence[str] | None = None) -> Encoded:
         """Texts, or pairs of them, for this model."""
-        return Encoded(self.module.tokenizer, first, second, self.length, self.device)
+        words = self.module.body.get_input_embeddings().num_embeddings
+        return Encoded(self.module.tokenizer, first, second, self.length, words, self.device)
 
     def source(self, split: str) -> dict[str, float]:
         """Figures of the source tasks."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recadam_core.annealing import Annealing, Constant, Sigmoid
-from recadam_core.errors import RecAdamError, check_number, unknown
+from recadam_core.errors import RecAdamError, check_number, check_whole, unknown
 from recadam_core.hyperparameters import Hyperparameters
 from recadam_core.strength import gamma_for
 
@@ -176,8 +176,7 @@ class Trial:
             value = getattr(self, name)
             if name == "warmup" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**63:
-                raise RecAdamError(f"trial: {name} is {value!r}; give a whole number from {low} to 2^63 - 1")
+            check_whole(f"trial: {name}", value, low, 2**63 - 1 if name == "seed" else 10**8)
         for name in ("lr", "clip", "inverse_strength", "budget", "width"):
             check_number("trial", name, getattr(self, name), low=0.0, open_low=True)
         for name in ("pull", "center", "floor", "source_weight"):

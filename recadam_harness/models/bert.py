@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from recadam_core.errors import RecAdamError
+from recadam_core.errors import RecAdamError, check_number, check_whole, shown
+from recadam_core.files import parse_json
 
+from ..memory import check_memory
 from .ops import Model, Ops, gelu, layer_norm, linear, softmax
 
 __all__ = ["Bert", "BertConfig", "load_checkpoint"]
@@ -115,6 +117,12 @@ class Bert(Model):
             x = norm(x + inner, f"{layer}.output.LayerNorm")
         return x
 
+    def floats_a_row(self, rows: Mapping[str, Any]) -> int:
+        """States and attention of every layer."""
+        c, length = self.config, int(rows["ids"].shape[1])
+        states = length * (10 * c.hidden_size + 3 * c.intermediate_size)
+        return c.num_hidden_layers * (states + 3 * c.num_attention_heads * length**2)
+
     def features(self, ops: Ops, params: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
         """Sentence embeddings: the mean of the last layer over tokens, of shape (rows, hidden_size)."""
         mask = batch["mask"][:, :, None]
@@ -128,18 +136,12 @@ def load_checkpoint(folder: Path) -> tuple[BertConfig, dict[str, Array]]:
     from safetensors.numpy import load_file
 
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = (folder / "config.json").read_bytes()
     except FileNotFoundError:
         raise RecAdamError(f"{folder}: no config.json; give a Hugging Face checkpoint folder") from None
-    except ValueError as error:
-        raise RecAdamError(f"{folder / 'config.json'}: damaged ({error}); fetch it again") from None
-    activation = values.get("hidden_act", "gelu")
-    if values.get("model_type") != "bert" or activation != "gelu":
-        raise RecAdamError(
-            f"{folder}: model_type {values.get('model_type')!r} with {activation!r}; "
-            "the harness trains BERT encoders with 'gelu'"
-        )
-    config = BertConfig(**{f.name: values[f.name] for f in fields(BertConfig) if f.name in values})
+    config = _config_of(
+        folder / "config.json", parse_json(folder / "config.json", text, dict, "fetch it again")
+    )
     path = folder / "model.safetensors"
     try:
         stored = load_file(path)
@@ -157,5 +159,33 @@ def load_checkpoint(folder: Path) -> tuple[BertConfig, dict[str, Array]]:
                 f"{path}: parameter {name!r} has shape {stored[name].shape}, config.json says {shape}; "
                 "give files that belong together"
             )
+        if stored[name].dtype.kind != "f":
+            raise RecAdamError(f"{path}: parameter {name!r} is {stored[name].dtype}; give floating numbers")
         params[name] = stored[name].astype(np.float32)
+        if not np.isfinite(params[name]).all():
+            raise RecAdamError(f"{path}: parameter {name!r} has numbers that are not finite; fetch it again")
     return config, params
+
+
+def _config_of(path: Path, values: dict[str, Any]) -> BertConfig:
+    """The sizes in a config.json, if they are those of a BERT encoder."""
+    kind, activation = values.get("model_type"), values.get("hidden_act", "gelu")
+    if kind != "bert" or activation != "gelu":
+        raise RecAdamError(
+            f"{path.parent}: model_type {shown(kind)} with {shown(activation)}; "
+            "the harness trains BERT encoders with 'gelu'"
+        )
+    sizes = {f.name: values[f.name] for f in fields(BertConfig) if f.name in values}
+    for name, value in sizes.items():
+        if name == "layer_norm_eps":
+            check_number(str(path), name, value, low=0.0, open_low=True)
+        else:
+            check_whole(f"{path}: {name}", value, 1)
+    config = BertConfig(**sizes)
+    if config.hidden_size % config.num_attention_heads:
+        raise RecAdamError(
+            f"{path}: hidden_size is {config.hidden_size}, of {config.num_attention_heads} attention heads; "
+            "give a size that they divide"
+        )
+    check_memory(f"{path}: an encoder of these sizes", 4.0 * sum(map(math.prod, config.shapes().values())))
+    return config

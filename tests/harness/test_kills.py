@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +19,13 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from recadam_core import RecAdamError
 from recadam_harness import RunConfig, finetune, load_run
+from recadam_harness.checkpoints import _digest, _unpacked
+from recadam_harness.directory import identity_of
+from recadam_harness.folders import Folder
 
 WORKER = Path(__file__).with_name("killed_worker.py")
 
@@ -162,8 +166,10 @@ def other_checkpoint(out):
 
 
 def other_start(out):
+    folder = Folder(out, "run")
     provenance = json.loads((out / "provenance.json").read_text())
-    (out / "provenance.json").write_text(json.dumps({**provenance, "start_sha256": "0"}))
+    folder.begin([], identity_of(CONFIG, "0"))
+    folder.write_json("provenance.json", {**provenance, "start_sha256": "0"})
 
 
 def lost_records(out):
@@ -178,27 +184,79 @@ def poor_evaluations(out):
     (out / "evaluations.json").write_text('[{"step": 0}]')
 
 
-def change_checkpoint(out, step=6, dtype=None, name=None):
+def repeated_records(out):
+    """A step four times."""
+    lines = (out / "steps.jsonl").read_text().splitlines(keepends=True)
+    (out / "steps.jsonl").write_text("".join([*lines[:3], *lines[2:3] * 3, *lines[3:]]))
+
+
+def altered_record(out):
+    text = (out / "steps.jsonl").read_text()
+    (out / "steps.jsonl").write_text(text.replace('"lr": 0.002', '"lr": 0.003', 1))
+
+
+def altered_weights(out):
+    path = out / "weights" / "000002.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def weights_of_another_step(out):
+    shutil.copy(out / "weights" / "000001.safetensors", out / "weights" / "000002.safetensors")
+
+
+def flipped_bit(out, at=-1):
+    """One bit of the checkpoint, the last of a moment or a digit of what the file says of itself."""
     path = out / "checkpoint.safetensors"
-    held = load_file(path)
+    data = bytearray(path.read_bytes())
+    at = data.index(at) if isinstance(at, bytes) else at
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def checkpoint_of_another_run(out):
+    other = out.parent / "other"
+    if not other.exists():
+        cut_short(other, dataclasses.replace(CONFIG, seed=1))
+    shutil.copy(other / "checkpoint.safetensors", out)
+
+
+def change_checkpoint(out, step=6, dtype=None, name=None):
+    """Another checkpoint, that vouches for itself."""
+    path = out / "checkpoint.safetensors"
+    held, about = _unpacked(path)
+    about = {**about, "step": str(step), "records": str(step)}
+    about.pop("sha256")
     if dtype:
         held = {key: x.astype(dtype) for key, x in held.items()}
     if name:
         held[name] = np.zeros(1)
-    save_file(held, path, {"step": str(step)})
+    save_file(held, path, {**about, "sha256": _digest(held, about)})
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (damage_checkpoint, r"checkpoint.safetensors: damaged \(.*\); delete it, or give --overwrite"),
-        (other_checkpoint, r"checkpoint.safetensors: damaged \(.*0\.weight.*\)"),
+        (other_checkpoint, r"checkpoint.safetensors: damaged \(its sha256 is not that of what is in it\)"),
+        (
+            flipped_bit,
+            r"checkpoint.safetensors: damaged \(its sha256 is not that of what is in it\); delete it",
+        ),
+        (partial(flipped_bit, at=b'"6"'), r"checkpoint.safetensors: damaged \("),
+        (partial(flipped_bit, at=b"target_acc"), r"checkpoint.safetensors: damaged \("),
+        (checkpoint_of_another_run, r"checkpoint.safetensors: damaged \(it is of another run\); delete it"),
+        (repeated_records, r"steps.jsonl: damaged in line 4 \(step 3 stands there\); run it again"),
+        (altered_record, r"steps.jsonl: damaged \(its first 6 records are not those of checkpoint"),
+        (altered_weights, r"weights/000002.safetensors: damaged \(not what the run wrote: its sha256"),
+        (weights_of_another_step, r"weights/000002.safetensors: damaged \(not what the run wrote"),
         (other_start, "cannot resume: other starting weights or data; give --overwrite"),
-        (lost_records, "records or evaluations end before step 6 of checkpoint.safetensors; give --overw"),
-        (no_evaluations, "records or evaluations end before step 6"),
-        (poor_evaluations, "records or evaluations end before step 6"),
-        (partial(change_checkpoint, step=-5), r"damaged \(its step is -5 of 10\)"),
-        (partial(change_checkpoint, step=10), r"damaged \(its step is 10 of 10\)"),
+        (lost_records, r"steps.jsonl: damaged \(its first 6 records are not those of checkpoint.safetensors"),
+        (no_evaluations, r"evaluations.json: damaged \(no evaluation, or none of a later step: 1\)"),
+        (poor_evaluations, r"evaluations.json: damaged \(not what the run wrote: its sha256"),
+        (partial(change_checkpoint, step=-5), r"damaged \(its step is -5 of 10, with -5 records\)"),
+        (partial(change_checkpoint, step=10), r"damaged \(its step is 10 of 10, with 10 records\)"),
         (partial(change_checkpoint, dtype=np.float32), r"is float32 .*, not float64"),
         (partial(change_checkpoint, name="m.head.bias"), r"head.bias is float64 \(1,\), not float64 \(2,\)"),
     ],

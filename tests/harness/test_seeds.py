@@ -80,4 +80,6 @@ def test_the_command_prints_the_spread_and_draws_it(recadam, tmp_path):
     assert (out / "seeds.png").read_bytes().startswith(b"\x89PNG")
     again = recadam(*command)
     assert again.returncode == 2
-    assert again.stderr.strip().endswith("holds a sweep already; give --overwrite or another directory")
+    assert again.stderr.strip().endswith(
+        "seeds.json: is there already; give --overwrite or another directory"
+    )

@@ -1,0 +1,106 @@
+"""Ctrl-C and a supervisor's SIGTERM: they end a command between two steps, and at once the second time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+__all__ = ["deferred", "exit_code", "obey"]
+
+SIGNALS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+TWICE = 0.5  # seconds within which a signal counts once: `timeout` sends it to the process and to its group
+
+_seen: list[int] = []
+
+
+def obey() -> None:
+    """In a program's main thread: the first signal raises KeyboardInterrupt, a later one ends the process.
+
+    Python's handlers wait while a framework computes or compiles, for minutes perhaps. So a thread listens,
+    too, to whom the system tells each signal as it comes.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as for a shell's background jobs
+            signal.signal(number, _raise)
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    threading.Thread(target=_listen, args=(heard,), daemon=True).start()
+
+
+def exit_code() -> int:
+    """The code with which a program ends that was interrupted: 128 and the signal's number."""
+    return 128 + (_seen[0] if _seen else signal.SIGINT)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    if not _seen:
+        _seen.append(number)
+        raise KeyboardInterrupt
+
+
+def _listen(heard: int) -> None:
+    first = None
+    while number := os.read(heard, 1):
+        if number[0] not in SIGNALS:
+            continue
+        now = time.monotonic()
+        if first is not None and now - first > TWICE:
+            os.write(2, b"recadam: ended at once\n")
+            os._exit(128 + number[0])
+        first = first or now
+
+
+@contextmanager
+def deferred() -> Iterator[Callable[[], None]]:
+    """Signals wait for a check: an exception amid a framework's callback is lost there, or worse.
+
+    Yields the check, to be called where an exception is safe: it lets a signal that came be handled as it
+    would have been. So does the end of the block. A second signal does not wait.
+
+    Example:
+        >>> try:
+        ...     with deferred() as check:
+        ...         signal.raise_signal(signal.SIGINT)
+        ...         print("a step is taken to its end")
+        ...         check()
+        ... except KeyboardInterrupt:
+        ...     print("and then the run ends")
+        a step is taken to its end
+        and then the run ends
+    """
+    before: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    waiting: list[int] = []
+    came = 0.0
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        if not waiting:
+            waiting.append(number)
+            came = time.monotonic()
+        elif time.monotonic() - came > TWICE:
+            before[number](number, frame)
+
+    def check() -> None:
+        if waiting:
+            number = waiting.pop()
+            before[number](number, None)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            handler = signal.getsignal(number)
+            if callable(handler):
+                before[number] = handler
+                signal.signal(number, note)
+    try:
+        yield check
+        check()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

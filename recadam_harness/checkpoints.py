@@ -1,0 +1,163 @@
+"""What a run keeps as safetensors: the weights after a step, and the checkpoint from which it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recadam_core.errors import RecAdamError
+from recadam_core.files import parse_json, replacing
+from recadam_core.update import Moments
+
+from .directory import CHECKPOINT, RECORDS, Run, check_evaluations, weights_name
+from .engines import Array, Engine
+from .folders import Folder
+
+__all__ = ["Checkpoint", "read_weights", "write_weights"]
+
+REMEDY = "delete it, or give --overwrite"
+
+
+def write_weights(folder: Folder, step: int, weights: Mapping[str, Array]) -> None:
+    """Write the weights after a step; the file says whose they are."""
+    folder.write(weights_name(step), _packed(weights, {"run": folder.identity, "step": str(step)}))
+
+
+def read_weights(folder: Folder, step: int) -> dict[str, Array]:
+    """The weights after a step, if they are what the run wrote."""
+    name = weights_name(step)
+    path = folder.path / name
+    try:
+        if folder.altered(name):
+            raise ValueError("not what the run wrote: its sha256 is not the manifest's")
+        arrays, about = _unpacked(path)
+        if (about.get("run"), about.get("step")) != (folder.identity, str(step)):
+            raise ValueError(f"of another run, or of step {about.get('step')}")
+        return arrays
+    except (OSError, ValueError) as error:
+        raise RecAdamError(f"{path}: damaged ({error}); run it again") from None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run goes on from after a step, in one file that vouches for itself.
+
+    A kill may come between any two files of a run. So the file holds its own sha256, the identity of its run,
+    how many records there were and their sha256, and the evaluations.
+    """
+
+    step: int
+    weights: Mapping[str, Array]
+    moments: Mapping[str, Moments]
+    evaluations: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, engine: Engine, step: int, evaluations: list[dict[str, Any]]) -> Checkpoint:
+        """An engine's, after a step."""
+        weights = engine.weights()
+        return cls(step, weights, {name: engine.moments(name) for name in weights}, evaluations)
+
+    def write(self, folder: Folder) -> None:
+        """Write the file, whole or as it was."""
+        arrays = {f"weights.{name}": x for name, x in self.weights.items()}
+        arrays |= {f"{part}.{n}": getattr(x, part) for n, x in self.moments.items() for part in "mv"}
+        about = {
+            "run": folder.identity,
+            "step": str(self.step),
+            "records": str(self.step),
+            "records_sha256": _sha256_of_lines(folder.path / RECORDS, self.step),
+            "evaluations": json.dumps(self.evaluations),
+        }
+        with replacing(folder.path / CHECKPOINT) as beside:
+            beside.write_bytes(_packed(arrays, {**about, "sha256": _digest(arrays, about)}))
+
+    @classmethod
+    def read(cls, run: Run, start: Mapping[str, Array]) -> Checkpoint:
+        """The checkpoint of a run that began at these weights, if it is this run's and whole."""
+        path = run.path / CHECKPOINT
+        try:
+            arrays, about = _unpacked(path)
+            if about.pop("sha256", None) != _digest(arrays, about):
+                raise ValueError("its sha256 is not that of what is in it")
+            if about["run"] != run.folder.identity:
+                raise ValueError("it is of another run")
+            step, records = int(about["step"]), int(about["records"])
+            if not 0 < step < run.config.steps or records != step:
+                raise ValueError(f"its step is {step} of {run.config.steps}, with {records} records")
+            for name, wanted in start.items():
+                for x in (arrays[f"{part}.{name}"] for part in ("weights", "m", "v")):
+                    if x.shape != wanted.shape or x.dtype != run.config.dtype:
+                        raise ValueError(
+                            f"{name} is {x.dtype} {x.shape}, not {run.config.dtype} {wanted.shape}"
+                        )
+            evaluations = check_evaluations(path, parse_json(path, about["evaluations"], list, REMEDY))
+        except (OSError, KeyError, ValueError) as error:
+            raise RecAdamError(f"{path}: damaged ({error}); {REMEDY}") from None
+        if (
+            len(run.steps["step"]) < step
+            or _sha256_of_lines(run.path / RECORDS, step) != about["records_sha256"]
+        ):
+            raise RecAdamError(
+                f"{run.path / RECORDS}: damaged (its first {step} records are not those of {CHECKPOINT}); "
+                "give --overwrite"
+            )
+        for earlier in (s for s in run.snapshots() if s <= step):
+            run.weights(earlier)
+        weights = {name: arrays[f"weights.{name}"] for name in start}
+        moments = {name: Moments(arrays[f"m.{name}"], arrays[f"v.{name}"]) for name in start}
+        return cls(step, weights, moments, evaluations)
+
+    def put_back(self, run: Run, resumed: Mapping[str, Any]) -> None:
+        """Put the files of a run back to where they were at the checkpoint, and note that it goes on."""
+        folder = run.folder
+        folder.remove(weights_name(step) for step in run.snapshots() if step > self.step)
+        lines = (run.path / RECORDS).read_bytes().splitlines(keepends=True)
+        with replacing(run.path / RECORDS) as beside:
+            beside.write_bytes(b"".join(lines[: self.step]))
+        folder.begin([RECORDS])
+        folder.write_json("evaluations.json", self.evaluations)
+        earlier = run.provenance.get("resumed", [])
+        again = {"resumed": [*earlier, {"step": self.step, **resumed}]}
+        folder.write_json("provenance.json", {**run.provenance, **again})
+
+
+def _packed(arrays: Mapping[str, Array], about: dict[str, str]) -> bytes:
+    from safetensors.numpy import save
+
+    return save({name: np.ascontiguousarray(x) for name, x in arrays.items()}, about)
+
+
+def _unpacked(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """Arrays and metadata of a file; ValueError for one that is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, TypeError, KeyError, AttributeError) as error:  # the last: a dtype NumPy lacks
+        raise ValueError(str(error)) from None
+
+
+def _digest(arrays: Mapping[str, Array], about: Mapping[str, str]) -> str:
+    """The sha256 of arrays and metadata, whatever their order."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(arrays):
+        x = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {x.dtype.str} {x.shape} ".encode())
+        digest.update(x.tobytes())
+    return digest.hexdigest()
+
+
+def _sha256_of_lines(path: Path, count: int) -> str:
+    """The sha256 of the first lines of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for _ in range(count):
+            digest.update(file.readline())
+    return digest.hexdigest()
