@@ -1,4 +1,4 @@
-"""What a run keeps as safetensors: the weights after a step, and the checkpoint from which it goes on."""
+"""The checkpoint, from which a run that was cut short goes on."""
 
 from __future__ import annotations
 
@@ -15,33 +15,14 @@ from recadam_core.errors import RecAdamError
 from recadam_core.files import parse_json, replacing
 from recadam_core.update import Moments
 
-from .directory import CHECKPOINT, RECORDS, Run, check_evaluations, weights_name
+from .directory import CHECKPOINT, RECORDS, Run, check_evaluations
 from .engines import Array, Engine
 from .folders import Folder
+from .weights import packed, unpacked, weights_name
 
-__all__ = ["Checkpoint", "read_weights", "write_weights"]
+__all__ = ["Checkpoint"]
 
 REMEDY = "delete it, or give --overwrite"
-
-
-def write_weights(folder: Folder, step: int, weights: Mapping[str, Array]) -> None:
-    """Write the weights after a step; the file says whose they are."""
-    folder.write(weights_name(step), _packed(weights, {"run": folder.identity, "step": str(step)}))
-
-
-def read_weights(folder: Folder, step: int) -> dict[str, Array]:
-    """The weights after a step, if they are what the run wrote."""
-    name = weights_name(step)
-    path = folder.path / name
-    try:
-        if folder.altered(name):
-            raise ValueError("not what the run wrote: its sha256 is not the manifest's")
-        arrays, about = _unpacked(path)
-        if (about.get("run"), about.get("step")) != (folder.identity, str(step)):
-            raise ValueError(f"of another run, or of step {about.get('step')}")
-        return arrays
-    except (OSError, ValueError) as error:
-        raise RecAdamError(f"{path}: damaged ({error}); run it again") from None
 
 
 @dataclass(frozen=True)
@@ -75,14 +56,14 @@ class Checkpoint:
             "evaluations": json.dumps(self.evaluations),
         }
         with replacing(folder.path / CHECKPOINT) as beside:
-            beside.write_bytes(_packed(arrays, {**about, "sha256": _digest(arrays, about)}))
+            beside.write_bytes(packed(arrays, {**about, "sha256": _digest(arrays, about)}))
 
     @classmethod
     def read(cls, run: Run, start: Mapping[str, Array]) -> Checkpoint:
         """The checkpoint of a run that began at these weights, if it is this run's and whole."""
         path = run.path / CHECKPOINT
         try:
-            arrays, about = _unpacked(path)
+            arrays, about = unpacked(path)
             if about.pop("sha256", None) != _digest(arrays, about):
                 raise ValueError("its sha256 is not that of what is in it")
             if about["run"] != run.folder.identity:
@@ -125,23 +106,6 @@ class Checkpoint:
         earlier = run.provenance.get("resumed", [])
         again = {"resumed": [*earlier, {"step": self.step, **resumed}]}
         folder.write_json("provenance.json", {**run.provenance, **again})
-
-
-def _packed(arrays: Mapping[str, Array], about: dict[str, str]) -> bytes:
-    from safetensors.numpy import save
-
-    return save({name: np.ascontiguousarray(x) for name, x in arrays.items()}, about)
-
-
-def _unpacked(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """Arrays and metadata of a file; ValueError for one that is none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, TypeError, KeyError, AttributeError) as error:  # the last: a dtype NumPy lacks
-        raise ValueError(str(error)) from None
 
 
 def _digest(arrays: Mapping[str, Array], about: Mapping[str, str]) -> str:

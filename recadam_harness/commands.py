@@ -268,7 +268,8 @@ def seeds(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier sweep in the directory.")] = False,
 ) -> None:
     """Train from many seeds in one program, and show how much they differ."""
-    from .seeds import draw_seeds, sweep_seeds
+    from .report import draw_seeds
+    from .seeds import sweep_seeds
 
     changes = _settings(context, "task", "optimizer", "backend", "count", "out", "overwrite")
     names = list(dict.fromkeys(optimizer or ["recadam", "annealed", "adamw"]))

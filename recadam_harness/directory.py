@@ -21,6 +21,7 @@ from recadam_core.files import parse_json
 from .config import RunConfig, flat
 from .engines import Array, StepRecord
 from .folders import LOCK, MANIFEST, Folder
+from .weights import read_weights, weights_name
 
 __all__ = [
     "CHECKPOINT",
@@ -36,7 +37,6 @@ __all__ = [
     "identity_of",
     "load_run",
     "resumable",
-    "weights_name",
 ]
 
 T = TypeVar("T")
@@ -86,8 +86,6 @@ class Run:
 
     def weights(self, step: int | None = None) -> dict[str, Array]:
         """Weights after a step; None for the last ones."""
-        from .checkpoints import read_weights
-
         steps = self.snapshots()
         if not steps or (step is not None and step not in steps):
             raise RecAdamError(f"{self.path}: no weights of step {step or 'the end'}; {AGAIN}")
@@ -355,8 +353,3 @@ def clear(out: Path) -> Folder:
 def resumable(out: Path) -> bool:
     """Whether a directory has what a resume goes on from: a checkpoint, or a run that is complete."""
     return (out / CHECKPOINT).exists() or (out / PREDICTIONS).exists()
-
-
-def weights_name(step: int) -> str:
-    """Where the weights after a step are."""
-    return f"weights/{step:06d}.safetensors"

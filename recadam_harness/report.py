@@ -15,9 +15,10 @@ from .directory import Run
 from .engines import reference_first
 from .folders import Folder, owned
 from .pages import Table, write_page, write_picture
-from .plots import SOURCE_LABELS, task_figure
+from .plots import SOURCE_LABELS, seeds_figure, task_figure
+from .seeds import Sweep
 
-__all__ = ["PAGE", "compare_all", "draw_report", "summary_rows", "write_report"]
+__all__ = ["PAGE", "compare_all", "draw_report", "draw_seeds", "summary_rows", "write_report"]
 
 PAGE = "report.html"
 
@@ -130,6 +131,12 @@ def draw_report(runs: Sequence[Run], folder: Folder, title: str, comparisons: Se
         unfinished=[run for run in runs if run.status["state"] != "complete"],
         written=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
     )
+
+
+def draw_seeds(sweeps: Sequence[Sweep], folder: Folder) -> None:
+    """Write seeds.json and seeds.png into a folder that is ours."""
+    folder.write_json("seeds.json", [sweep.to_dict() for sweep in sweeps])
+    write_picture(folder, "seeds.png", seeds_figure(sweeps))
 
 
 def _learned(runs: Sequence[Run]) -> Table:

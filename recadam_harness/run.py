@@ -25,7 +25,7 @@ from recadam_core.errors import RecAdamError, check_whole
 from recadam_core.files import naming, write_json
 from recadam_core.interrupts import deferred
 
-from .checkpoints import Checkpoint, write_weights
+from .checkpoints import Checkpoint
 from .config import RunConfig
 from .directory import (
     CHECKPOINT,
@@ -45,6 +45,7 @@ from .folders import Folder, owned
 from .memory import check_memory
 from .tasks import get_task
 from .tasks.base import Array, Problem, Rows
+from .weights import write_weights
 
 __all__ = ["Batches", "Prepared", "batch_order", "finetune", "prepare", "step_memory"]
 

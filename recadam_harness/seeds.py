@@ -15,14 +15,12 @@ from recadam_core.errors import RecAdamError
 
 from .config import RunConfig
 from .engines import Array, able, engine_of, make_engine
-from .folders import Folder
 from .memory import check_memory
-from .pages import write_picture
 from .run import batch_order, step_memory
 from .tasks import get_task
 from .tasks.base import Problem
 
-__all__ = ["Sweep", "draw_seeds", "sweep_seeds"]
+__all__ = ["Sweep", "sweep_seeds"]
 
 
 @dataclass(frozen=True)
@@ -101,14 +99,6 @@ def sweep_seeds(config: RunConfig, seeds: Sequence[int]) -> Sweep:
         name: np.array([[seed[name] for seed in then] for then in figures]).T for name in figures[0][0]
     }
     return Sweep(configs[0], [x.seed for x in configs], records, at, evaluations, first.headline[0])
-
-
-def draw_seeds(sweeps: Sequence[Sweep], folder: Folder) -> None:
-    """Write seeds.json and seeds.png into a folder that is ours."""
-    from .plots import seeds_figure
-
-    folder.write_json("seeds.json", [sweep.to_dict() for sweep in sweeps])
-    write_picture(folder, "seeds.png", seeds_figure(sweeps))
 
 
 def _figures(

@@ -20,12 +20,12 @@ pytest.importorskip("matplotlib")
 
 from recadam_core import Linear, RecAdamError
 from recadam_harness import RunConfig, archives, compare_runs, finetune, load_run
-from recadam_harness.checkpoints import write_weights
 from recadam_harness.directory import identity_of
 from recadam_harness.folders import Folder
 from recadam_harness.report import write_report
 from recadam_harness.run import batch_order
 from recadam_harness.tasks.movie_reviews import retrieval_figures
+from recadam_harness.weights import write_weights
 
 BACKENDS = ("numpy", "torch", "jax")
 OPTIMIZERS = ("recadam", "annealed", "adamw", "coupled")

@@ -1,0 +1,58 @@
+"""Arrays on disk: safetensors that say whose they are, and the weights of a run after a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from recadam_core.errors import RecAdamError
+
+from .engines import Array
+from .folders import Folder
+
+__all__ = ["packed", "read_weights", "unpacked", "weights_name", "write_weights"]
+
+
+def weights_name(step: int) -> str:
+    """Where the weights after a step are."""
+    return f"weights/{step:06d}.safetensors"
+
+
+def write_weights(folder: Folder, step: int, weights: Mapping[str, Array]) -> None:
+    """Write the weights after a step; the file says whose they are."""
+    folder.write(weights_name(step), packed(weights, {"run": folder.identity, "step": str(step)}))
+
+
+def read_weights(folder: Folder, step: int) -> dict[str, Array]:
+    """The weights after a step, if they are what the run wrote."""
+    name = weights_name(step)
+    path = folder.path / name
+    try:
+        if folder.altered(name):
+            raise ValueError("not what the run wrote: its sha256 is not the manifest's")
+        arrays, about = unpacked(path)
+        if (about.get("run"), about.get("step")) != (folder.identity, str(step)):
+            raise ValueError(f"of another run, or of step {about.get('step')}")
+        return arrays
+    except (OSError, ValueError) as error:
+        raise RecAdamError(f"{path}: damaged ({error}); run it again") from None
+
+
+def packed(arrays: Mapping[str, Array], about: dict[str, str]) -> bytes:
+    """The bytes of a file with these arrays and this metadata."""
+    from safetensors.numpy import save
+
+    return save({name: np.ascontiguousarray(x) for name, x in arrays.items()}, about)
+
+
+def unpacked(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """Arrays and metadata of a file; ValueError for one that is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, TypeError, KeyError, AttributeError) as error:  # the last: a dtype NumPy lacks
+        raise ValueError(str(error)) from None
