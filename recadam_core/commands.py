@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import cache
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Annotated
@@ -188,6 +189,7 @@ def conformance(
         raise RecAdamError(f"conformance: nothing was tried; install {results[0].lacks}")
 
 
+@cache
 def whole() -> typer.Typer:
     """The application, with the commands of every package that announces some."""
     for point in entry_points(group="recadam_core.commands"):

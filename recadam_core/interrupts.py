@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["deferred", "exit_code", "obey"]
+__all__ = ["Signalled", "deferred", "exit_code", "obey"]
 
 SIGNALS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
 TWICE = 0.5  # seconds within which a signal counts once: `timeout` sends it to the process and to its group
@@ -19,12 +19,22 @@ TWICE = 0.5  # seconds within which a signal counts once: `timeout` sends it to 
 _seen: list[int] = []
 
 
+class Signalled(KeyboardInterrupt):
+    """Raised by a signal.
+
+    A class of its own, since Python ends by SIGINT after a bare KeyboardInterrupt that has passed through
+    `exec`, be it caught or not.
+    """
+
+
 def obey() -> None:
-    """In a program's main thread: the first signal raises KeyboardInterrupt, a later one ends the process.
+    """In a program's main thread: the first signal raises `Signalled`, a later one ends the process.
 
     Python's handlers wait while a framework computes or compiles, for minutes perhaps. So a thread listens,
     too, to whom the system tells each signal as it comes.
     """
+    if signal.getsignal(signal.SIGTERM) is _raise:
+        return
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as for a shell's background jobs
             signal.signal(number, _raise)
@@ -42,7 +52,7 @@ def exit_code() -> int:
 def _raise(number: int, frame: FrameType | None) -> None:
     if not _seen:
         _seen.append(number)
-        raise KeyboardInterrupt
+        raise Signalled
 
 
 def _listen(heard: int) -> None:

@@ -88,7 +88,7 @@ class Checkpoint:
                 f"{run.path / RECORDS}: damaged (its first {step} records are not those of {CHECKPOINT}); "
                 "give --overwrite"
             )
-        for earlier in (s for s in run.snapshots() if s <= step):
+        for earlier in (t for t in range(1, step + 1) if run.config.keeps(t)):
             run.weights(earlier)
         weights = {name: arrays[f"weights.{name}"] for name in start}
         moments = {name: Moments(arrays[f"m.{name}"], arrays[f"v.{name}"]) for name in start}

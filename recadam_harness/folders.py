@@ -91,6 +91,8 @@ class Folder:
             path = self._inside(name)
             if not (path.exists() or path.is_symlink()):
                 continue
+            if path.is_dir() and Path(name).suffix:
+                raise RecAdamError(f"{path}: is a folder where a file belongs; move it")
             if name not in self.files:
                 raise RecAdamError(
                     f"{path}: is there, and no {self.kind} wrote it; move it, or give another directory"

@@ -1,0 +1,575 @@
+"""What nobody should be able to corrupt is attacked, at random: runs, files, disks, command lines.
+
+    python tests/harness/campaign.py --damages 1000 --kills 200 --pairs 200 --disks 100 --lines 1000
+
+prints a table in Markdown, and what went wrong, each with a way to see it again. Counted are tracebacks (and
+crashes, and errors of more than one line), silent passes (success on what is not what it was), and lost files
+(of a user, or of a folder that a refused command had no business in).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from recadam_core import RecAdamError
+from recadam_core.cli import main
+from recadam_core.commands import whole
+from recadam_harness import RunConfig, finetune, load_run
+from recadam_harness.directory import COLUMNS
+from recadam_harness.experiments.table import Entry, Results, Row
+from recadam_harness.experiments.trial import Trial
+from recadam_harness.report import write_report
+
+RECADAM = [sys.executable, "-m", "recadam_core"]
+COUNTS = ("tracebacks", "silent passes", "lost files")
+
+
+class Tally:
+    """What was tried, how it ended, and what went wrong."""
+
+    def __init__(self, what):
+        self.what, self.tried, self.ends, self.wrong = what, 0, Counter(), []
+
+    def end(self, how):
+        self.tried += 1
+        self.ends[how] += 1
+
+    def fault(self, kind, text):
+        self.wrong.append((kind, text))
+
+    def row(self):
+        ends = ", ".join(f"{n} {how}" for how, n in sorted(self.ends.items(), key=lambda x: -x[1]))
+        kinds = Counter(kind for kind, _ in self.wrong)
+        return [self.what, f"{self.tried:,}", ends, *(str(kinds[kind]) for kind in COUNTS)]
+
+
+def call(arguments):
+    """The command line in this process: exit code, output, errors."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    before = sys.argv
+    sys.argv = ["recadam", *arguments]
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException as error:
+        code = f"{type(error).__name__}: {error}"
+    finally:
+        sys.argv = before
+    texts = []
+    for stream in (out, err):
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode("utf-8", "replace"))
+    return code, *texts
+
+
+def tree(folder):
+    """Every file and folder, with what is in it; links as they are."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        found[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+    return found
+
+
+def judge(tally, seen, code, errors, before=None, folder=None):
+    """The rules of every command: an exit code that is one, one line of error, and nothing changed by a refusal."""
+    lines = [line for line in errors.splitlines() if line.startswith("recadam: ")]
+    if code not in (0, 1, 2) or "Traceback" in errors:
+        tally.fault("tracebacks", f"{seen}: ended with {code}: {errors[-300:]}")
+    elif code == 2 and (len(lines) != 1 or not errors.endswith(lines[0] + "\n")):
+        tally.fault("tracebacks", f"{seen}: not one line of error: {errors!r}")
+    if code == 2 and before is not None and (after := tree(folder)) != before:
+        changed = sorted(x for x in before.keys() | after.keys() if before.get(x) != after.get(x))
+        tally.fault("lost files", f"{seen}: refused, and changed {changed}: {errors}")
+
+
+# Runs as they should be.
+
+
+CONFIG = RunConfig.for_task("digits", "numpy", steps=24, snapshot_every=8, eval_every=8, t0=8.0)
+WORDS = "finetune digits --steps 24 --snapshot-every 8 --eval-every 8 --t0 8".split()  # the same by command
+
+
+def words(out, backend="numpy", seed=0, *more):
+    return [*WORDS, "--backend", backend, "--seed", str(seed), "--out", str(out), *more]
+
+
+def cut_short(config, out, at):
+    def stop(step, text):
+        if step == at and text.startswith("loss"):
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        finetune(config, out, progress=stop, checkpoint_every=5)
+
+
+def same(run, wanted):
+    """Whether a run is the other in every bit, but for its times."""
+    if run.status["state"] != "complete" or run.evaluations != wanted.evaluations:
+        return False
+    if any(not np.array_equal(run.steps[c], wanted.steps[c]) for c in COLUMNS if c != "seconds"):
+        return False
+    if run.snapshots() != wanted.snapshots() or not np.array_equal(run.predictions(), wanted.predictions()):
+        return False
+    return all(
+        np.array_equal(x, wanted.weights(step)[name])
+        for step in run.snapshots()
+        for name, x in run.weights(step).items()
+    )
+
+
+# Damaged folders.
+
+
+def semantic(rng, data):
+    """Another value somewhere in a JSON text, or None where it is none."""
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return None
+    nonsense = [
+        None, True, -1, 0, 7, 1e308, "x", "", [], {}, [[]], {"a": 1}, 10**400, -0.5, "\ud800", "a\nb", float("nan"),
+    ]  # fmt: skip
+    places = []
+
+    def walk(parent, key, x):
+        places.append((parent, key))
+        for k, y in x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, list) else ():
+            walk(x, k, y)
+
+    root = [value]
+    walk(root, 0, value)
+    parent, key = rng.choice(places)
+    old = parent[key]
+    parent[key] = rng.choice(nonsense)
+    if rng.random() < 0.2 and isinstance(parent, dict):
+        del parent[key]
+    elif repr(parent[key]) == repr(old):
+        return None
+    return json.dumps(root[0], indent=2).encode()
+
+
+def damaged(rng, path, others):
+    """Damage a file in some way; which, or None where nothing has changed."""
+    data = path.read_bytes()
+    way = rng.choice(["flip", "flip", "cut", "empty", "noise", "gone", "other", "json", "json", "line", "deep", "folder"])
+    if way == "gone":
+        path.unlink()
+        return way
+    if way == "folder":
+        path.unlink()
+        path.mkdir()
+        return way
+    new = data
+    if way == "flip" and data:
+        at = rng.randrange(len(data))
+        new = data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :]
+    elif way == "cut":
+        new = data[: rng.randrange(len(data) + 1)]
+    elif way == "empty":
+        new = b""
+    elif way == "noise":
+        new = rng.randbytes(rng.randrange(1, 400))
+    elif way == "other":
+        other = rng.choice(others)
+        new = other.read_bytes()
+    elif way == "deep":
+        new = b"[" * 100_000 if rng.random() < 0.5 else b"1" * 5000
+    elif way == "line":
+        lines = data.splitlines(keepends=True)
+        at = rng.randrange(len(lines) or 1)
+        new = b"".join(lines[:at] + lines[at : at + 1] * rng.choice([0, 2, 4]) + lines[at + 1 :])
+    elif way == "json":
+        lines = data.splitlines(keepends=True)
+        if path.suffix == ".jsonl" and lines:
+            at = rng.randrange(len(lines))
+            line = semantic(rng, lines[at])
+            new = data if line is None else b"".join([*lines[:at], b" ".join(line.split()) + b"\n", *lines[at + 1 :]])
+        else:
+            new = semantic(rng, data) or data
+    if new == data:
+        return None
+    path.write_bytes(new)
+    return way
+
+
+MINE = {"notes.txt": b"mine", "weights/1-my-best.safetensors": b"mine", ".config.json.swp": b"mine", ".lock": b"mine"}
+
+
+class Bases:
+    """Folders that are whole, and what the commands say of them."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.whole = finetune(CONFIG, folder / "whole")
+        self.other = finetune(RunConfig.for_task("digits", "numpy", steps=24, seed=1, snapshot_every=8), folder / "other")
+        cut_short(CONFIG, folder / "cut", 13)
+        cut_short(RunConfig.for_task("digits", "numpy", steps=24, seed=1, snapshot_every=8), folder / "cut-other", 13)
+        figures = {"accuracy": 0.5, "snli_mnr": 1.0, "snli_mnr_before": 0.4, "distance": 1.0, "seconds": 2.0}
+        results = Results(folder / "table")
+        for seed in range(3):
+            curve = [{"step": 0.0, "source_loss": 0.5, "distance": 0.0}]
+            results.add(Row(Entry("test", "AdamW", Trial(seed=seed, curve_every=5)), figures, curve))
+        write_report([self.whole], folder / "report")
+        self.compared = call(["compare", str(folder / "whole"), str(folder / "whole")])
+
+
+def page_of(folder):
+    text = (folder / "report.html").read_text(encoding="utf-8", errors="replace")
+    text = re.sub(r"[^\s<>\"]*/(work|bases)/", "", text)
+    return re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d|id=\"\w+\"|#\w+|<dc:date>[^<]*", "", text)
+
+
+def damages(count, rng, folder):
+    tally = Tally("files of a folder damaged, then compared, reported, resumed, or read as a table")
+    bases = Bases(folder / "bases")
+    work = folder / "work"
+    whole_page = None
+    while tally.tried < count:
+        shutil.rmtree(work, ignore_errors=True)
+        kind = rng.choice(["compare", "compare", "report", "resume", "resume", "resume", "overwrite", "table"])
+        base = {"resume": "cut", "overwrite": rng.choice(["whole", "cut"]), "table": "table"}.get(kind, "whole")
+        place = shutil.copytree(bases.folder / base, work / "whole")
+        planted = {name: data for name, data in MINE.items() if kind != "table" and rng.random() < 0.3}
+        for name, data in planted.items():
+            (place / name).write_bytes(data)
+        files = [path for path in sorted(place.rglob("*")) if path.is_file() and path.relative_to(place).as_posix() not in MINE]
+        path = rng.choice(files)
+        others = [x for x in sorted(bases.folder.rglob("*")) if x.is_file() and x.name == path.name] or [path]
+        way = damaged(rng, path, others)
+        if way is None:
+            continue
+        name = path.relative_to(place)
+        before = tree(place)
+        seen = f"{kind}, {base}/{name} {way}"
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        if kind == "table":
+            try:
+                rows = Results(place).rows
+                how = "read" if len(rows) else "nothing there"
+                original = (bases.folder / "table" / "table.csv").read_bytes()
+                spoilt = [row for row in rows.values() if not 0 <= row.figures["accuracy"] <= 1 or row.figures["distance"] < 0]
+                if spoilt or (len(rows) > original.count(b"\n") - 1):
+                    tally.fault("silent passes", f"{seen}: {spoilt}")
+            except (RecAdamError, OSError) as error:
+                how = "refused"
+                if "\n" in str(error):
+                    tally.fault("tracebacks", f"{seen}: {error!r}")
+            except Exception as error:
+                how = "refused"
+                tally.fault("tracebacks", f"{seen}: {error!r}")
+            if tree(place) != before:
+                tally.fault("lost files", seen)
+            tally.end(how)
+            continue
+        if kind == "compare":
+            code, said, errors = call(["compare", str(bases.folder / "whole"), str(place)])
+            judge(tally, seen, code, errors, before, place)
+            if code != 2 and (code, said.replace(str(work), "")) != (0, bases.compared[1].replace(str(bases.folder), "")):
+                tally.fault("silent passes", f"{seen}: {said}")
+            how = "refused" if code == 2 else "as before"
+        elif kind == "report":
+            code, said, errors = call(["report", str(place), "--out", str(folder / "out")])
+            judge(tally, seen, code, errors, before, place)
+            how = "refused" if code == 2 else "as before"
+            if code == 0:
+                if whole_page is None:
+                    call(["report", str(bases.folder / "whole"), "--out", str(folder / "page")])
+                    whole_page = page_of(folder / "page")
+                unfinished = load_run(place).status["state"] != "complete"
+                if not unfinished and page_of(folder / "out") != whole_page:
+                    tally.fault("silent passes", f"{seen}: another page")
+            elif (folder / "out").exists():
+                tally.fault("lost files", f"{seen}: refused, and left {folder / 'out'}")
+        else:
+            code, said, errors = call(words(place, "numpy", 0, "--resume" if kind == "resume" else "--overwrite"))
+            judge(tally, seen, code, errors, before, place)
+            how = "refused" if code == 2 else "resumed" if kind == "resume" else "overwritten"
+            if code != 2 and not same(load_run(place), bases.whole):
+                tally.fault("silent passes", f"{seen}: another run")
+        for planted_name, data in planted.items():
+            there = place / planted_name
+            if not there.is_file() or there.read_bytes() != data:
+                tally.fault("lost files", f"{seen}: {planted_name} is gone")
+        tally.end(how)
+    return tally
+
+
+# Kills and signals.
+
+
+def writer_of(out):
+    """The process that writes a run, None before there is one."""
+    try:
+        return json.loads((out / "status.json").read_text())["pid"]
+    except FileNotFoundError:
+        return None
+
+
+def kills(count, rng, folder, backends=("numpy", "torch", "jax")):
+    tally = Tally(f"runs ended by SIGKILL, SIGTERM or SIGINT at random, over {', '.join(backends)}, and resumed")
+    alone = {b: finetune(RunConfig.for_task("digits", b, steps=24, snapshot_every=8, eval_every=8, t0=8.0), folder / f"alone-{b}") for b in backends}
+    seeds = [rng.random() for _ in range(count)]
+
+    def chain(first):
+        """Several kills of one run, and then it may end."""
+        mine = random.Random(seeds[first])
+        backend = backends[first % len(backends)]
+        out = folder / f"killed-{first}"
+        left = min(10, count - first)
+        ends = []
+        while True:
+            command = [*RECADAM, *words(out, backend, 0, "--resume", "--checkpoint-every", "1")]
+            number = mine.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT])
+            seen = f"{backend}, {number.name}, out {out}"
+            with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+                began = time.monotonic()
+                if left > 0:
+                    if mine.random() < 0.7:  # while it trains, or soon after
+                        while process.poll() is None and writer_of(out) != process.pid:
+                            time.sleep(0.005)
+                        time.sleep(mine.random() ** 3 * (0.1 if backend == "numpy" else 1.0))
+                    else:
+                        time.sleep(0.5 + mine.random() * 3)  # Python itself is up by then
+                    if process.poll() is None:
+                        process.send_signal(number)
+                        told = time.monotonic()
+                errors = process.communicate(timeout=180)[1]
+            code = process.returncode
+            if left > 0:
+                allowed = {0, -number} if number == signal.SIGKILL else {0, 128 + number, -number}
+                if code not in allowed or "Traceback" in errors:
+                    tally.fault("tracebacks", f"{seen}: ended with {code}: {errors[-500:]}")
+                if code not in (0, -9) and time.monotonic() - told > 20:
+                    tally.fault("silent passes", f"{seen}: ended only after {time.monotonic() - told:.0f} s")
+                if code > 128 and (out / "config.json").exists():
+                    state = load_run(out, strict=False).status["state"]
+                    if state not in ("interrupted", "complete"):
+                        tally.fault("silent passes", f"{seen}: the folder says {state}")
+                ends.append("ended" if code else "had ended before")
+                left -= 1
+                if code == 0:  # all steps were taken: another run
+                    if not same(load_run(out), alone[backend]):
+                        tally.fault("silent passes", f"{seen}: another run after kills")
+                    shutil.rmtree(out)
+                continue
+            if code or not same(load_run(out), alone[backend]):
+                tally.fault("silent passes", f"{seen}: {code}, another run after kills: {errors[-300:]}")
+            elif hidden := [x.name for x in out.rglob(".*")]:
+                tally.fault("lost files", f"{seen}: {hidden} stayed")
+            shutil.rmtree(out)
+            return ends
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for ends in pool.map(chain, range(0, count, 10)):
+            for how in ends:
+                tally.end(how)
+    return tally
+
+
+# Two at once.
+
+
+def pairs(count, rng, folder):
+    tally = Tally("pairs of processes on one folder, at random delays")
+    alone = [finetune(RunConfig.for_task("digits", "numpy", steps=24, snapshot_every=8, eval_every=8, t0=8.0, seed=s), folder / f"alone-{s}") for s in (0, 1)]
+    for number in range(count):
+        out = folder / f"pair-{number}"
+        ways = [rng.choice([[], [], ["--overwrite"], ["--resume"]]) for _ in range(2)]
+        if rng.random() < 0.3:
+            finetune(alone[0].config, out)
+        mine = {"notes.txt": b"mine"} if out.exists() else {}
+        for name, data in mine.items():
+            (out / name).write_bytes(data)
+        two = []
+        for seed, way in enumerate(ways):
+            command = [*RECADAM, *words(out, "numpy", seed, *way)]
+            two.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+            time.sleep(rng.choice([0.0, 0.01, 0.3 * rng.random(), 1.5 * rng.random()]))
+        ends = [(process, process.communicate(timeout=120)[1]) for process in two]
+        seen = f"{ways}, out {out}"
+        for process, errors in ends:
+            judge(tally, seen, process.returncode, errors)
+        won = [seed for seed, (process, _) in enumerate(ends) if process.returncode == 0]
+        run = load_run(out)
+        if not any(same(run, alone[seed]) for seed in (won or [0])):
+            tally.fault("silent passes", f"{seen}: neither run, {[e for _, e in ends]}")
+        if len(won) == 2 and not ways[0] + ways[1] and run.config.seed == 1:
+            tally.fault("silent passes", f"{seen}: both ended well")
+        for name, data in mine.items():
+            if (out / name).read_bytes() != data:
+                tally.fault("lost files", f"{seen}: {name}")
+        if hidden := [x.name for x in out.rglob(".*")]:
+            tally.fault("lost files", f"{seen}: {hidden} stayed")
+        tally.end({0: "both refused", 1: "one refused", 2: "one after the other"}[len(won)])
+        shutil.rmtree(out)
+    return tally
+
+
+# A full disk.
+
+
+def disks(count, rng, folder):
+    tally = Tally("runs on a disk of 1 to 1,200 KiB that fills up, and resumed on another")
+    alone = finetune(CONFIG, folder / "alone")
+    script = 'mount -t tmpfs -o size="$1"k none "$2" || exit 99; shift; at="$1"; copy="$2"; shift 2; "$@"; code=$?; cp -a "$at" "$copy"; exit $code'
+    for number in range(count):
+        disk, copy = folder / f"disk-{number}", folder / f"copy-{number}"
+        disk.mkdir()
+        size = round(1200 ** rng.random())
+        command = ["unshare", "-rm", "sh", "-c", script, "sh", str(size), str(disk), str(copy)]
+        command += [*RECADAM, *words(disk / "run", "numpy", 0, "--checkpoint-every", "3")]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode == 99:
+            raise RuntimeError(f"no tmpfs can be mounted here: {result.stderr}")
+        seen = f"{size} KiB"
+        judge(tally, seen, result.returncode, result.stderr)
+        if result.returncode == 2 and not re.search(r"recadam: .*run.*: (No space|Disk quota)", result.stderr):
+            tally.fault("tracebacks", f"{seen}: names no file: {result.stderr}")
+        run = copy / "run"
+        if left := [str(x) for x in copy.rglob(".*")]:
+            tally.fault("lost files", f"{seen}: {left} stayed")
+        if result.returncode == 0:
+            good = same(load_run(run), alone)
+        else:
+            code, _, errors = call(words(run, "numpy", 0, "--resume"))
+            judge(tally, f"{seen}, resumed", code, errors)
+            if code == 2:
+                code, _, errors = call(words(run, "numpy", 0, "--overwrite"))
+            good = code == 0 and same(load_run(run), alone)
+        if not good:
+            tally.fault("silent passes", f"{seen}: another run after the disk was full")
+        tally.end("had room" if result.returncode == 0 else "ended by one line, and resumed")
+        shutil.rmtree(copy)
+    return tally
+
+
+# Command lines.
+
+
+NONSENSE = (
+    *("", " ", "x", "-1", "0", "nan", "inf", "1e400", "-1e400", "99999999999999999999", "1" * 400, "0x10", "1_0", "--", "-"),
+    *("a\nb", "a\tb", "\x1b[31mred", "na\u00efve", "\u65e5\u672c", "\U0001f600", "[bold]", "%s", "{0}", "../..", "/", "."),
+    *("file.txt", "folder", "missing/deep", "run", "cut", "nul\udcff", "x" * 300, "~", "$HOME", "*", "None", "True"),
+)
+# Values with which a command does something in a moment; the others' commands are given nonsense as well.
+FINE = {
+    "--backend": ["numpy"], "--optimizer": ["recadam", "adamw", "annealed", "coupled"], "--steps": ["1", "3", "5"],
+    "--t0": ["2"], "--k": ["0.5"], "--lr": ["1e-3"], "--gamma": ["10"], "--seed": ["3"], "--dtype": ["float32"],
+    "--schedule": ["linear"], "--form": ["decoupled", "proximal"], "--annealing": ["linear", "constant"],
+    "--batch-size": ["4"], "--train-rows": ["50"], "--test-rows": ["50"], "--out": ["new", "run", "folder/new"],
+    "--eval-every": ["2"], "--snapshot-every": ["2"], "--title": ["a title"], "--plot": ["p.png", "p.svg"],
+}  # fmt: skip
+LONG = {"demo", "experiment", "trial", "conformance", "seeds", "fetch"}
+
+
+def lines(count, rng, folder):
+    tally = Tally("random command lines")
+    import typer.main
+
+    commands = {name: c.params for name, c in typer.main.get_command(whole()).commands.items()}
+    ground = folder / "ground"
+    (ground / "folder").mkdir(parents=True)
+    (ground / "file.txt").write_text("mine")
+    finetune(RunConfig.for_task("digits", "numpy", steps=3), ground / "run")
+    cut_short(RunConfig.for_task("digits", "numpy", steps=24), ground / "cut", 7)
+    was, here = tree(ground), Path.cwd()
+    work = folder / "work"
+    os.environ["COLUMNS"] = "200"
+    while tally.tried < count:
+        name = rng.choice(list(commands))
+        arguments, nonsense = [name], False
+        for param in commands[name]:
+            flag = next((x for x in param.opts if x.startswith("--")), None)
+            usual = name == "finetune" and flag in ("--backend", "--steps", "--out")
+            if flag == "--help" or rng.random() > (0.95 if flag is None or usual else 0.15):
+                continue
+            if getattr(param, "is_flag", False):
+                arguments.append(flag)
+                continue
+            fine = FINE.get(flag, ["digits"] if name in ("finetune", "seeds") else ["run", "cut"])
+            value = rng.choice(fine if rng.random() < 0.75 and name not in LONG else NONSENSE)
+            nonsense = nonsense or value in NONSENSE
+            arguments += [value] if flag is None else [flag, value]
+        if name in LONG and not nonsense:
+            arguments.append("--no-such-option")
+        if rng.random() < 0.1:
+            arguments.insert(rng.randrange(len(arguments) + 1), rng.choice(NONSENSE))
+        if name in LONG and "\udcff" not in "".join(arguments) and arguments[0] in LONG and harmless(arguments):
+            continue
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(ground, work, symlinks=True)
+        before = tree(work)
+        os.chdir(work)
+        try:
+            code, said, errors = call(arguments)
+        finally:
+            os.chdir(here)
+        seen = f"recadam {arguments}"
+        judge(tally, seen, code, errors, before, work)
+        after = tree(work)
+        for path, data in was.items():
+            mine = path in ("file.txt", "folder") or "--overwrite" not in arguments and "--resume" not in arguments
+            if mine and after.get(path, 0) != data:
+                tally.fault("lost files", f"{seen}: {path}")
+        tally.end({0: "done", 1: "exit 1", 2: "refused"}.get(code, "else"))
+    return tally
+
+
+def harmless(arguments):
+    """Whether nonsense happens to be sense for a command that takes minutes."""
+    return arguments[0] in ("fetch", "trial", "seeds", "conformance") and not any(
+        x in arguments for x in ("x", "-1", "nan", "--no-such-option", "1e400", "[bold]", "a\nb", "")
+    )
+
+
+PARTS = {"damages": damages, "kills": kills, "pairs": pairs, "disks": disks, "lines": lines}
+
+
+def campaign(counts, seed=0, folder=None):
+    """Tallies of the parts, by name."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        tallies = []
+        for name, count in counts.items():
+            (part := Path(place) / name).mkdir()
+            tallies.append(PARTS[name](count, random.Random(f"{seed} {name}"), part))
+            print(f"{name}: {tallies[-1].row()}", file=sys.stderr, flush=True)
+        return tallies
+
+
+def table(tallies):
+    rows = [["what", "tried", "how they ended", *COUNTS], ["---"] * 6, *(tally.row() for tally in tallies)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in PARTS:
+        parser.add_argument(f"--{name}", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    found = campaign({name: getattr(given, name) for name in PARTS if getattr(given, name)}, given.seed)
+    print(table(found))
+    for kind, text in [x for tally in found for x in tally.wrong]:
+        print(f"{kind}: {text}", file=sys.stderr)
+    sys.exit(any(tally.wrong for tally in found))
