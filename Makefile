@@ -17,7 +17,9 @@ ifneq ($(words $(VENV)),1)
 $(error VENV is "$(VENV)"; give one folder, without a space in its name)
 endif
 BIN := $(VENV)/bin
+WHEELS := wheels
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c constraints.txt
+, := ,
 # One thread a test process: pytest and the demo use the cores themselves.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
@@ -51,14 +53,25 @@ $(BIN)/python:
 	  exit 1; \
 	}
 
+# What to say when pip fails: what is missing, and what to copy where. $(1) are the extras.
+define OFFLINE
+{ echo "cannot install into $(VENV); pip's reason is above. If no package index can be reached from here:"; \
+  echo "  1. on a connected machine with the same system and Python, in a clone of this project:"; \
+  echo "       python3 -m pip download -d $(WHEELS) -c constraints.txt hatchling editables '$(TORCH)' '.[$(1)]'"; \
+  echo "  2. copy that folder to $(CURDIR)/$(WHEELS), and from the same machine's ~/.cache/recadam/archives,"; \
+  echo "     where 'recadam fetch' puts models and data, all files to $${RECADAM_CACHE:-$$HOME/.cache/recadam}/archives"; \
+  echo "  3. make $(MAKECMDGOALS) PIP_FLAGS='--no-index --find-links $(WHEELS)'"; \
+  exit 1; } >&2
+endef
+
 $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing (PyTorch, JAX and the harness) into $(VENV)"
-	@$(PIP) "$(TORCH)" -e ".[torch,jax,finetune]"
+	@$(PIP) "$(TORCH)" -e ".[torch,jax,finetune]" || $(call OFFLINE,torch$(,)jax$(,)finetune)
 	@touch $@
 
 $(VENV)/.development: $(VENV)/.runtime
 	@echo "installing (tests, linters, documentation) into $(VENV)"
-	@$(PIP) "$(TORCH)" hatchling -e ".[all]"
+	@$(PIP) "$(TORCH)" hatchling -e ".[all]" || $(call OFFLINE,all)
 	@touch $@
 
 install: $(VENV)/.development

@@ -97,11 +97,12 @@ class Run:
         return sorted(int(match[1]) for name, match in listed if match and (self.path / name).exists())
 
     def check_files(self) -> None:
-        """Raise unless every file is what the run wrote."""
+        """Raise unless every file of a complete run is what the run wrote."""
         for name in self.folder.files:
             path = self.path / name
             if self.folder.files[name] is not None and (not path.is_file() or self.folder.altered(name)):
                 raise _damaged(path, "not what the run wrote: its sha256 is not the manifest's")
+        self.predictions()
 
     def predictions(self) -> Array:
         """Scores of the test rows after the last step, of shape (rows, classes)."""

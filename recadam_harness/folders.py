@@ -133,6 +133,7 @@ class Folder:
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files of the manifest, and take them off it."""
+        self._sweep()
         gone = [name for name in names if name in self.files]
         for name in gone:
             self._inside(name).unlink(missing_ok=True)
@@ -141,7 +142,9 @@ class Folder:
         self._save()
 
     def _sweep(self) -> None:
-        """Remove what a kill left beside the places of files of the manifest."""
+        """Before anything is written, remove what a kill left beside the places of files of the manifest."""
+        if self._swept:
+            return
         self._swept = True
         listed = {self._inside(name) for name in (MANIFEST, *self.files)}
         for folder in {path.parent for path in listed if path.parent.is_dir()}:
@@ -161,8 +164,7 @@ class Folder:
         return self.path / name
 
     def _save(self) -> None:
-        if not self._swept:
-            self._sweep()
+        self._sweep()
         values = {"holds": self.kind, "identity": self.identity, "files": self.files}
         write_json(self.path / MANIFEST, values)
 

@@ -62,19 +62,18 @@ def sweep_seeds(config: RunConfig, seeds: Sequence[int]) -> Sweep:
     if train is None:
         others = able(lambda engine: engine.sweep is not None)
         raise RecAdamError(f"backend {config.backend!r} trains one seed at a time; use {others}")
+    batches = f"{config.steps:,} steps of {len(seeds)} seeds at once"
+    check_memory(batches, 16.0 * len(seeds) * config.steps * config.batch_size)
     rates = np.array([config.rate(t) for t in range(1, config.steps + 1)])
     for t, lr in enumerate(rates, start=1):
         if config.optimizer == "recadam":  # a pull that diverges is refused before anything is trained
             coefficients(t, config.hp, float(lr))
-    check_memory(
-        f"{config.steps:,} steps of {len(seeds)} seeds", 16.0 * len(seeds) * config.steps * config.batch_size
-    )
     problems = [get_task(config.task).prepare(x.seed, **config.options) for x in configs]
     first = problems[0]
     rows = len(first.train["targets"])
     row = sum(column[0].size for column in first.train.values())
     held = 8.0 * config.steps * config.batch_size * row + step_memory(config, first)
-    check_memory(f"{config.steps:,} steps of {len(seeds)} seeds at once", len(seeds) * held)
+    check_memory(batches, len(seeds) * held)
     order = np.stack([batch_order(rows, config.batch_size, config.steps, x.seed) for x in configs])
     every = config.eval_every or config.steps
     at = sorted({*range(every, config.steps + 1, every), config.steps})

@@ -54,6 +54,15 @@ def recadam():
 
 
 @pytest.fixture(scope="session")
+def campaign():
+    """The module of that name, which is no test."""
+    spec = importlib.util.spec_from_file_location("campaign", HERE / "harness" / "campaign.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """A random two-layer BERT with a word tokenizer, as a Hugging Face checkpoint folder."""
     torch = pytest.importorskip("torch")

@@ -17,6 +17,8 @@ from recadam_core.errors import RecAdamError, check_number, check_whole, unknown
 from recadam_core.hyperparameters import Hyperparameters
 from recadam_core.strength import gamma_for
 
+from ..memory import check_memory
+
 __all__ = ["METHODS", "Method", "Trial"]
 
 
@@ -177,6 +179,8 @@ class Trial:
             if name == "warmup" and value is None:
                 continue
             check_whole(f"trial: {name}", value, low, 2**63 - 1 if name == "seed" else 10**8)
+        batches = f"trial: {self.steps:,} steps with batch_size {self.batch_size:,}"
+        check_memory(batches, 16.0 * self.steps * self.batch_size)
         for name in ("lr", "clip", "inverse_strength", "budget", "width"):
             check_number("trial", name, getattr(self, name), low=0.0, open_low=True)
         for name in ("pull", "center", "floor", "source_weight"):

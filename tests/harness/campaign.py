@@ -24,12 +24,12 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from recadam_core import RecAdamError
-from recadam_core.cli import main
+from recadam_core import RecAdamError, cli
 from recadam_core.commands import whole
 from recadam_harness import RunConfig, finetune, load_run
 from recadam_harness.directory import COLUMNS
@@ -63,18 +63,18 @@ class Tally:
 def call(arguments):
     """The command line in this process: exit code, output, errors."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
-    before = sys.argv
-    sys.argv = ["recadam", *arguments]
+    before = sys.argv, cli.obey
+    sys.argv, cli.obey = ["recadam", *arguments], lambda: None  # this process keeps its own signals
     code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
+            cli.main()
     except SystemExit as end:
         code = end.code or 0
     except BaseException as error:
         code = f"{type(error).__name__}: {error}"
     finally:
-        sys.argv = before
+        sys.argv, cli.obey = before
     texts = []
     for stream in (out, err):
         stream.flush()
@@ -87,12 +87,14 @@ def tree(folder):
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        found[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        found[name] = (
+            os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        )
     return found
 
 
 def judge(tally, seen, code, errors, before=None, folder=None):
-    """The rules of every command: an exit code that is one, one line of error, and nothing changed by a refusal."""
+    """The rules of every command: a known exit code, one line of error, nothing changed by a refusal."""
     lines = [line for line in errors.splitlines() if line.startswith("recadam: ")]
     if code not in (0, 1, 2) or "Traceback" in errors:
         tally.fault("tracebacks", f"{seen}: ended with {code}: {errors[-300:]}")
@@ -107,11 +109,22 @@ def judge(tally, seen, code, errors, before=None, folder=None):
 
 
 CONFIG = RunConfig.for_task("digits", "numpy", steps=24, snapshot_every=8, eval_every=8, t0=8.0)
-WORDS = "finetune digits --steps 24 --snapshot-every 8 --eval-every 8 --t0 8".split()  # the same by command
+OPTIONS = {"--steps": "24", "--snapshot-every": "8", "--eval-every": "8", "--t0": "8"}  # the same by command
 
 
 def words(out, backend="numpy", seed=0, *more):
-    return [*WORDS, "--backend", backend, "--seed", str(seed), "--out", str(out), *more]
+    return [
+        "finetune",
+        "digits",
+        *chain(*OPTIONS.items()),
+        "--backend",
+        backend,
+        "--seed",
+        str(seed),
+        "--out",
+        str(out),
+        *more,
+    ]
 
 
 def cut_short(config, out, at):
@@ -148,7 +161,8 @@ def semantic(rng, data):
     except ValueError:
         return None
     nonsense = [
-        None, True, -1, 0, 7, 1e308, "x", "", [], {}, [[]], {"a": 1}, 10**400, -0.5, "\ud800", "a\nb", float("nan"),
+        *(None, True, -1, 0, 7, 1e308, -0.5, 10**400, float("nan")),
+        *("x", "", "\ud800", "a\nb", [], {}, [[]], {"a": 1}),
     ]  # fmt: skip
     places = []
 
@@ -172,7 +186,9 @@ def semantic(rng, data):
 def damaged(rng, path, others):
     """Damage a file in some way; which, or None where nothing has changed."""
     data = path.read_bytes()
-    way = rng.choice(["flip", "flip", "cut", "empty", "noise", "gone", "other", "json", "json", "line", "deep", "folder"])
+    way = rng.choice(
+        ["flip", "flip", "cut", "empty", "noise", "gone", "other", "json", "json", "line", "deep", "folder"]
+    )
     if way == "gone":
         path.unlink()
         return way
@@ -204,7 +220,11 @@ def damaged(rng, path, others):
         if path.suffix == ".jsonl" and lines:
             at = rng.randrange(len(lines))
             line = semantic(rng, lines[at])
-            new = data if line is None else b"".join([*lines[:at], b" ".join(line.split()) + b"\n", *lines[at + 1 :]])
+            new = (
+                data
+                if line is None
+                else b"".join([*lines[:at], b" ".join(line.split()) + b"\n", *lines[at + 1 :]])
+            )
         else:
             new = semantic(rng, data) or data
     if new == data:
@@ -213,7 +233,12 @@ def damaged(rng, path, others):
     return way
 
 
-MINE = {"notes.txt": b"mine", "weights/1-my-best.safetensors": b"mine", ".config.json.swp": b"mine", ".lock": b"mine"}
+MINE = {
+    "notes.txt": b"mine",
+    "weights/1-my-best.safetensors": b"mine",
+    ".config.json.swp": b"mine",
+    ".lock": b"mine",
+}
 
 
 class Bases:
@@ -222,9 +247,15 @@ class Bases:
     def __init__(self, folder):
         self.folder = folder
         self.whole = finetune(CONFIG, folder / "whole")
-        self.other = finetune(RunConfig.for_task("digits", "numpy", steps=24, seed=1, snapshot_every=8), folder / "other")
+        self.other = finetune(
+            RunConfig.for_task("digits", "numpy", steps=24, seed=1, snapshot_every=8), folder / "other"
+        )
         cut_short(CONFIG, folder / "cut", 13)
-        cut_short(RunConfig.for_task("digits", "numpy", steps=24, seed=1, snapshot_every=8), folder / "cut-other", 13)
+        cut_short(
+            RunConfig.for_task("digits", "numpy", steps=24, seed=1, snapshot_every=8),
+            folder / "cut-other",
+            13,
+        )
         figures = {"accuracy": 0.5, "snli_mnr": 1.0, "snli_mnr_before": 0.4, "distance": 1.0, "seconds": 2.0}
         results = Results(folder / "table")
         for seed in range(3):
@@ -247,13 +278,21 @@ def damages(count, rng, folder):
     whole_page = None
     while tally.tried < count:
         shutil.rmtree(work, ignore_errors=True)
-        kind = rng.choice(["compare", "compare", "report", "resume", "resume", "resume", "overwrite", "table"])
-        base = {"resume": "cut", "overwrite": rng.choice(["whole", "cut"]), "table": "table"}.get(kind, "whole")
+        kind = rng.choice(
+            ["compare", "compare", "report", "resume", "resume", "resume", "overwrite", "table"]
+        )
+        base = {"resume": "cut", "overwrite": rng.choice(["whole", "cut"]), "table": "table"}.get(
+            kind, "whole"
+        )
         place = shutil.copytree(bases.folder / base, work / "whole")
         planted = {name: data for name, data in MINE.items() if kind != "table" and rng.random() < 0.3}
         for name, data in planted.items():
             (place / name).write_bytes(data)
-        files = [path for path in sorted(place.rglob("*")) if path.is_file() and path.relative_to(place).as_posix() not in MINE]
+        files = [
+            path
+            for path in sorted(place.rglob("*"))
+            if path.is_file() and path.relative_to(place).as_posix() not in MINE
+        ]
         path = rng.choice(files)
         others = [x for x in sorted(bases.folder.rglob("*")) if x.is_file() and x.name == path.name] or [path]
         way = damaged(rng, path, others)
@@ -268,7 +307,11 @@ def damages(count, rng, folder):
                 rows = Results(place).rows
                 how = "read" if len(rows) else "nothing there"
                 original = (bases.folder / "table" / "table.csv").read_bytes()
-                spoilt = [row for row in rows.values() if not 0 <= row.figures["accuracy"] <= 1 or row.figures["distance"] < 0]
+                spoilt = [
+                    row
+                    for row in rows.values()
+                    if not 0 <= row.figures["accuracy"] <= 1 or row.figures["distance"] < 0
+                ]
                 if spoilt or (len(rows) > original.count(b"\n") - 1):
                     tally.fault("silent passes", f"{seen}: {spoilt}")
             except (RecAdamError, OSError) as error:
@@ -285,7 +328,10 @@ def damages(count, rng, folder):
         if kind == "compare":
             code, said, errors = call(["compare", str(bases.folder / "whole"), str(place)])
             judge(tally, seen, code, errors, before, place)
-            if code != 2 and (code, said.replace(str(work), "")) != (0, bases.compared[1].replace(str(bases.folder), "")):
+            if code != 2 and (code, said.replace(str(work), "")) != (
+                0,
+                bases.compared[1].replace(str(bases.folder), ""),
+            ):
                 tally.fault("silent passes", f"{seen}: {said}")
             how = "refused" if code == 2 else "as before"
         elif kind == "report":
@@ -302,7 +348,9 @@ def damages(count, rng, folder):
             elif (folder / "out").exists():
                 tally.fault("lost files", f"{seen}: refused, and left {folder / 'out'}")
         else:
-            code, said, errors = call(words(place, "numpy", 0, "--resume" if kind == "resume" else "--overwrite"))
+            code, said, errors = call(
+                words(place, "numpy", 0, "--resume" if kind == "resume" else "--overwrite")
+            )
             judge(tally, seen, code, errors, before, place)
             how = "refused" if code == 2 else "resumed" if kind == "resume" else "overwritten"
             if code != 2 and not same(load_run(place), bases.whole):
@@ -327,11 +375,19 @@ def writer_of(out):
 
 
 def kills(count, rng, folder, backends=("numpy", "torch", "jax")):
-    tally = Tally(f"runs ended by SIGKILL, SIGTERM or SIGINT at random, over {', '.join(backends)}, and resumed")
-    alone = {b: finetune(RunConfig.for_task("digits", b, steps=24, snapshot_every=8, eval_every=8, t0=8.0), folder / f"alone-{b}") for b in backends}
+    tally = Tally(
+        f"runs ended by SIGKILL, SIGTERM or SIGINT at random, over {', '.join(backends)}, and resumed"
+    )
+    alone = {
+        b: finetune(
+            RunConfig.for_task("digits", b, steps=24, snapshot_every=8, eval_every=8, t0=8.0),
+            folder / f"alone-{b}",
+        )
+        for b in backends
+    }
     seeds = [rng.random() for _ in range(count)]
 
-    def chain(first):
+    def killed(first):
         """Several kills of one run, and then it may end."""
         mine = random.Random(seeds[first])
         backend = backends[first % len(backends)]
@@ -340,10 +396,13 @@ def kills(count, rng, folder, backends=("numpy", "torch", "jax")):
         ends = []
         while True:
             command = [*RECADAM, *words(out, backend, 0, "--resume", "--checkpoint-every", "1")]
-            number = mine.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT])
+            number = mine.choice(
+                [signal.SIGKILL, signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT]
+            )
             seen = f"{backend}, {number.name}, out {out}"
-            with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-                began = time.monotonic()
+            with subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            ) as process:
                 if left > 0:
                     if mine.random() < 0.7:  # while it trains, or soon after
                         while process.poll() is None and writer_of(out) != process.pid:
@@ -381,7 +440,7 @@ def kills(count, rng, folder, backends=("numpy", "torch", "jax")):
             return ends
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for ends in pool.map(chain, range(0, count, 10)):
+        for ends in pool.map(killed, range(0, count, 10)):
             for how in ends:
                 tally.end(how)
     return tally
@@ -392,7 +451,13 @@ def kills(count, rng, folder, backends=("numpy", "torch", "jax")):
 
 def pairs(count, rng, folder):
     tally = Tally("pairs of processes on one folder, at random delays")
-    alone = [finetune(RunConfig.for_task("digits", "numpy", steps=24, snapshot_every=8, eval_every=8, t0=8.0, seed=s), folder / f"alone-{s}") for s in (0, 1)]
+    alone = [
+        finetune(
+            RunConfig.for_task("digits", "numpy", steps=24, snapshot_every=8, eval_every=8, t0=8.0, seed=s),
+            folder / f"alone-{s}",
+        )
+        for s in (0, 1)
+    ]
     for number in range(count):
         out = folder / f"pair-{number}"
         ways = [rng.choice([[], [], ["--overwrite"], ["--resume"]]) for _ in range(2)]
@@ -404,7 +469,9 @@ def pairs(count, rng, folder):
         two = []
         for seed, way in enumerate(ways):
             command = [*RECADAM, *words(out, "numpy", seed, *way)]
-            two.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+            two.append(
+                subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            )
             time.sleep(rng.choice([0.0, 0.01, 0.3 * rng.random(), 1.5 * rng.random()]))
         ends = [(process, process.communicate(timeout=120)[1]) for process in two]
         seen = f"{ways}, out {out}"
@@ -432,7 +499,10 @@ def pairs(count, rng, folder):
 def disks(count, rng, folder):
     tally = Tally("runs on a disk of 1 to 1,200 KiB that fills up, and resumed on another")
     alone = finetune(CONFIG, folder / "alone")
-    script = 'mount -t tmpfs -o size="$1"k none "$2" || exit 99; shift; at="$1"; copy="$2"; shift 2; "$@"; code=$?; cp -a "$at" "$copy"; exit $code'
+    script = (
+        'mount -t tmpfs -o size="$1"k none "$2" || exit 99; at="$2"; copy="$3"; shift 3; '
+        '"$@"; code=$?; cp -a "$at" "$copy"; exit $code'
+    )
     for number in range(count):
         disk, copy = folder / f"disk-{number}", folder / f"copy-{number}"
         disk.mkdir()
@@ -444,7 +514,9 @@ def disks(count, rng, folder):
             raise RuntimeError(f"no tmpfs can be mounted here: {result.stderr}")
         seen = f"{size} KiB"
         judge(tally, seen, result.returncode, result.stderr)
-        if result.returncode == 2 and not re.search(r"recadam: .*run.*: (No space|Disk quota)", result.stderr):
+        if result.returncode == 2 and not re.search(
+            r"recadam: .*run.*: (No space|Disk quota)", result.stderr
+        ):
             tally.fault("tracebacks", f"{seen}: names no file: {result.stderr}")
         run = copy / "run"
         if left := [str(x) for x in copy.rglob(".*")]:
@@ -468,18 +540,69 @@ def disks(count, rng, folder):
 
 
 NONSENSE = (
-    *("", " ", "x", "-1", "0", "nan", "inf", "1e400", "-1e400", "99999999999999999999", "1" * 400, "0x10", "1_0", "--", "-"),
-    *("a\nb", "a\tb", "\x1b[31mred", "na\u00efve", "\u65e5\u672c", "\U0001f600", "[bold]", "%s", "{0}", "../..", "/", "."),
-    *("file.txt", "folder", "missing/deep", "run", "cut", "nul\udcff", "x" * 300, "~", "$HOME", "*", "None", "True"),
+    *(
+        "",
+        " ",
+        "x",
+        "-1",
+        "0",
+        "nan",
+        "inf",
+        "1e400",
+        "-1e400",
+        "99999999999999999999",
+        "1" * 400,
+        "0x10",
+        "1_0",
+        "--",
+        "-",
+    ),
+    *(
+        "a\nb",
+        "a\tb",
+        "\x1b[31mred",
+        "na\u00efve",
+        "\u65e5\u672c",
+        "\U0001f600",
+        "[bold]",
+        "%s",
+        "{0}",
+        "../..",
+        "/",
+        ".",
+    ),
+    *(
+        "file.txt",
+        "folder",
+        "missing/deep",
+        "run",
+        "cut",
+        "nul\udcff",
+        "x" * 300,
+        "~",
+        "$HOME",
+        "*",
+        "None",
+        "True",
+    ),
 )
-# Values with which a command does something in a moment; the others' commands are given nonsense as well.
+# Values with which a command does something in a moment; those that take longer are given nonsense as well.
 FINE = {
-    "--backend": ["numpy"], "--optimizer": ["recadam", "adamw", "annealed", "coupled"], "--steps": ["1", "3", "5"],
-    "--t0": ["2"], "--k": ["0.5"], "--lr": ["1e-3"], "--gamma": ["10"], "--seed": ["3"], "--dtype": ["float32"],
-    "--schedule": ["linear"], "--form": ["decoupled", "proximal"], "--annealing": ["linear", "constant"],
-    "--batch-size": ["4"], "--train-rows": ["50"], "--test-rows": ["50"], "--out": ["new", "run", "folder/new"],
-    "--eval-every": ["2"], "--snapshot-every": ["2"], "--title": ["a title"], "--plot": ["p.png", "p.svg"],
-}  # fmt: skip
+    "--backend": ["numpy"],
+    "--optimizer": ["recadam", "adamw", "annealed", "coupled"],
+    "--form": ["decoupled", "proximal"],
+    "--annealing": ["linear", "constant"],
+    "--schedule": ["linear"],
+    "--dtype": ["float32"],
+    "--out": ["new", "run", "folder/new"],
+    "--plot": ["p.png", "p.svg"],
+    "--title": ["a title"],
+    **{key: ["1", "3", "5"] for key in ("--steps", "--seed")},
+    **{key: ["2"] for key in ("--t0", "--eval-every", "--snapshot-every")},
+    **{key: ["50"] for key in ("--train-rows", "--test-rows")},
+    **{key: ["1e-3"] for key in ("--k", "--lr")},
+    **{key: ["4"] for key in ("--gamma", "--batch-size")},
+}
 LONG = {"demo", "experiment", "trial", "conformance", "seeds", "fetch"}
 
 
@@ -515,21 +638,28 @@ def lines(count, rng, folder):
             arguments.append("--no-such-option")
         if rng.random() < 0.1:
             arguments.insert(rng.randrange(len(arguments) + 1), rng.choice(NONSENSE))
-        if name in LONG and "\udcff" not in "".join(arguments) and arguments[0] in LONG and harmless(arguments):
+        if (
+            name in LONG
+            and "\udcff" not in "".join(arguments)
+            and arguments[0] in LONG
+            and harmless(arguments)
+        ):
             continue
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(ground, work, symlinks=True)
         before = tree(work)
         os.chdir(work)
         try:
-            code, said, errors = call(arguments)
+            code, _said, errors = call(arguments)
         finally:
             os.chdir(here)
         seen = f"recadam {arguments}"
         judge(tally, seen, code, errors, before, work)
         after = tree(work)
         for path, data in was.items():
-            mine = path in ("file.txt", "folder") or "--overwrite" not in arguments and "--resume" not in arguments
+            mine = path in ("file.txt", "folder") or (
+                "--overwrite" not in arguments and "--resume" not in arguments
+            )
             if mine and after.get(path, 0) != data:
                 tally.fault("lost files", f"{seen}: {path}")
         tally.end({0: "done", 1: "exit 1", 2: "refused"}.get(code, "else"))

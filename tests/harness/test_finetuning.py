@@ -22,6 +22,7 @@ from recadam_core import Linear, RecAdamError
 from recadam_harness import RunConfig, archives, compare_runs, finetune, load_run
 from recadam_harness.directory import identity_of
 from recadam_harness.folders import Folder
+from recadam_harness.memory import check_memory
 from recadam_harness.report import write_report
 from recadam_harness.run import batch_order
 from recadam_harness.tasks.movie_reviews import retrieval_figures
@@ -488,6 +489,18 @@ def test_a_damaged_model_in_the_cache_is_refused(tmp_path, monkeypatch):
         archives.model_folder("minilm-l3")
 
 
+@pytest.mark.parametrize("listed", ["{}", "[]", "", '{"config.json": 7}', "[" * 100_000])
+def test_no_list_of_sums_switches_the_check_off(tmp_path, monkeypatch, listed):
+    monkeypatch.setenv("RECADAM_CACHE", str(tmp_path))
+    folder = tmp_path / "models" / "minilm-l3"
+    folder.mkdir(parents=True)
+    for name in archives.UNPACKED:
+        (folder / name).write_text("{}")
+    (folder / "sha256.json").write_text(listed)
+    with pytest.raises(RecAdamError, match=rf"minilm-l3/.*\.json: damaged .*delete {folder} and run again"):
+        archives.model_folder("minilm-l3")
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("optimizer", ["recadam", "adamw"])
 @pytest.mark.timeout(1800)
@@ -523,10 +536,37 @@ def test_movie_reviews_takes_a_folder_and_a_few_rows(tmp_path, tiny_checkpoint, 
         finetune(RunConfig.for_task("movie-reviews", b, **settings), tmp_path / b) for b in ("torch", "jax")
     ]
     assert compare_runs(*runs).agree
+    assert runs[0].folder.identity != runs[1].folder.identity
     assert set(runs[0].evaluations[-1]) == {
         "step", "target_accuracy", "snli_recall_at_1", "snli_mnr", "snli_auc",
     }  # fmt: skip
-    with pytest.raises(RecAdamError, match="there are 40 and 2000; give fewer"):
-        finetune(
-            RunConfig.for_task("movie-reviews", "torch", **{**settings, "train_rows": 41}), tmp_path / "x"
-        )
+    for changes, message in (
+        ({"train_rows": 41}, "there are 40 and 2000; give fewer"),
+        ({"batch_size": 41}, "batch_size is 41; there are 40 training rows, give no more"),
+        ({"dtype": "float16"}, "unknown dtype"),
+        (
+            {"model": str(foreign_tokens(tiny_checkpoint, tmp_path))},
+            "token 21 is beyond the 20 words of config.json",
+        ),
+    ):
+        with pytest.raises(RecAdamError, match=message):
+            finetune(RunConfig.for_task("movie-reviews", "torch", **{**settings, **changes}), tmp_path / "x")
+        assert not (tmp_path / "x").exists()
+
+
+def foreign_tokens(checkpoint, tmp_path):
+    """A checkpoint with a tokenizer of more words than the encoder has."""
+    folder = shutil.copytree(checkpoint, tmp_path / "foreign")
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["model"]["vocab"]["good"] = 21
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_what_would_not_fit_is_refused_before_it_is_allocated(monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: 2**15)  # a machine of 1 GiB
+    check_memory("a", 2**30)
+    with pytest.raises(
+        RecAdamError, match=r"batch_size 8,000: needs about 5 GiB, this machine has 1; give less"
+    ):
+        check_memory("batch_size 8,000", 5 * 2**30)

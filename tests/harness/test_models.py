@@ -129,6 +129,16 @@ def test_a_prefix_and_heads_in_the_checkpoint_are_left_out(tiny, tmp_path):
     assert again.keys() == params.keys()
 
 
+def sizes(**changes):
+    """Other values in a checkpoint's config.json."""
+
+    def damage(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -154,6 +164,20 @@ def test_a_prefix_and_heads_in_the_checkpoint_are_left_out(tiny, tmp_path):
             lambda d: save_file({"x": np.zeros(1)}, d / "model.safetensors"),
             "parameter 'embeddings.word_embeddings.weight' is missing",
         ),
+        (lambda d: (d / "config.json").write_text("[]"), "config.json: damaged (not a dict); fetch it again"),
+        (lambda d: (d / "config.json").write_text("[" * 100_000), "config.json: damaged (nested too deeply)"),
+        (sizes(num_attention_heads=0), "config.json: num_attention_heads is 0; give a whole number from 1"),
+        (
+            sizes(num_attention_heads=5),
+            "config.json: hidden_size is 24, of 5 attention heads; give a size that",
+        ),
+        (sizes(num_hidden_layers=-1), "config.json: num_hidden_layers is -1; give a whole number from 1"),
+        (sizes(num_hidden_layers="3"), "config.json: num_hidden_layers is '3'; give a whole number from 1"),
+        (sizes(vocab_size=10**400), "config.json: vocab_size is 1000"),
+        (sizes(vocab_size=10**8, hidden_size=24 * 10**5), "an encoder of these sizes: needs about"),
+        (sizes(hidden_size=None), "config.json: hidden_size is None; give a whole number from 1"),
+        (sizes(layer_norm_eps="x"), "config.json: layer_norm_eps is 'x'; give a finite number > 0"),
+        (sizes(model_type=["bert"]), "model_type ['bert'] with 'gelu'; the harness trains BERT encoders"),
     ],
 )
 def test_damaged_checkpoints(tiny, tmp_path, damage, message):

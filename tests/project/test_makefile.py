@@ -52,6 +52,25 @@ def test_clean_leaves_an_environment_that_make_did_not_make(folder, venv):
     assert [name for name in THEIRS if not (folder / name).exists()] == []
 
 
+def test_without_an_index_it_is_said_what_to_copy_where(folder):
+    shutil.rmtree(folder / ".venv")
+    shutil.copy(MAKEFILE.with_name("pyproject.toml"), folder)
+    (folder / "constraints.txt").write_text("")
+    told = make(
+        folder, "demo", PIP_NO_INDEX="1", PIP_CONFIG_FILE=os.devnull, PIP_FIND_LINKS="", HOME="/home/me"
+    )
+    assert told.returncode == 2
+    for words in (
+        "cannot install into .venv; pip's reason is above. If no package index can be reached from here:",
+        "pip download -d wheels -c constraints.txt hatchling editables 'torch==2.13.0' '.[torch,jax,finetune]'",
+        f"2. copy that folder to {folder}/wheels, and",
+        "all files to /home/me/.cache/recadam/archives",
+        "3. make demo PIP_FLAGS='--no-index --find-links wheels'",
+    ):
+        assert words in told.stderr
+    assert not (folder / ".venv" / ".runtime").exists()
+
+
 def test_a_folder_that_is_no_environment_is_not_made_one(folder):
     told = make(folder, "install", "VENV=runs")
     assert told.returncode == 2

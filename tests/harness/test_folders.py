@@ -1,0 +1,386 @@
+"""Whose a folder is, and which of its files: nobody else's are replaced, and two do not write at once."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("safetensors")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("filelock")
+
+from recadam_core import RecAdamError
+from recadam_core.files import replacing
+from recadam_core.interrupts import deferred
+from recadam_harness import RunConfig, finetune, load_run
+from recadam_harness.folders import Folder, owned
+
+CONFIG = RunConfig.for_task("digits", "numpy", steps=4, snapshot_every=2, t0=2.0)
+WORDS = "finetune digits --backend numpy --steps 4 --snapshot-every 2 --t0 2".split()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run, which nobody changes."""
+    return finetune(CONFIG, tmp_path_factory.mktemp("whole") / "run").path
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    """A run to do with as one likes."""
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+# One owner.
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*WORDS, "--overwrite", "--out"],
+        [*WORDS, "--resume", "--out"],
+        ["demo", "--only", "digits", "--out"],
+        ["report", "RUN", "--out"],
+        ["seeds", "--count", "1", "--steps", "1", "--backend", "jax", "--out"],
+        ["experiment", "comparison", "--quick", "--out"],
+    ],
+    ids=lambda words: words[0],
+)
+@pytest.mark.needs("torch", "jax", "transformers")
+def test_the_second_is_refused_before_it_writes(campaign, recadam, whole, tmp_path, words):
+    out = tmp_path / "out"
+    if words[0] == "finetune":
+        finetune(CONFIG, out)
+    with owned(out):
+        before = campaign.tree(out)
+        result = recadam(*(whole if word == "RUN" else word for word in words), out)
+        assert campaign.tree(out) == before
+    assert (result.returncode, result.stdout) == (2, "")
+    hint = "let it end, or give another directory"
+    assert result.stderr.splitlines()[-1] == f"recadam: {out}: another process writes there; {hint}"
+
+
+def test_a_killed_owner_holds_nothing(tmp_path):
+    code = f"from pathlib import Path; from recadam_harness.folders import owned; import time\n\
+with owned(Path({str(tmp_path)!r})): print('mine', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(RecAdamError, match="another process writes there"), owned(tmp_path):
+            pass
+        process.kill()
+    with owned(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
+    with pytest.raises(RecAdamError, match="there are 400 training rows, give no more"):
+        finetune(RunConfig.for_task("digits", "numpy", train_rows=400, batch_size=401), tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+# What is whose.
+
+MINE = (
+    "weights/1-my-best.safetensors",
+    ".config.json.swp",
+    ".lock",
+    "notes.txt",
+    "weights/000002.safetensors.bak",
+)
+
+
+def test_overwriting_and_resuming_leave_what_no_run_wrote(run):
+    for name in MINE:
+        (run / name).write_text("mine")
+    (run / ".steps.jsonl.abcd1234.part").write_text("left by a kill")
+    finetune(RunConfig.for_task("digits", "numpy", steps=1), run, overwrite=True)
+    finetune(RunConfig.for_task("digits", "numpy", steps=1), run, resume=True)
+    assert all((run / name).read_text() == "mine" for name in MINE)
+    assert not (run / ".steps.jsonl.abcd1234.part").exists()
+    assert load_run(run).snapshots() == [1]
+
+
+def test_no_link_leads_a_run_into_another_folder(campaign, run, whole, tmp_path):
+    shutil.rmtree(run / "weights")
+    others = shutil.copytree(whole / "weights", tmp_path / "others")
+    (run / "weights").symlink_to(others)
+    with pytest.raises(RecAdamError, match="weights: is a link to another folder; remove the link, or give"):
+        finetune(CONFIG, run, overwrite=True)
+    assert len(list(others.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["predictions.npy", "weights/000003.safetensors"])
+def test_a_users_file_where_a_run_would_write_is_said_first(campaign, run, name):
+    folder = Folder(run, "run")
+    folder.remove([name])
+    (run / name).write_text("mine")
+    before = campaign.tree(run)
+    with pytest.raises(
+        RecAdamError, match=f"{name}: is there, and no run wrote it; move it, or give another"
+    ):
+        finetune(RunConfig.for_task("digits", "numpy", steps=3), run, overwrite=True)
+    assert campaign.tree(run) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["report", "RUN", "--out", "OUT"], "report.html"),
+        (["report", "RUN", "--out", "OUT"], "digits.png"),
+        (["seeds", "--count", "1", "--steps", "1", "--optimizer", "adamw", "--out", "OUT"], "seeds.png"),
+        (["schedule", "--plot", "OUT/curve.png"], "curve.png"),
+        (["demo", "--only", "digits", "--out", "OUT"], "digits.png"),
+        (["demo", "--only", "digits", "--out", "OUT"], "logs/digits-numpy-recadam.log"),
+        (["experiment", "comparison", "--quick", "--out", "OUT"], "report.html"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else x,
+)
+@pytest.mark.needs("torch", "jax", "transformers")
+def test_a_file_that_is_there_is_not_replaced(recadam, whole, tmp_path, words, name):
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("mine")
+    words = [word.replace("RUN", str(whole)).replace("OUT", str(tmp_path / "out")) for word in words]
+    result = recadam(*words)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert f"out/{name}: is there" in result.stderr
+    assert [x.read_text() for x in tmp_path.rglob("*") if x.is_file()] == ["mine"]
+
+
+def test_what_a_command_wrote_it_replaces_when_asked(recadam, whole, tmp_path):
+    report = ["report", whole, "--out", tmp_path / "report"]
+    assert recadam(*report).returncode == 0
+    refused = recadam(*report)
+    assert "report.html: is there already; give --overwrite or another directory" in refused.stderr
+    assert recadam(*report, "--overwrite").returncode == 0
+    plot = ["schedule", "--plot", tmp_path / "curve.svg"]
+    assert [recadam(*plot).returncode, recadam(*plot).returncode] == [0, 2]
+    assert recadam(*plot, "--overwrite").returncode == 0
+
+
+def test_a_folder_holds_one_kind(whole, run):
+    with pytest.raises(RecAdamError, match="holds a run, not a report; give another directory"):
+        Folder(run, "report")
+    (run / "manifest.json").write_text('{"name": "my web page"}')
+    with pytest.raises(
+        RecAdamError, match=r"manifest.json: damaged \(no manifest of a run\); move what is yours"
+    ):
+        finetune(CONFIG, run, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["../notes.txt", "/etc/hostname", "weights/../../notes.txt", "manifest.json", "."]
+)
+def test_a_manifest_lists_nothing_outside(run, name):
+    values = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps({**values, "files": {name: None}}))
+    with pytest.raises(RecAdamError, match=r"manifest.json: damaged \(entry"):
+        finetune(CONFIG, run, overwrite=True)
+
+
+# What is in a file.
+
+
+def changed(name, change):
+    """A change to a JSON file of a run, which its manifest is told of: the value itself has to be refused."""
+
+    def damage(run):
+        value = json.loads((run / name).read_text())
+        change(value)
+        (run / name).write_text(json.dumps(value))
+        if name != "manifest.json" and (folder := Folder(run, "run")).files[name] is not None:
+            folder.seal(name)
+
+    return damage
+
+
+def raw(name, data, seal=True):
+    def damage(run):
+        (run / name).write_bytes(data)
+        if seal and name not in ("manifest.json", "status.json"):
+            Folder(run, "run").seal(name)
+
+    return damage
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+DAMAGES = [
+    (raw("predictions.npy", b""), "predictions.npy: damaged (EOFError: No data left in file)"),
+    (raw("predictions.npy", b"", seal=False), "predictions.npy: damaged ("),
+    (raw("predictions.npy", npy(np.zeros(3))), "predictions.npy: damaged (float64 (3,), of 497 rows)"),
+    (raw("predictions.npy", npy(np.zeros((201, 2), complex))), "predictions.npy: damaged (complex128 (201, 2)"),
+    (raw("evaluations.json", b"[" * 100_000), "evaluations.json: damaged (nested too deeply)"),
+    (raw("config.json", b"[" * 100_000), "config.json: damaged (nested too deeply)"),
+    (raw("manifest.json", b"[" * 100_000), "manifest.json: damaged (nested too deeply)"),
+    (raw("status.json", b"1" * 5000), "status.json: damaged ("),
+    (raw("config.json", b"\xff\xfe"), "config.json: damaged ("),
+    (changed("config.json", lambda c: c.update(steps=10**400)), "config.json: damaged (steps is 1000"),
+    (changed("config.json", lambda c: c["hp"].update(lr=10**400)), "config.json: damaged (Hyperparameters: lr is"),
+    (changed("config.json", lambda c: c.update(schedule=[])), "config.json: damaged ("),
+    (changed("config.json", lambda c: c.update(options={"train_rows": "x"})), "config.json: damaged (train_rows"),
+    (changed("config.json", lambda c: c.update(task="a\nb")), "config.json: damaged (unknown task"),
+    (changed("config.json", lambda c: c["hp"].pop("lr")), "manifest.json: damaged (of another configuration or"),
+    (changed("config.json", lambda c: c.update(seed=5)), "manifest.json: damaged (of another configuration or"),
+    (changed("status.json", lambda s: s.update(step=10**400)), "status.json: damaged (step is 1000"),
+    (changed("status.json", lambda s: s.update(pid=-1)), "status.json: damaged (pid is -1)"),
+    (changed("status.json", lambda s: s.update(state="done")), "status.json: damaged (state is 'done')"),
+    (changed("status.json", lambda s: s.update(step=3)), "status.json: damaged (the run is complete, this file"),
+    (changed("evaluations.json", lambda e: e[0].update(step="0")), "evaluations.json: damaged (no evaluation, or"),
+    (changed("evaluations.json", lambda e: e[1].update(step=0)), "evaluations.json: damaged (no evaluation, or"),
+    (changed("evaluations.json", lambda e: e[0].update(target_accuracy="0.5")), "evaluations.json: damaged ('targ"),
+    (changed("evaluations.json", lambda e: e[0].update(target_accuracy=10**400)), "evaluations.json: damaged ('t"),
+    (changed("evaluations.json", lambda e: e[0].update(target_accuracy=None)), "evaluations.json: damaged ('targ"),
+    (changed("evaluations.json", lambda e: e[0].pop("source_accuracy")), "evaluations.json: damaged (the run is"),
+    (raw("evaluations.json", b'[{"step": 0, "target_accuracy": NaN}]'), "evaluations.json: damaged ('target_accu"),
+    (changed("provenance.json", lambda p: p.update(headline=["x"])), "provenance.json: damaged (headline is ['x"),
+    (changed("provenance.json", lambda p: p.update(start_sha256=7)), "provenance.json: damaged (start_sha256 is"),
+    (changed("provenance.json", lambda p: p.update(resumed=7)), "provenance.json: damaged (resumed is 7)"),
+    (changed("manifest.json", lambda m: m["files"].update({"predictions.npy": None})), "manifest.json: damaged (t"),
+    (changed("manifest.json", lambda m: m.pop("identity")), "manifest.json: damaged (no manifest of a run)"),
+    (lambda run: (run / "manifest.json").unlink(), "manifest.json: damaged (is not there)"),
+    (lambda run: (run / "evaluations.json").unlink(), "evaluations.json: damaged (is not there)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES, ids=[message[:60] for _, message in DAMAGES])
+def test_a_damaged_file_is_one_line(campaign, run, whole, tmp_path, damage, message):
+    damage(run)
+    before = campaign.tree(run)
+    for command in (["compare", str(whole), str(run)], ["report", str(run), "--out", str(tmp_path / "page")]):
+        code, said, errors = campaign.call(command)
+        assert (code, said) == (2, ""), errors
+        assert errors.startswith(f"recadam: {run}/{message}"), errors
+        assert errors.count("\n") == 1
+    assert campaign.tree(run) == before
+    assert not (tmp_path / "page").exists()
+
+
+def test_files_of_another_run_do_not_belong(run, tmp_path):
+    other = finetune(
+        RunConfig.for_task("digits", "numpy", steps=4, snapshot_every=2, t0=2.0, seed=1), tmp_path / "other"
+    )
+    for name in ("evaluations.json", "predictions.npy", "weights/000002.safetensors", "steps.jsonl"):
+        kept = (run / name).read_bytes()
+        shutil.copy(other.path / name, run / name)
+        with pytest.raises(
+            RecAdamError, match=f"{name}: damaged .not what the run wrote: its sha256 is not the man"
+        ):
+            load_run(run).check_files()
+        (run / name).write_bytes(kept)
+    shutil.copy(other.path / "manifest.json", run)
+    with pytest.raises(
+        RecAdamError, match=r"config.json: damaged \(not what the run wrote: its sha256 is not the"
+    ):
+        load_run(run)
+
+
+# Names, and what they are printed on.
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compare", "a\nb", "c"], r"recadam: a\nb: no run here; give a directory that"),
+        (["finetune", "dig\nits"], r"recadam: unknown task 'dig\nits'"),
+        (["finetune", "digits", "--out", "a\x1bb/c\nd", "--steps", "0"], "recadam: steps is 0"),
+        (["schedule", "--plot", "a\nb"], r"recadam: a\nb: unknown kind of picture"),
+        (["finetune", "digits", "--backend", "numpy", "--steps", "1", "--out", os.fsdecode(b"a\xff")], r"recadam: a\udcff: is no valid text; give a name in UTF-8"),
+        (["finetune", "digits", "--backend", "numpy", "--steps", "9" * 20], "recadam: "),
+        (["finetune", "digits", "--backend", "numpy", "--batch-size", "100000000"], "recadam: batch_size is 100000000; there are 100 training rows, give no more"),
+        (["finetune", "digits", "--backend", "numpy", "--seed", "9" * 400], "recadam: "),
+        (["seeds", "--count", "1024", "--steps", "100000000"], "recadam: 100,000,000 steps of 1024 seeds at once: needs ab"),
+        (["trial", "steps=100000000", "batch_size=1000"], "recadam: trial: 100,000,000 steps with batch_size 1,000: needs"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)  # fmt: skip
+@pytest.mark.needs("jax", "torch", "transformers")
+def test_odd_names_and_sizes_are_one_line(recadam, tmp_path, words, message):
+    result = subprocess.run(
+        [sys.executable, "-m", "recadam_core", *words],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(message), result.stderr
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_signs_that_the_terminal_lacks_are_escaped(recadam, run):
+    odd = run.rename(run.with_name("r\u00fcn"))
+    result = recadam(
+        "report", odd, "--out", odd / "page", "--title", "\u03bb", env={"PYTHONIOENCODING": "ascii"}
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{odd}/page/report.html\n".encode("ascii", "backslashreplace").decode()
+    printed = recadam("compare", odd, odd.parent / "nowhere", env={"PYTHONIOENCODING": "ascii"})
+    assert (printed.returncode, printed.stderr.count("\n")) == (2, 1)
+
+
+# A full disk.
+
+
+def test_a_full_disk_names_the_file_and_leaves_nothing_beside(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*/a\.txt'"),
+        replacing(tmp_path / "new" / "a.txt"),
+    ):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Signals.
+
+
+def test_signals_wait_for_a_check_and_no_longer():
+    taken = []
+    with pytest.raises(KeyboardInterrupt), deferred() as check:
+        for step in range(3):
+            check()
+            signal.raise_signal(signal.SIGINT)
+            taken.append(step)
+    assert taken == [0]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt), deferred():
+        signal.raise_signal(signal.SIGINT)  # and is not forgotten at the end
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_a_run_at_once(tmp_path, number, code):
+    """Though the first is not obeyed: as while a framework compiles."""
+    script = (
+        "import sys, time, recadam_core.cli, recadam_core.commands\n"
+        "from recadam_core.interrupts import deferred\n"
+        "def wait():\n"
+        "    with deferred():\n"
+        "        print('here', flush=True); time.sleep(60); time.sleep(60)\n"
+        "recadam_core.cli._run = wait; recadam_core.cli.main()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.readline()
+        process.send_signal(number)
+        process.send_signal(number)  # as `timeout` does: this is still the first
+        time.sleep(1)
+        assert process.poll() is None
+        process.send_signal(number)
+        errors = process.communicate(timeout=20)[1]
+    assert (process.returncode, errors) == (code, "recadam: ended at once\n")
