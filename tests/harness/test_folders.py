@@ -26,7 +26,7 @@ from recadam_harness import RunConfig, finetune, load_run
 from recadam_harness.folders import Folder, owned
 
 CONFIG = RunConfig.for_task("digits", "numpy", steps=4, snapshot_every=2, t0=2.0)
-WORDS = "finetune digits --backend numpy --steps 4 --snapshot-every 2 --t0 2".split()
+WORDS = ["finetune", "digits", "--backend", "numpy", "--steps", "4", "--snapshot-every", "2", "--t0", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -223,38 +223,86 @@ DAMAGES = [
     (raw("predictions.npy", b""), "predictions.npy: damaged (EOFError: No data left in file)"),
     (raw("predictions.npy", b"", seal=False), "predictions.npy: damaged ("),
     (raw("predictions.npy", npy(np.zeros(3))), "predictions.npy: damaged (float64 (3,), of 497 rows)"),
-    (raw("predictions.npy", npy(np.zeros((201, 2), complex))), "predictions.npy: damaged (complex128 (201, 2)"),
+    (
+        raw("predictions.npy", npy(np.zeros((201, 2), complex))),
+        "predictions.npy: damaged (complex128 (201, 2)",
+    ),
     (raw("evaluations.json", b"[" * 100_000), "evaluations.json: damaged (nested too deeply)"),
     (raw("config.json", b"[" * 100_000), "config.json: damaged (nested too deeply)"),
     (raw("manifest.json", b"[" * 100_000), "manifest.json: damaged (nested too deeply)"),
     (raw("status.json", b"1" * 5000), "status.json: damaged ("),
     (raw("config.json", b"\xff\xfe"), "config.json: damaged ("),
     (changed("config.json", lambda c: c.update(steps=10**400)), "config.json: damaged (steps is 1000"),
-    (changed("config.json", lambda c: c["hp"].update(lr=10**400)), "config.json: damaged (Hyperparameters: lr is"),
+    (
+        changed("config.json", lambda c: c["hp"].update(lr=10**400)),
+        "config.json: damaged (Hyperparameters: lr is",
+    ),
     (changed("config.json", lambda c: c.update(schedule=[])), "config.json: damaged ("),
-    (changed("config.json", lambda c: c.update(options={"train_rows": "x"})), "config.json: damaged (train_rows"),
+    (
+        changed("config.json", lambda c: c.update(options={"train_rows": "x"})),
+        "config.json: damaged (train_rows",
+    ),
     (changed("config.json", lambda c: c.update(task="a\nb")), "config.json: damaged (unknown task"),
-    (changed("config.json", lambda c: c["hp"].pop("lr")), "manifest.json: damaged (of another configuration or"),
-    (changed("config.json", lambda c: c.update(seed=5)), "manifest.json: damaged (of another configuration or"),
+    (
+        changed("config.json", lambda c: c["hp"].pop("lr")),
+        "manifest.json: damaged (of another configuration or",
+    ),
+    (
+        changed("config.json", lambda c: c.update(seed=5)),
+        "manifest.json: damaged (of another configuration or",
+    ),
     (changed("status.json", lambda s: s.update(step=10**400)), "status.json: damaged (step is 1000"),
     (changed("status.json", lambda s: s.update(pid=-1)), "status.json: damaged (pid is -1)"),
     (changed("status.json", lambda s: s.update(state="done")), "status.json: damaged (state is 'done')"),
-    (changed("status.json", lambda s: s.update(step=3)), "status.json: damaged (the run is complete, this file"),
-    (changed("evaluations.json", lambda e: e[0].update(step="0")), "evaluations.json: damaged (no evaluation, or"),
-    (changed("evaluations.json", lambda e: e[1].update(step=0)), "evaluations.json: damaged (no evaluation, or"),
-    (changed("evaluations.json", lambda e: e[0].update(target_accuracy="0.5")), "evaluations.json: damaged ('targ"),
-    (changed("evaluations.json", lambda e: e[0].update(target_accuracy=10**400)), "evaluations.json: damaged ('t"),
-    (changed("evaluations.json", lambda e: e[0].update(target_accuracy=None)), "evaluations.json: damaged ('targ"),
-    (changed("evaluations.json", lambda e: e[0].pop("source_accuracy")), "evaluations.json: damaged (the run is"),
-    (raw("evaluations.json", b'[{"step": 0, "target_accuracy": NaN}]'), "evaluations.json: damaged ('target_accu"),
-    (changed("provenance.json", lambda p: p.update(headline=["x"])), "provenance.json: damaged (headline is ['x"),
-    (changed("provenance.json", lambda p: p.update(start_sha256=7)), "provenance.json: damaged (start_sha256 is"),
+    (
+        changed("status.json", lambda s: s.update(step=3)),
+        "status.json: damaged (the run is complete, this file",
+    ),
+    (
+        changed("evaluations.json", lambda e: e[0].update(step="0")),
+        "evaluations.json: damaged (no evaluation, or",
+    ),
+    (
+        changed("evaluations.json", lambda e: e[1].update(step=0)),
+        "evaluations.json: damaged (no evaluation, or",
+    ),
+    (
+        changed("evaluations.json", lambda e: e[0].update(target_accuracy="0.5")),
+        "evaluations.json: damaged ('targ",
+    ),
+    (
+        changed("evaluations.json", lambda e: e[0].update(target_accuracy=10**400)),
+        "evaluations.json: damaged ('t",
+    ),
+    (
+        changed("evaluations.json", lambda e: e[0].update(target_accuracy=None)),
+        "evaluations.json: damaged ('targ",
+    ),
+    (
+        changed("evaluations.json", lambda e: e[0].pop("source_accuracy")),
+        "evaluations.json: damaged (the run is",
+    ),
+    (
+        raw("evaluations.json", b'[{"step": 0, "target_accuracy": NaN}]'),
+        "evaluations.json: damaged ('target_accu",
+    ),
+    (
+        changed("provenance.json", lambda p: p.update(headline=["x"])),
+        "provenance.json: damaged (headline is ['x",
+    ),
+    (
+        changed("provenance.json", lambda p: p.update(start_sha256=7)),
+        "provenance.json: damaged (start_sha256 is",
+    ),
     (changed("provenance.json", lambda p: p.update(resumed=7)), "provenance.json: damaged (resumed is 7)"),
-    (changed("manifest.json", lambda m: m["files"].update({"predictions.npy": None})), "manifest.json: damaged (t"),
+    (
+        changed("manifest.json", lambda m: m["files"].update({"predictions.npy": None})),
+        "manifest.json: damaged (t",
+    ),
     (changed("manifest.json", lambda m: m.pop("identity")), "manifest.json: damaged (no manifest of a run)"),
     (lambda run: (run / "manifest.json").unlink(), "manifest.json: damaged (is not there)"),
     (lambda run: (run / "evaluations.json").unlink(), "evaluations.json: damaged (is not there)"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES, ids=[message[:60] for _, message in DAMAGES])
@@ -299,15 +347,27 @@ def test_files_of_another_run_do_not_belong(run, tmp_path):
         (["finetune", "dig\nits"], r"recadam: unknown task 'dig\nits'"),
         (["finetune", "digits", "--out", "a\x1bb/c\nd", "--steps", "0"], "recadam: steps is 0"),
         (["schedule", "--plot", "a\nb"], r"recadam: a\nb: unknown kind of picture"),
-        (["finetune", "digits", "--backend", "numpy", "--steps", "1", "--out", os.fsdecode(b"a\xff")], r"recadam: a\udcff: is no valid text; give a name in UTF-8"),
+        (
+            ["finetune", "digits", "--backend", "numpy", "--steps", "1", "--out", os.fsdecode(b"a\xff")],
+            r"recadam: a\udcff: is no valid text; give a name in UTF-8",
+        ),
         (["finetune", "digits", "--backend", "numpy", "--steps", "9" * 20], "recadam: "),
-        (["finetune", "digits", "--backend", "numpy", "--batch-size", "100000000"], "recadam: batch_size is 100000000; there are 100 training rows, give no more"),
+        (
+            ["finetune", "digits", "--backend", "numpy", "--batch-size", "100000000"],
+            "recadam: batch_size is 100000000; there are 100 training rows, give no more",
+        ),
         (["finetune", "digits", "--backend", "numpy", "--seed", "9" * 400], "recadam: "),
-        (["seeds", "--count", "1024", "--steps", "100000000"], "recadam: 100,000,000 steps of 1024 seeds at once: needs ab"),
-        (["trial", "steps=100000000", "batch_size=1000"], "recadam: trial: 100,000,000 steps with batch_size 1,000: needs"),
+        (
+            ["seeds", "--count", "1024", "--steps", "100000000"],
+            "recadam: 100,000,000 steps of 1024 seeds at once: needs ab",
+        ),
+        (
+            ["trial", "steps=100000000", "batch_size=1000"],
+            "recadam: trial: 100,000,000 steps with batch_size 1,000: needs",
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
-)  # fmt: skip
+)
 @pytest.mark.needs("jax", "torch", "transformers")
 def test_odd_names_and_sizes_are_one_line(recadam, tmp_path, words, message):
     result = subprocess.run(
@@ -351,11 +411,16 @@ def test_a_full_disk_names_the_file_and_leaves_nothing_beside(tmp_path):
 
 def test_signals_wait_for_a_check_and_no_longer():
     taken = []
-    with pytest.raises(KeyboardInterrupt), deferred() as check:
-        for step in range(3):
-            check()
-            signal.raise_signal(signal.SIGINT)
-            taken.append(step)
+
+    def steps():
+        with deferred() as check:
+            for step in range(3):
+                check()
+                signal.raise_signal(signal.SIGINT)
+                taken.append(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        steps()
     assert taken == [0]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with pytest.raises(KeyboardInterrupt), deferred():

@@ -62,7 +62,7 @@ def test_without_an_index_it_is_said_what_to_copy_where(folder):
     assert told.returncode == 2
     for words in (
         "cannot install into .venv; pip's reason is above. If no package index can be reached from here:",
-        "pip download -d wheels -c constraints.txt hatchling editables 'torch==2.13.0' '.[torch,jax,finetune]'",
+        "download -d wheels -c constraints.txt hatchling editables 'torch==2.13.0' '.[torch,jax,finetune]'",
         f"2. copy that folder to {folder}/wheels, and",
         "all files to /home/me/.cache/recadam/archives",
         "3. make demo PIP_FLAGS='--no-index --find-links wheels'",
