@@ -606,7 +606,7 @@ def test_a_termination_ends_the_processes(tmp_path):
         found = " ".join(task.read_text() for task in tasks).strip()
     process.terminate()
     _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == 143
     assert stderr.strip().splitlines()[-1] == "recadam: interrupted"
     for child in found.split():
         assert not Path(f"/proc/{child}").exists()
