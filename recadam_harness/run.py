@@ -181,7 +181,8 @@ def _begin(
         if earlier.provenance.get("start_sha256") != provenance["start_sha256"]:
             raise RecAdamError(f"{out}: cannot resume: other starting weights or data; give --overwrite")
         saved = Checkpoint.read(earlier, prepared.problem.params)
-        prepared.engine.restore(saved.step, saved.weights, saved.moments)
+        with deferred():
+            prepared.engine.restore(saved.step, saved.weights, saved.moments)
         saved.put_back(earlier, {name: provenance[name] for name in ("started", "command", "versions")})
         return earlier.folder, saved.step, saved.evaluations
     folder = clear(out)
