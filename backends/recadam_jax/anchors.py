@@ -76,7 +76,11 @@ def load_anchor(
     if not (isinstance(source, (str, PathLike)) and str(source) and "\0" not in str(source)):
         raise RecAdamError(f"anchors: {shown(source)} is no path; give the pretrained checkpoint's")
     file = Path(source).absolute()  # by the name that was given, since a cache of files names them by links
-    if not (file.is_dir() or file.is_file()):  # and no pipe, which would wait
+    try:
+        there = file.is_dir() or file.is_file()  # and no pipe, which would wait
+    except OSError as error:  # a name that is too long
+        raise RecAdamError(f"anchors: {shown(str(file))}: {error.strerror}; give another path") from None
+    if not there:
         raise RecAdamError(f"anchors: {file}: no such file or folder; give the pretrained checkpoint")
     if file.is_dir() and transpose is not None:
         raise RecAdamError(f"anchors: {file}: transpose is for .safetensors files; leave it out")

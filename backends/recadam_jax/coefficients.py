@@ -190,8 +190,8 @@ def _check(name: str, t: jax.Array, c: Coefficients, form: str) -> None:
         )
 
 
-def check_strength(name: str, hp: Hyperparameters, learning_rate: Any) -> None:
-    """Refuse a pull that diverges, as far as the host can tell: compiled steps cannot raise.
+def check_strength(name: str, hp: Hyperparameters, learning_rate: Any, anchored: bool) -> None:
+    """Refuse a pull or a decay that diverges, as far as the host can tell: compiled steps cannot raise.
 
     A schedule is asked at up to 200 steps, evenly over the annealing and thinner after it.
     """
@@ -204,8 +204,9 @@ def check_strength(name: str, hp: Hyperparameters, learning_rate: Any) -> None:
                 where = f"{name}, step {t}"
                 rate = _rate(where, learning_rate, jnp.asarray(t - 1))
                 rate = float(check_number(where, "the learning rate", rate, low=0.0))
-                recall = float(annealed_weights(hp.annealing, t)[1])
-                strengths.append((rate * float(hp.gamma) * recall, rate * float(hp.weight_decay), where))
+                recall = float(annealed_weights(hp.annealing, t)[1]) if anchored else 0.0
+                pull = rate * float(hp.gamma) * recall if recall else 0.0  # however strong
+                strengths.append((pull, rate * float(hp.weight_decay), where))
     except jax.errors.JAXTypeError:
         return  # traced settings
     for size in (lambda x: x[0], lambda x: x[1], lambda x: x[0] + x[1]):

@@ -239,8 +239,8 @@ def _transformation(
 
     def init(params: Any) -> RecAdamState:
         state = anchoring.init(params)
-        if learning_rate is not None and jax.tree.leaves(state.anchor):
-            check_strength(name, hp, learning_rate)
+        if learning_rate is not None:
+            check_strength(name, hp, learning_rate, bool(jax.tree.leaves(state.anchor)))
         return state
 
     def update_fn(

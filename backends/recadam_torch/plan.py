@@ -142,6 +142,11 @@ class Planner:
                         "cannot walk; give fused=False"
                     )
                 fused = ""
+            if wrapper and ways["exact"] and not traced and device.type == "cpu":
+                raise RecAdamError(
+                    f"parameter {names[0]!r} is a {type(params[0]).__name__}, of which exact=True takes no "
+                    "root; leave exact out"
+                )
             if traced and fused != "triton":  # which alone takes coefficients from the device
                 fused = ""
             kernel: Callable[..., None] = partial(kernel_, exact=ways["exact"] and not traced)

@@ -248,7 +248,7 @@ def _open_index(path: Path) -> Source:
         weights = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         parts = {file: PurePath(file) for file in weights.values()}
         names = {file: [name for name, its in weights.items() if its == file] for file in parts}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RecAdamError(f"anchors: {path}: damaged index ({error!r}); fetch it again") from error
     for file, part in parts.items():
         if not part.name or part.is_absolute() or ".." in part.parts:

@@ -297,10 +297,12 @@ class States:
             for place, (name, p) in enumerate(named(group)):
                 state = self.left.states.get(p) or self._state.get(p, {})
                 if not state:
-                    raise RecAdamError(
-                        f"reset_moments: the state of {name!r} was emptied, and its anchor is lost; "
-                        "make a new optimizer"
-                    )
+                    if not reanchor or self.left.importance is not None:
+                        raise RecAdamError(
+                            f"reset_moments: the state of {name!r} was emptied, and its anchor is lost; "
+                            "call it with reanchor=True, or make a new optimizer where there is an importance"
+                        )
+                    state = {"anchor": None} if group["anchored"] else {}
                 states[p] = {**state, **blank(p, group)}
                 if "anchor" in state and reanchor:
                     states[p].update(no_hash(), anchor=anchor_of(None, name, p))

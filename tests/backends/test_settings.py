@@ -264,6 +264,18 @@ def test_no_recall_is_no_pull_however_strong(form):
     assert c.pull == 0.0
 
 
+@pytest.mark.needs("jax")
+@pytest.mark.parametrize("form", ["decoupled", "released"])
+def test_jax_knows_a_pull_without_recall_and_a_decay_without_anchors(form):
+    from recadam_jax import recadam
+
+    params = {"w": np.ones(2, np.float32)}
+    recadam(1e10, gamma=1e300, annealing=Constant(1, 0), form=form).init(params)
+    with pytest.raises(RecAdamError, match=r"step 1: lr \* weight_decay = 2000 diverges \(2 or more\)"):
+        recadam(1.0, weight_decay=2000.0, gamma=0.0, form=form, anchor_mask=False).init(params)
+    recadam(1e-3, gamma=1e9, form=form, anchor_mask=False).init(params)  # what nothing is pulled by
+
+
 @pytest.mark.parametrize("form", ["decoupled", "released", "proximal"])
 def test_a_decay_that_diverges_is_refused_as_a_pull_is(form):
     hp = Hyperparameters(lr=1.0, gamma=0.0, form=form)

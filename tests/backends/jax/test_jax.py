@@ -426,6 +426,7 @@ def test_anchors_are_turned_from_a_file_of_pytorch(tmp_path):
         ("m.safetensors", {}, "anchors: {}/m.safetensors has no 'head' for parameter 'head'; give name="),
         ("m.safetensors", {"new": ["hed"]}, "anchors: new names 'hed', which is no parameter (there is"),
         ("other.safetensors", {}, "anchors: {}/other.safetensors: no such file or folder; give"),
+        ("x" * 5000, {}, "anchors: '{}"),
         ("bad.safetensors", {}, "anchors: {}/bad.safetensors: damaged, or not there (Error while"),
         ("bad.safetensors.index.json", {}, "anchors: {}/bad.safetensors.index.json: damaged index ("),
         ("lost.safetensors.index.json", {}, "anchors: {}/lost.safetensors: damaged, or not there (no such"),

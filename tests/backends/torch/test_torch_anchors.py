@@ -132,6 +132,14 @@ def pipe(folder):
     return folder / "pytorch_model.bin"
 
 
+def deep(name):
+    def make(folder):
+        (folder / name).write_text("[" * 100_000)
+        return folder / name
+
+    return make
+
+
 def empty(name):
     def make(folder):
         (folder / name).touch()
@@ -151,6 +159,7 @@ def empty(name):
         (empty("x.safetensors"), r"x.safetensors: damaged \(.*\); fetch it again"),
         (empty("x.bin"), r"x.bin: no checkpoint of torch.save that holds tensors only"),
         (empty("x.safetensors.index.json"), r"damaged index"),
+        (deep("x.safetensors.index.json"), r"damaged index"),
         (index(w="gone.safetensors"), r"names gone.safetensors, which is not there; fetch it"),
         (index(w="../one.safetensors"), r"names '../one.safetensors', which is not in its folder; fetch it"),
         (index(w="/etc/hostname"), r"names '/etc/hostname', which is not in its folder; fetch it again"),

@@ -426,8 +426,13 @@ def test_a_state_emptied_in_place_is_refused_too():
     optimizer.state[model[0].weight].clear()
     with pytest.raises(RecAdamError, match=r"'0.weight' has no state: it was cleared"):
         optimizer.step()
-    with pytest.raises(RecAdamError, match=r"the state of '0.weight' was emptied, and its anchor is lost"):
+    with pytest.raises(
+        RecAdamError, match=r"the state of '0.weight' was emptied, and its anchor is lost; call"
+    ):
         optimizer.reset_moments()
+    optimizer.reset_moments(reanchor=True)
+    assert torch.equal(optimizer.state[model[0].weight]["anchor"], model[0].weight)
+    train(model, optimizer, range(2))
 
 
 def test_a_cleared_state_is_loaded_into():

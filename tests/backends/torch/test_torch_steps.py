@@ -316,12 +316,16 @@ def test_an_annealing_that_gives_no_weights_is_refused_at_that_step(weights, way
     assert_refused(optimizer, "Odd")
 
 
-@pytest.mark.parametrize("weights", [(np.float32(1), np.float64(0.5)), (1, torch.tensor(0.5)), [1.0, 0.5]])
-def test_an_annealing_may_give_any_numbers(weights):
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize(
+    "weights",
+    [(np.float32(1), np.float64(0.5)), (np.array(1.0), np.array(0.5)), (1, torch.tensor(0.5)), [1.0, 0.5]],
+)
+def test_an_annealing_may_give_any_numbers(weights, capturable):
     found = []
     for given in (weights, (1.0, 0.5)):
         params = parameters((3, 2))
-        optimizer = RecAdam(params, **{**K, "annealing": Odd(given)})
+        optimizer = RecAdam(params, **{**K, "annealing": Odd(given)}, capturable=capturable)
         for t in range(4):
             give_gradients(params, t)
             optimizer.step()
@@ -441,6 +445,15 @@ def test_a_parameter_that_is_a_wrapper_is_stepped_without_walking_its_memory():
     assert torch.equal(*found)
     optimizer = RecAdam([("w", w)], fused="numba", **K)
     w.grad = TwoTensor(grad, grad.clone())
+    exact = RecAdam([plain, w], lr=1e-2, gamma=10.0, exact=True)
+    plain.grad = torch.ones(2)
+    before = plain.detach().clone()
+    with pytest.raises(
+        RecAdamError, match=r"is a TwoTensor, of which exact=True takes no root; leave exact out"
+    ):
+        exact.step()
+    assert torch.equal(plain, before)
+    assert not exact.state[plain]["step"]
     with pytest.raises(RecAdamError, match=r"'w' is a TwoTensor, .*fused=False"):
         optimizer.step()
 
