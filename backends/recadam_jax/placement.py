@@ -61,6 +61,7 @@ def portable(path: str, x: Any, p: Any) -> Any:
     if is_traced(p) or p.committed:
         mesh = jax.sharding.get_abstract_mesh()
         bound = AxisType.Explicit in mesh.axis_types and jax.typeof(x).sharding.mesh != mesh
+        bound = bound or (not mesh.empty and len(x.sharding.device_set) != mesh.size)
         stays = x.committed and (bound or (is_traced(p) and _is_away(x)))
     else:
         stays = x.committed or x.devices() != p.devices()

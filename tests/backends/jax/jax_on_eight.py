@@ -301,6 +301,19 @@ def test_an_anchor_goes_where_its_parameter_is(axes, kind, given):
             np.testing.assert_allclose(updates["w"], -1e-3, rtol=1e-5)
 
 
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("within", [False, True])
+def test_an_anchor_of_one_device_goes_into_a_mesh_that_is_set(axes, within):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(axes,))
+    everywhere = NamedSharding(mesh, P("x"))
+    anchor = None if within else jax.device_put(jnp.ones(16), jax.devices()[3])
+    with jax.set_mesh(mesh):
+        params = {"w": jax.device_put(jnp.ones(16), everywhere)}
+        anchor = jax.device_put(jnp.ones(16), jax.devices()[3]) if within else anchor
+        state = recadam(1e-2, anchor={"w": anchor}, **GENTLE).init(params)
+        assert state.anchor["w"].sharding.is_equivalent_to(everywhere, 1)
+
+
 def test_shapes_with_shardings_make_a_state_that_is_laid_out():
     places = shardings("both")
     shapes = jax.tree.map(
