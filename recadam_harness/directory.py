@@ -330,10 +330,8 @@ def claim(out: Path, config: RunConfig, overwrite: bool, resume: bool) -> Run | 
     if not (out / MANIFEST).exists():
         raise RecAdamError(f"{out}: holds something that is no run; give another directory")
     folder = Folder(out, "run")
-    steps = {
-        int(x.stem): x.name for x in out.glob("weights/*.safetensors") if re.fullmatch(r"\d{6,}", x.stem)
-    }
-    planned = [f"weights/{name}" for step, name in steps.items() if config.keeps(step)]
+    there = (f"weights/{path.name}" for path in out.glob("weights/*"))
+    planned = [match[0] for match in map(WEIGHTS.fullmatch, there) if match and config.keeps(int(match[1]))]
     folder.check([*folder.files, *FILES, *planned])
     if overwrite or not any((out / name).exists() for name in folder.files):
         return None

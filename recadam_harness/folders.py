@@ -102,9 +102,13 @@ class Folder:
 
     def begin(self, names: Iterable[str], identity: str = "") -> None:
         """List files that are about to be written, and are not known before they are whole."""
+        held = self.identity, dict(self.files)
         self.identity = identity or self.identity
         self.files |= dict.fromkeys(names)
-        self._save()
+        if (self.identity, self.files) == held:
+            self._sweep()
+        else:
+            self._save()
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file whole or not at all, and its sha256 into the manifest."""

@@ -273,11 +273,11 @@ def _status(folder: Folder, step: int = 0) -> Iterator[dict[str, Any]]:
         status.update(
             state="failed", reason=str(error).splitlines()[0] if str(error) else type(error).__name__
         )
-        with contextlib.suppress(OSError):  # a disk that is full, which was said
-            write_json(folder.path / "status.json", status)
         raise
     finally:
-        if status["state"] != "failed":
+        # Of a disk that is full the first error says so.
+        failed = status["state"] == "failed"
+        with contextlib.suppress(OSError) if failed else contextlib.nullcontext():
             write_json(folder.path / "status.json", status)
 
 
