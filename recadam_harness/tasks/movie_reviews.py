@@ -88,7 +88,14 @@ class MovieReviews(Task):
             )
 
         def rows(sentences: list[str], length: int) -> Rows:
-            return tokenize(folder, sentences, length, config.vocab_size)
+            encoded = tokenize(folder, sentences, length)
+            largest, words = encoded["ids"].max(initial=0), config.vocab_size
+            if largest >= words:
+                raise RecAdamError(
+                    f"{folder / 'tokenizer.json'}: token {largest} is beyond the {words} words of config.json; "
+                    "give files that belong together"
+                )
+            return encoded
 
         def labelled(start: int, count: int) -> Rows:
             chosen = slice(start, start + count)
@@ -166,7 +173,7 @@ def read_bbc(count: int) -> tuple[list[str], list[str]]:
     return chosen, [articles[title] for title in chosen]
 
 
-def tokenize(folder: Path, texts: list[str], length: int, vocabulary: int) -> Rows:
+def tokenize(folder: Path, texts: list[str], length: int) -> Rows:
     """Token ids and mask of a fixed length, by the checkpoint's tokenizer.json."""
     from tokenizers import Tokenizer
 
@@ -180,14 +187,8 @@ def tokenize(folder: Path, texts: list[str], length: int, vocabulary: int) -> Ro
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length)
     encoded = tokenizer.encode_batch(texts)
-    ids = np.array([e.ids for e in encoded], dtype=np.int64)
-    if ids.max(initial=0) >= vocabulary:
-        raise RecAdamError(
-            f"{path}: token {ids.max()} is beyond the {vocabulary} words of config.json; give files that "
-            "belong together"
-        )
     return {
-        "ids": ids,
+        "ids": np.array([e.ids for e in encoded], dtype=np.int64),
         "mask": np.array([e.attention_mask for e in encoded], dtype=np.float64),
     }
 
