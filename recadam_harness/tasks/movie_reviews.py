@@ -92,8 +92,8 @@ class MovieReviews(Task):
             largest, words = encoded["ids"].max(initial=0), config.vocab_size
             if largest >= words:
                 raise RecAdamError(
-                    f"{folder / 'tokenizer.json'}: token {largest} is beyond the {words} words of config.json; "
-                    "give files that belong together"
+                    f"{folder / 'tokenizer.json'}: token {largest} is beyond the {words} words of "
+                    "config.json; give files that belong together"
                 )
             return encoded
 
