@@ -88,7 +88,8 @@ test-heavy: $(VENV)/.development
 versions: $(VENV)/.development
 	@$(if $(PYTHONS),,rm -f runs/versions/3.*-newest.json runs/versions/3.*-lowest.json)
 	@$(THREADS) TORCH="$(TORCH)" TORCH_ON="$(TORCH_ON)" PIP_FLAGS="$(PIP_FLAGS)" \
-	  $(BIN)/nox -s $(or $(PYTHONS:%=versions-%),versions lowest table)
+	  $(BIN)/nox $(if $(PYTHONS),--error-on-missing-interpreters) \
+	  -s $(or $(PYTHONS:%=versions-%),versions lowest table)
 
 conformance: $(VENV)/.development
 	@$(BIN)/recadam conformance --golden tests/golden

@@ -263,17 +263,18 @@ def annealed_weights(annealing: Annealing, t: Any, xp: Any = None) -> tuple[Any,
         )
     task, recall = (
         weight
-        if xp is not None and hasattr(weight, "dtype") and _library(weight) == _library(t)
+        if xp is not None and _is_like(weight, t)
         else check_number(place, f"the {what} weight", weight, low=0.0)
         for what, weight in zip(("task", "recall"), weights, strict=True)
     )
     where = xp.where if hasattr(recall, "dtype") else host.where
-    return task, where(recall < RECALL_FLOOR, 0.0 * recall, recall)
+    return task, where(abs(recall) < RECALL_FLOOR, 0.0 * recall, recall)
 
 
-def _library(x: Any) -> str:
-    """The library of an array: numbers of another one are as good as Python's."""
-    return type(x).__module__.partition(".")[0].removesuffix("lib")
+def _is_like(weight: Any, t: Any) -> bool:
+    """Whether it is an array as `t` is: one of another library is as good as a number of Python's."""
+    ours, theirs = (type(x).__module__.partition(".")[0].removesuffix("lib") for x in (weight, t))
+    return hasattr(weight, "dtype") and ours == theirs and weight.shape in ((), t.shape)
 
 
 ANNEALINGS: dict[str, type[Any]] = {cls.name: cls for cls in (Sigmoid, Linear, Constant)}

@@ -196,14 +196,16 @@ def check_strength(name: str, hp: Hyperparameters, learning_rate: Any, anchored:
     A schedule is asked at up to 200 steps, evenly over the annealing and thinner after it.
     """
     strengths = []
+    largest = float(np.finfo(jax.dtypes.canonicalize_dtype(jnp.float64)).max)
     try:
+        check_number(name, "eps", hp.eps, low=0.0, high=largest)
         last = min(release_step(hp.annealing) or 10_000, 2**31 - 2)
         steps = sorted({*map(int, np.linspace(1, last, 100)), *map(int, np.geomspace(1, last, 100))})
         with jax.ensure_compile_time_eval():
             for t in steps:
                 where = f"{name}, step {t}"
                 rate = _rate(where, learning_rate, jnp.asarray(t - 1))
-                rate = float(check_number(where, "the learning rate", rate, low=0.0))
+                rate = float(check_number(where, "the learning rate", rate, low=0.0, high=largest))
                 recall = float(annealed_weights(hp.annealing, t)[1]) if anchored else 0.0
                 pull = rate * float(hp.gamma) * recall if recall else 0.0  # however strong
                 strengths.append((pull, rate * float(hp.weight_decay), where))

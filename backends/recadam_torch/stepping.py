@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recadam_core import Coefficients, Hyperparameters, Moments, RecAdamError, apply, coefficients, update
+from recadam_core.errors import shown
 
 from .memory import is_writable, reshaped
 from .rounding import key_of, noise, round_, widened
@@ -35,7 +36,7 @@ class Work(NamedTuple):
     t: int | None  # the step, which all share; None where only the device knows
     hp: Hyperparameters
     lr: Any
-    c: Coefficients | None  # None where it is to be computed on the device
+    c: Coefficients | None  # on the device where only that knows the step; None while a compiler follows
     anchored: bool
     ways: Mapping[str, Any]  # how to step: the flags of the parameters' groups
     release: int | None  # the step from which the anchors are read no more
@@ -108,7 +109,10 @@ def looked_at(work: Work) -> Work:
     copied = work.ways["maximize"] or _rounding(work) != "nearest"
     try:
         run = None
-        if lay and work.c and not copied:
+        if work.c is None:
+            work = work._replace(c=_traced(work))
+            _check_known(work)
+        elif lay and not copied:
             anchors = work.anchors if work.c.pull else None
             importances = work.importances if anchors else None
             run = lay(work.thetas, work.grads, work.ms, work.vs, anchors, importances)
@@ -166,7 +170,7 @@ def _step(work: Work, rounding: str, anchors: list[Tensor] | None, c: Coefficien
     ways = work.ways
     grads = list(torch._foreach_neg(work.grads)) if ways["maximize"] else work.grads
     more: dict[str, Any] = {} if work.importances is None else {"importances": work.importances}
-    if work.c is None and not work.fused:  # the formula takes a coefficient of the device for each parameter
+    if not work.fused:  # the formula takes a coefficient of the device for each parameter
         c = Coefficients(*(list(x.unbind()) if isinstance(x, Tensor) else x for x in c))
     if ways["differentiable"]:
         for i, theta in enumerate(work.thetas):
@@ -245,6 +249,19 @@ def _traced(work: Work) -> Coefficients:
     dtype = torch.promote_types(m.dtype, torch.float32)
     c = coefficients(t, work.hp, work.lr, work.anchored, xp=torch)
     return Coefficients(*(x.to(m.device, dtype).expand(count) if isinstance(x, Tensor) else x for x in c))
+
+
+def _check_known(work: Work) -> None:
+    """Raise where the device is the host, and the coefficients in its tensors are none."""
+    if work.c is None or work.thetas[0].device.type != "cpu":
+        return
+    signed = work.hp.form == "released"  # where one that overshoots turns the other's sign
+    for x in (x.detach() for x in (work.c.step, work.c.pull) if isinstance(x, Tensor)):
+        if not bool((x.isfinite() & (signed | (x >= 0))).all()):
+            raise RecAdamError(
+                f"step {int(work.steps[0]) + 1}: {type(work.hp.annealing).__name__} and lr give the "
+                f"coefficients {shown(x.tolist())}; have them give finite numbers >= 0"
+            )
 
 
 def _pick(c: Coefficients, index: int) -> Coefficients:

@@ -53,6 +53,7 @@ class Tally:
 
     def fault(self, kind, text):
         self.wrong.append((kind, text))
+        print(f"{kind}: {text}", file=sys.stderr, flush=True)
 
     def row(self):
         ends = ", ".join(f"{n} {how}" for how, n in sorted(self.ends.items(), key=lambda x: -x[1]))
@@ -700,6 +701,4 @@ if __name__ == "__main__":
     given = parser.parse_args()
     found = campaign({name: getattr(given, name) for name in PARTS if getattr(given, name)}, given.seed)
     print(table(found))
-    for kind, text in [x for tally in found for x in tally.wrong]:
-        print(f"{kind}: {text}", file=sys.stderr)
     sys.exit(any(tally.wrong for tally in found))

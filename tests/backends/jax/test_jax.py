@@ -204,6 +204,17 @@ def test_proximal_takes_any_strength():
     assert float(new["w"][0]) == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("learning_rate", 1e300), ("learning_rate", 4e38), ("eps", 1e300)]
+)
+def test_a_setting_beyond_float32_is_refused_before_a_compiled_step_makes_it_infinite(name, value):
+    settings = {"learning_rate": 1e-3, "gamma": 1.0, "form": "proximal", **{name: value}}
+    params = {"w": jnp.ones(2)}
+    message = rf"{name.replace('_', ' ')} is .*; give a finite number >= 0 and <="
+    with pytest.raises(RecAdamError, match=message):
+        jax.jit(recadam(**settings).init)(params)
+
+
 def test_none_stands_for_a_whole_new_branch():
     params = {"encoder": {"kernel": jnp.ones(2)}, "head": {"kernel": jnp.ones(3), "bias": jnp.zeros(1)}}
     tx = recadam(1e-5, anchor={"encoder": params["encoder"], "head": None})

@@ -300,15 +300,16 @@ NAN, INF = float("nan"), float("inf")
     "weights",
     [(NAN, 1.0), (1.0, NAN), (INF, 1.0), (1.0, INF), (-1.0, 1.0), (1.0, -0.5), None, (None, 1.0),
      ("1", 1.0), (1.0, 1.0, 1.0), (1.0,), 0.5, "ab", (True, 1.0), (1j, 1.0), {1.0: 2, 2.0: 3},
-     (torch.ones(2), 1.0), (np.nan, 0.0), (1.0, 10**400)],
+     (torch.ones(2), 1.0), (np.nan, 0.0), (1.0, 10**400), (torch.tensor(NAN), 1.0),
+     (1.0, torch.tensor(-1.0))],
     ids=str,
 )  # fmt: skip
 @every_way
 def test_an_annealing_that_gives_no_weights_is_refused_at_that_step(weights, way):
-    if way == WAYS["capturable"]:
-        pytest.skip("its weights are numbers of the device")
     params = parameters((3, 2), (4,))
-    optimizer = RecAdam(params, **{**K, "annealing": Odd(weights)}, **way)
+    first, second = ([p] for p in params)  # the second one's is refused, and the first has not stepped
+    groups = [{"params": first}, {"params": second, "annealing": Odd(weights)}]
+    optimizer = RecAdam(groups, **K, **way)
     for t in range(2):
         give_gradients(params, t)
         optimizer.step()
