@@ -39,7 +39,7 @@ help:
 
 # Debian's python3 has venv without pip; then pip comes from Debian's package of its wheel.
 $(BIN)/python:
-	@if [ -e $(VENV) ] && [ ! -e $(VENV)/pyvenv.cfg ]; then echo "$(VENV) is there and is no environment; give another by VENV=..." >&2; exit 1; fi
+	@if [ -e $(VENV) ] && [ ! -e $(VENV)/.made ]; then echo "$(VENV) is there and is no environment of make; give another by VENV=..." >&2; exit 1; fi
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
 	  echo "no pip in this Python: taking it from Debian's package python3-pip-whl" && \
 	  $(PYTHON) -m venv --clear --without-pip $(VENV) && \
@@ -52,6 +52,7 @@ $(BIN)/python:
 	  echo "cannot make $(VENV): install Python's venv and pip (Debian: apt-get install python3-venv)"; \
 	  exit 1; \
 	}
+	@touch $(VENV)/.made
 
 # What to say when pip fails: what is missing, and what to copy where. $(1) are the extras.
 define OFFLINE
@@ -114,7 +115,7 @@ docs: $(VENV)/.development
 # Runs are not made by make alone, nor is what else lies beside them: they stay.
 clean:
 	rm -rf .asv .nox docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@if [ -e $(VENV)/.runtime ]; then rm -rf $(VENV); fi
+	@if [ -e $(VENV)/.made ]; then rm -rf $(VENV); elif [ -e $(VENV) ]; then echo "$(VENV) stays: make did not make it"; fi
 
 $(VENV)/.bench: $(VENV)/.development
 	@$(PIP) "$(TORCH)" -e ".[bench]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -27,6 +28,7 @@ def main() -> None:
     """Run the command line; bad input ends it with one line and exit code 2."""
     try:
         # A supervisor's SIGTERM ends a run as Ctrl-C does: child processes with it, directories true.
+        _open_streams()
         obey()
         _speak_anything()
         _run()
@@ -44,8 +46,17 @@ def main() -> None:
     except MemoryError as error:
         _fail(f"not enough memory ({str(error) or 'nothing more is said'}); give fewer rows, seeds or steps")
     except (KeyboardInterrupt, Interrupted) as error:
-        print("; ".join(filter(None, ("recadam: interrupted", str(error)))), file=sys.stderr)
-        sys.exit(exit_code())
+        _end(exit_code(), "; ".join(filter(None, ("interrupted", str(error)))))
+
+
+def _open_streams() -> None:
+    """Where the shell closed one, nothing is said; else the next file that is opened would take its place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
 
 
 def _speak_anything() -> None:
@@ -85,5 +96,14 @@ def _run() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"recadam: {RecAdamError(message)}", file=sys.stderr)
-    sys.exit(2)
+    _end(2, str(RecAdamError(message)))
+
+
+def _end(code: int, message: str) -> NoReturn:
+    with contextlib.suppress(OSError):  # the code says it, too
+        print(f"recadam: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.exit(code)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what cannot be written is not tried again
+    sys.exit(code)

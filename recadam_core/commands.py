@@ -68,6 +68,10 @@ def schedule(
 
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise RecAdamError(f"{plot}: unknown kind of picture; end the name in .png, .svg or .pdf")
+    if plot is None and overwrite:
+        raise RecAdamError("schedule: --overwrite is of --plot, which is not given; leave it out")
+    if plot is not None and plot.is_dir():
+        raise RecAdamError(f"{plot}: is a folder where a file belongs; give another name")
     if plot is not None and plot.exists() and not overwrite:
         raise RecAdamError(f"{plot}: is there already; give --overwrite or another name")
     middle = {"k": k, "t0": t0}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,7 +19,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-__all__ = ["progress", "show"]
+from .files import naming
+
+__all__ = ["progress", "say", "show"]
 
 # What is printed is text: names and messages may hold square brackets, which are no markup.
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
@@ -26,10 +29,17 @@ out_console = Console(**PLAIN)
 err_console = Console(stderr=True, **PLAIN)
 
 
+def say(text: str) -> None:
+    """A line on standard error, of which nothing depends: where that is full, it is lost."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def show(table: Table) -> None:
     """Print a table; a pipe gets it at full width, a terminal at its own."""
     console = out_console if out_console.is_terminal else Console(width=200, **PLAIN)
-    console.print(table)
+    with naming(Path("standard output")):
+        console.print(table)
 
 
 @contextmanager
@@ -59,7 +69,7 @@ def _plain(total: int, label: str) -> Callable[..., None]:
     def tell(step: int, note: str, now: int | None = None) -> None:
         nonlocal told
         if step > told and (now is not None or total < 20):
-            print(f"{label}: {step} of {now or total} done", file=sys.stderr, flush=True)
+            say(f"{label}: {step} of {now or total} done")
         told = step
 
     return tell

@@ -16,7 +16,7 @@ from .errors import RecAdamError
 __all__ = ["UNFINISHED", "cache_folder", "making", "naming", "parse_json", "replacing", "write_json"]
 
 T = TypeVar("T")
-UNFINISHED = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.part")
+UNFINISHED = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.recadam-part")
 """What a kill may leave beside the place of a file of that name."""
 
 
@@ -73,7 +73,7 @@ def replacing(path: Path) -> Iterator[Path]:
         ['a.txt']
     """
     with making(path.parent), naming(path):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".recadam-part", dir=path.parent)
         os.close(handle)
         beside = Path(name)
         try:

@@ -27,17 +27,20 @@ class Signalled(KeyboardInterrupt):
     """
 
 
-def obey() -> None:
+def obey(insistent: bool = True) -> None:
     """In a program's main thread: the first signal raises `Signalled`, a later one ends the process.
 
     Python's handlers wait while a framework computes or compiles, for minutes perhaps. So a thread listens,
-    too, to whom the system tells each signal as it comes.
+    too, to whom the system tells each signal as it comes; but not in the processes of a pool, which are told
+    to end by their parent and once more by the pool.
     """
     if signal.getsignal(signal.SIGTERM) is _raise:
         return
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as for a shell's background jobs
             signal.signal(number, _raise)
+    if not insistent:
+        return
     heard, told = os.pipe()
     os.set_blocking(told, False)
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)

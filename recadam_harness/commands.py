@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import chain
@@ -15,7 +14,7 @@ import typer
 from rich.table import Table
 
 from recadam_core.annealing import ANNEALINGS, annealing_from_dict
-from recadam_core.console import progress, show
+from recadam_core.console import progress, say, show
 from recadam_core.errors import Interrupted, RecAdamError, unknown
 from recadam_core.hyperparameters import FORMS
 
@@ -23,7 +22,7 @@ from .archives import ARCHIVES, fetch_all
 from .compare import PREDICTIONS, Comparison, compare_runs
 from .config import RunConfig, check_read
 from .demo import PLAN, plan_demo, run_demo
-from .directory import Run, load_run, resumable
+from .directory import CHECKPOINT, Run, claim, load_run
 from .engines import OPTIMIZERS, UNREAD, announced
 from .experiments.data import TARGETS
 from .experiments.glue import TASKS as GLUE
@@ -95,8 +94,9 @@ def finetune_command(
     directory = out or Path("runs") / f"{task}-{backend}-{optimizer}-{seed}"
     # Before the bar, since pip shows one of its own.
     fetch_all(get_task(task).archives(**config.options))
-    if resume and (directory / "config.json").exists() and not resumable(directory):
-        print(f"{directory}: no checkpoint to resume from: from the start", file=sys.stderr)
+    earlier = claim(directory, config, overwrite, resume) if resume else None
+    if earlier and earlier.status["state"] != "complete" and not (directory / CHECKPOINT).exists():
+        say(f"{directory}: no checkpoint to resume from: from the start")
     try:
         with progress(config.steps, f"{task}, {backend}, {optimizer}") as tell:
             run = finetune(config, directory, overwrite, tell, resume, checkpoint_every)
@@ -159,21 +159,23 @@ def compare(
         float, typer.Option(help="Smallest share of equal test predictions.")
     ] = PREDICTIONS,
     bisect: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             help="Take two runs that differ again, up to the first bit that does, and name its step, "
             "parameter, element and operation [default: with two runs]."
         ),
-    ] = True,
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Do these runs agree, step by step, and where do they first part? Exit 1 when they do not agree."""
     if len(runs) < 2:
         raise RecAdamError("compare: give two runs or more; the first is the reference")
+    if bisect and len(runs) > 2:
+        raise RecAdamError(f"compare: --bisect is for two runs, and {len(runs)} are given; leave it out")
     loaded = [load_run(path) for path in runs]
     results = [compare_runs(loaded[0], run, tolerance, predictions) for run in loaded[1:]]
     parting = None
-    if bisect and len(runs) == 2 and (results[0].first_difference or results[0].weights):
+    if bisect is not False and len(runs) == 2 and (results[0].first_difference or results[0].weights):
         from .bisect import bisect_runs
 
         with progress(loaded[0].config.steps, "bisecting") as tell:
@@ -228,7 +230,8 @@ def demo(
         with progress(len(plan), "demo") as tell:
             runs, comparisons, page = run_demo(plan, out, jobs, tell)
     except KeyboardInterrupt:
-        raise Interrupted(f"the runs in {out} say so") from None
+        says = f"the runs in {out} say so" if any(out.glob("*/status.json")) else ""
+        raise Interrupted(says) from None
     _summarize(runs)
     head = ["task", "run", "against", "agree", "weights apart", "same predictions"]
     rows = [[task, *_held(c), f"{_percent(c.predictions)} of {c.rows}"] for task, c in comparisons]
@@ -334,7 +337,7 @@ def experiment(
         Path | None, typer.Option(help="Folder of table and report [default: runs/experiments/NAME].")
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Seeds of the tests, from 0 [default: 5; quick: 2].")
+        int | None, typer.Option(min=1, max=1024, help="Seeds of the tests, from 0 [default: 5; quick: 2].")
     ] = None,
     model: Annotated[
         list[str] | None,
@@ -383,5 +386,5 @@ def experiment(
     except KeyboardInterrupt:
         raise Interrupted(f"{folder} has what is done; run it again, and it goes on") from None
     for row in results.failed(chain(*EXPERIMENTS[name].planned(options, results))):
-        print(f"failed: {row.trial.command}: {row.error}", file=sys.stderr)
+        say(f"failed: {row.trial.command}: {row.error}")
     print(write_experiment(name, results, options))

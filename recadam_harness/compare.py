@@ -160,7 +160,8 @@ def _same_setup(reference: Run, other: Run) -> None:
         )
     if reference.provenance["start_sha256"] != other.provenance["start_sha256"]:
         raise RecAdamError(
-            f"{other.path}: other starting weights than {reference.path}; run both on one machine and release"
+            f"{other.path}: another model or other data than {reference.path}; run both on one machine and "
+            "release"
         )
 
 

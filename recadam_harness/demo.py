@@ -11,10 +11,12 @@ from pathlib import Path
 from recadam_core.backends import available_backends
 from recadam_core.cli import main
 from recadam_core.errors import RecAdamError, unknown
+from recadam_core.interrupts import obey
 
 from .compare import Comparison
+from .config import RunConfig
 from .directory import Run, load_run
-from .folders import Folder, owned
+from .folders import MANIFEST, Folder, owned
 from .processes import pool
 from .report import PAGE, compare_all, draw_report
 
@@ -49,12 +51,15 @@ def run_demo(
     with owned(out):
         folder = Folder(out, "demo")
         files = [PAGE, *(f"{task}.png" for task, _, _ in plan), *(f"logs/{path.name}.log" for path in paths)]
-        folder.check([*files, *(path.name for path in paths)])
-        folder.begin([*files, *(path.name for path in paths)])
+        folder.check(files, edited=False)
+        for path, entry in paths.items():
+            _check_ours(folder, path, entry)
+        folder.begin([*files, *(f"{path.name}/{MANIFEST}" for path in paths)])
         unfinished = list(paths)
         with pool(jobs) as each:
             tell(0, ", ".join(path.name for path in unfinished[:jobs]))
             for (path, _), _ in each(_finetune, paths.items()):
+                folder.seal(f"{path.name}/{MANIFEST}")
                 unfinished.remove(path)
                 tell(len(plan) - len(unfinished), ", ".join(path.name for path in unfinished[:jobs]))
         runs = [load_run(path) for path in paths]
@@ -64,6 +69,18 @@ def run_demo(
     task_of = {str(run.path): run.config.task for run in runs}
     by_task = sorted(comparisons, key=lambda c: list(PLAN).index(task_of[c.paths[0]]))
     return runs, [(task_of[c.paths[0]], c) for c in by_task], page
+
+
+def _check_ours(folder: Folder, path: Path, entry: tuple[str, str, str]) -> None:
+    """Raise unless a run may be replaced: one that a demo wrote, to its end or with the same settings."""
+    manifest = f"{path.name}/{MANIFEST}"
+    folder.check([manifest])
+    if not (path / "config.json").exists():
+        return
+    if folder.files.get(manifest) is not None and not folder.altered(manifest):
+        return
+    if load_run(path, strict=False).config != RunConfig.for_task(*entry):
+        raise RecAdamError(f"{path}: is no run of a demo; move it, or give another directory")
 
 
 def _finetune(run: tuple[Path, tuple[str, str, str]]) -> None:
@@ -76,6 +93,7 @@ def _finetune(run: tuple[Path, tuple[str, str, str]]) -> None:
         os.dup2(file.fileno(), 2)
     sys.argv = ["recadam", "finetune", task, "--backend", backend, "--optimizer", optimizer]
     sys.argv += ["--out", str(path), "--overwrite"]
+    obey(insistent=False)
     try:
         main()
     except SystemExit as end:

@@ -27,6 +27,7 @@ __all__ = [
     "CHECKPOINT",
     "COLUMNS",
     "FILES",
+    "FIRST",
     "PREDICTIONS",
     "RECORDS",
     "Run",
@@ -36,21 +37,13 @@ __all__ = [
     "clear",
     "identity_of",
     "load_run",
-    "resumable",
 ]
 
 T = TypeVar("T")
 COLUMNS = ("step", *StepRecord._fields, "task_weight", "recall_weight", "lr", "pull", "seconds")
 CHECKPOINT, PREDICTIONS, RECORDS = "checkpoint.safetensors", "predictions.npy", "steps.jsonl"
-FILES = (
-    "config.json",
-    "provenance.json",
-    "status.json",
-    RECORDS,
-    "evaluations.json",
-    PREDICTIONS,
-    CHECKPOINT,
-)
+FIRST = ("config.json", "provenance.json", "status.json", RECORDS, "evaluations.json")
+FILES = (*FIRST, PREDICTIONS, CHECKPOINT)
 STATES = ("complete", "running", "interrupted", "failed")
 AGAIN = "run it again"
 WEIGHTS = re.compile(r"weights/(\d{6,})\.safetensors")
@@ -67,7 +60,7 @@ class Run:
         steps: records by column: step, loss, grad_norm, distance, travelled, task_weight,
             recall_weight, lr, pull, seconds.
         evaluations: figures at the steps that were evaluated.
-        provenance: versions, machine, and hash of the starting weights.
+        provenance: versions, machine, and hash of model, starting weights and rows.
         folder: its manifest.
     """
 
@@ -100,7 +93,9 @@ class Run:
         """Raise unless every file of a complete run is what the run wrote."""
         for name in self.folder.files:
             path = self.path / name
-            if self.folder.files[name] is not None and (not path.is_file() or self.folder.altered(name)):
+            if self.folder.files[name] is not None and not path.is_file():
+                raise _damaged(path, "is not there")
+            if self.folder.altered(name):
                 raise _damaged(path, "not what the run wrote: its sha256 is not the manifest's")
         self.predictions()
 
@@ -145,7 +140,7 @@ def load_run(path: str | Path, strict: bool = True) -> Run:
     nothing: dict[str, Any] = {}
     provenance = _read(folder, "provenance.json", _provenance, nothing)
     if provenance and folder.identity != identity_of(config, provenance["start_sha256"]):
-        raise _damaged(path / MANIFEST, "of another configuration or other starting weights")
+        raise _damaged(path / MANIFEST, "of another configuration, model or data")
     status = _read(folder, "status.json", _status, {"state": "interrupted", "step": 0})
     columns = _read(folder, RECORDS, _records, _table([]))
     if status["state"] == "running" and not _alive(status.get("pid"), status.get("born")):
@@ -176,6 +171,7 @@ def _check_complete(run: Run) -> None:
     for name in ("config.json", "provenance.json", RECORDS, "evaluations.json", PREDICTIONS, last):
         if run.folder.files.get(name) is None:
             raise _damaged(run.path / MANIFEST, f"the run is complete, and {name} has no sha256 here")
+    run.check_files()
 
 
 def _damaged(path: Path, why: object) -> RecAdamError:
@@ -316,7 +312,7 @@ def born(pid: int) -> int | None:
 
 
 def identity_of(config: RunConfig, start_sha256: str) -> str:
-    """What a run's files belong to: the sha256 of its configuration and its starting weights."""
+    """What a run's files belong to: the sha256 of its configuration and of what it starts from."""
     text = json.dumps([config.to_dict(), start_sha256], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -354,8 +350,3 @@ def clear(out: Path) -> Folder:
     folder = Folder(out, "run")
     folder.remove(sorted(folder.files, key=lambda name: (name in FILES, name == "config.json")))
     return folder
-
-
-def resumable(out: Path) -> bool:
-    """Whether a directory has what a resume goes on from: a checkpoint, or a run that is complete."""
-    return (out / CHECKPOINT).exists() or (out / PREDICTIONS).exists()

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
@@ -30,6 +31,7 @@ def owned(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         while True:
             stack.enter_context(making(path))
+            _check_lock(path / LOCK)
             lock = FileLock(path / LOCK, blocking=False)
             try:
                 lock.acquire()
@@ -40,12 +42,26 @@ def owned(path: Path) -> Iterator[None]:
                 ) from None
             except FileNotFoundError:  # its owner has just taken the folder away
                 continue
+        before = (path / MANIFEST).exists()
         try:
             yield
         finally:
+            # Of what was given up before anything was written, nothing stays.
+            if not before and {found.name for found in path.iterdir()} == {LOCK, MANIFEST}:
+                (path / MANIFEST).unlink()
             # Who has the file open already, and locks it now, sees that it is gone.
             (path / LOCK).unlink(missing_ok=True)
             lock.release()
+
+
+def _check_lock(path: Path) -> None:
+    """Raise for a file that is no lock: a lock is empty, and goes when its owner does."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(found.st_mode) or found.st_size:
+        raise RecAdamError(f"{path}: is there, and is no lock; move it, or give another directory")
 
 
 class Folder:
@@ -85,13 +101,16 @@ class Folder:
                 raise RecAdamError(f"{manifest}: damaged (entry {name!r}); {remedy}")
         self.files, self.identity = files, identity
 
-    def check(self, names: Iterable[str], overwrite: bool = True) -> None:
-        """Raise unless these files may be written: they are not there, or this kind of command wrote them."""
+    def check(self, names: Iterable[str], overwrite: bool = True, edited: bool = True) -> None:
+        """Raise unless these files may be written: they are not there, or this kind of command wrote them.
+
+        With `edited=False` not if somebody has changed them since.
+        """
         for name in names:
             path = self._inside(name)
             if not (path.exists() or path.is_symlink()):
                 continue
-            if path.is_dir() and Path(name).suffix:
+            if path.is_dir():
                 raise RecAdamError(f"{path}: is a folder where a file belongs; move it")
             if name not in self.files:
                 raise RecAdamError(
@@ -99,9 +118,13 @@ class Folder:
                 )
             if not overwrite:
                 raise RecAdamError(f"{path}: is there already; give --overwrite or another directory")
+            if not edited and self.altered(name):
+                raise RecAdamError(f"{path}: was changed after the {self.kind} had written it; move it")
 
     def begin(self, names: Iterable[str], identity: str = "") -> None:
         """List files that are about to be written, and are not known before they are whole."""
+        names = list(names)
+        self.check(name for name in names if name not in self.files)
         held = self.identity, dict(self.files)
         self.identity = identity or self.identity
         self.files |= dict.fromkeys(names)
@@ -165,6 +188,8 @@ class Folder:
                 raise RecAdamError(
                     f"{parent}: is a link to another folder; remove the link, or give another directory"
                 )
+            if parent.exists() and not parent.is_dir():
+                raise RecAdamError(f"{parent}: is a file where a folder belongs; move it")
         return self.path / name
 
     def _save(self) -> None:

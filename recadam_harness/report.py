@@ -91,8 +91,6 @@ def write_report(
     complete = [run for run in runs if run.status["state"] == "complete"]
     if not complete:
         raise RecAdamError(f"{out}: no complete run to report on; run one to the end")
-    for run in complete:
-        run.check_files()
     comparisons = compare_all(complete)
     with owned(out):
         folder = Folder(out, "report")

@@ -30,7 +30,7 @@ from .config import RunConfig
 from .directory import (
     CHECKPOINT,
     COLUMNS,
-    FILES,
+    FIRST,
     PREDICTIONS,
     RECORDS,
     Run,
@@ -157,10 +157,7 @@ def finetune(
     with owned(out):
         earlier = claim(out, config, overwrite, resume)
         if earlier is not None and earlier.status["state"] == "complete":
-            earlier = load_run(out)
-            earlier.weights(config.steps)
-            earlier.predictions()
-            return earlier
+            return load_run(out)
         tell(0, "reading data and model")
         with get_backend(config.backend).precision(config.dtype):
             prepared = prepare(config)
@@ -179,14 +176,14 @@ def _begin(
     config = prepared.config
     if earlier is not None and (out / CHECKPOINT).exists():
         if earlier.provenance.get("start_sha256") != provenance["start_sha256"]:
-            raise RecAdamError(f"{out}: cannot resume: other starting weights or data; give --overwrite")
+            raise RecAdamError(f"{out}: cannot resume: another model or other data; give --overwrite")
         saved = Checkpoint.read(earlier, prepared.problem.params)
         with deferred():
             prepared.engine.restore(saved.step, saved.weights, saved.moments)
         saved.put_back(earlier, {name: provenance[name] for name in ("started", "command", "versions")})
         return earlier.folder, saved.step, saved.evaluations
     folder = clear(out)
-    folder.begin(FILES, identity_of(config, provenance["start_sha256"]))
+    folder.begin(FIRST, identity_of(config, provenance["start_sha256"]))
     folder.write_json("config.json", config.to_dict())
     folder.write_json("provenance.json", provenance)
     return folder, 0, []
@@ -281,11 +278,19 @@ def _status(folder: Folder, step: int = 0) -> Iterator[dict[str, Any]]:
             write_json(folder.path / "status.json", status)
 
 
+def _start(problem: Problem, dtype: str) -> str:
+    """The sha256 of all that a run starts from: the model, its weights, and every row that is read."""
+    digest = hashlib.sha256(repr(problem.model).encode())
+    weights = {name: x.astype(dtype) for name, x in problem.params.items()}
+    for columns in (weights, problem.train, problem.test, *problem.source):
+        for name in sorted(columns):
+            x = np.ascontiguousarray(columns[name])
+            digest.update(f"{name} {x.dtype.str} {x.shape} ".encode())
+            digest.update(x.tobytes())
+    return digest.hexdigest()
+
+
 def _provenance(problem: Problem, config: RunConfig) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for name in sorted(problem.params):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(problem.params[name].astype(config.dtype)).tobytes())
     versions = {}
     for package in VERSIONS:
         with contextlib.suppress(PackageNotFoundError):
@@ -296,7 +301,7 @@ def _provenance(problem: Problem, config: RunConfig) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "versions": versions,
-        "start_sha256": digest.hexdigest(),
+        "start_sha256": _start(problem, config.dtype),
         "parameters": int(sum(x.size for x in problem.params.values())),
         "anchored": int(sum(problem.params[n].size for n in problem.anchored)),
         "train_rows": len(problem.train["targets"]),

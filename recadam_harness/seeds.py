@@ -12,6 +12,7 @@ import numpy as np
 from recadam_core.backends import get_backend
 from recadam_core.coefficients import coefficients
 from recadam_core.errors import RecAdamError
+from recadam_core.interrupts import deferred
 
 from .config import RunConfig
 from .engines import Array, able, engine_of, make_engine
@@ -77,7 +78,7 @@ def sweep_seeds(config: RunConfig, seeds: Sequence[int]) -> Sweep:
     order = np.stack([batch_order(rows, config.batch_size, config.steps, x.seed) for x in configs])
     every = config.eval_every or config.steps
     at = sorted({*range(every, config.steps + 1, every), config.steps})
-    with backend.precision(config.dtype):
+    with backend.precision(config.dtype), deferred() as check:
         records, weights = train(
             first.model,
             [x.params for x in problems],
@@ -93,7 +94,10 @@ def sweep_seeds(config: RunConfig, seeds: Sequence[int]) -> Sweep:
         if len(lost):
             seed, step = (int(x) for x in lost[0])
             raise RecAdamError(f"seed {seeds[seed]}: the loss is not finite at step {step + 1}; lower lr")
-        figures = [_figures(config, problems, x) for x in weights]
+        figures = []
+        for x in weights:
+            check()
+            figures.append(_figures(config, problems, x))
     evaluations = {
         name: np.array([[seed[name] for seed in then] for then in figures]).T for name in figures[0][0]
     }

@@ -13,7 +13,7 @@ import numpy as np
 from ..annealing import Annealing, Constant, Linear, Sigmoid
 from ..arrays import NumpyArray
 from ..backends import Backend, Specification
-from ..errors import RecAdamError
+from ..errors import RecAdamError, shown, unknown
 from ..hyperparameters import Hyperparameters
 from ..optimizer import Functional, stepper_of
 from ..update import Moments
@@ -117,10 +117,13 @@ def load_recording(path: str | Path) -> Recording:
             return Sigmoid(meta["anneal_k"], meta["anneal_t0"], weight)
         if meta["anneal_fun"] == "linear":
             return Linear(meta["anneal_t0"], weight)
+        if meta["anneal_fun"] != "constant":
+            raise unknown("anneal_fun", meta["anneal_fun"], ("sigmoid", "linear", "constant"))
         # The released optimizer's pull is (weight - lambda): none at all when lambda is constant.
         return Constant(task=weight, recall=0.0)
 
     try:
+        _check_numbers("lr", data["lr"], (len(data["lr"]) or 1,))
         groups = []
         for i, group in enumerate(meta["groups"]):
             hp = Hyperparameters(
@@ -136,10 +139,24 @@ def load_recording(path: str | Path) -> Recording:
             name = f"group{i}"
             anchors = {name: data[f"anchor_{i}"]} if group["anchored"] else {}
             theta0, grads, expected = ({name: data[f"{key}_{i}"]} for key in ("theta0", "grad", "theta"))
+            shape = theta0[name].shape
+            for key in ("theta0", "anchor", "grad", "theta"):
+                of_steps = data["lr"].shape if key in ("grad", "theta") else ()
+                _check_numbers(f"{key}_{i}", data[f"{key}_{i}"], (*of_steps, *shape))
             groups.append(Group(hp, theta0, anchors, grads, expected))
+        if not groups or meta["dtype"] not in ("float64", "float32"):
+            raise RecAdamError(f"{len(groups)} groups of dtype {shown(meta['dtype'])}")
         return Recording(meta["name"], meta["dtype"], data["lr"], tuple(groups))
+    except RecAdamError as error:
+        raise RecAdamError(f"{path}: damaged golden file ({error}); fetch it again") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise RecAdamError(f"{path}: damaged golden file (it lacks {error}); fetch it again") from error
+
+
+def _check_numbers(name: str, x: NumpyArray, shape: tuple[int, ...]) -> None:
+    """Raise unless an array has floating numbers, and is of that shape."""
+    if x.dtype.kind != "f" or x.shape != shape:
+        raise RecAdamError(f"{name} is {x.dtype} {x.shape}, where floating numbers {shape} belong")
 
 
 class Frame(NamedTuple):

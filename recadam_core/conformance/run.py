@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..backends import Backend, get_backend
 from ..errors import RecAdamError, unknown
+from ..interrupts import deferred
 from ..variants import Variant
 from .cases import Case
 from .claims import LEVELS, Claim, Result, check, claims
@@ -195,7 +196,9 @@ def _results(job: Job) -> Iterator[Result]:
         if lacks := variant.lacks():
             yield Result(backend.name, name, claim.level, claim.name, len(claim.cases), 0.0, 0.0, lacks=lacks)
         else:
-            yield check(backend, variant, claim)
+            with deferred():
+                result = check(backend, variant, claim)
+            yield result
 
 
 def _set(name: str, value: str, variables: Mapping[str, str]) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from recadam_core import RecAdamError
+from recadam_core.errors import shown
 
 from ..archives import model_folder
 
@@ -159,6 +160,9 @@ class Encoded:
                 "give files that belong together"
             )
         self.lengths = np.array([len(x) for x in self._columns["input_ids"]])
+        if not self.lengths.all():
+            empty = shown(first[int(np.argmin(self.lengths))])
+            raise RecAdamError(f"tokenizer: gives no token for {empty}; give the tokenizer of the checkpoint")
 
     def batch(self, rows: Sequence[int] | Array) -> Batch:
         """These rows, filled up to the longest."""

@@ -27,12 +27,16 @@ PAGE, SUMMARY = "report.html", "summary.md"
 
 def files_of(options: Options) -> list[str]:
     """What may be written beside the table."""
+    models = {model.rstrip("/"): _place(model, "") for model in options.models}
+    for model, place in models.items():
+        if list(models.values()).count(place) > 1:
+            raise RecAdamError(f"model {model!r}: another one has a folder of that name, too; rename one")
     pictures = [f"{_place(model, target)}.png" for model in options.models for target in options.targets]
     return [PAGE, SUMMARY, *pictures]
 
 
 def _place(model: str, target: str) -> str:
-    return f"{model.rsplit('/', 1)[-1]}-{target.replace('/', '-')}"
+    return f"{model.rstrip('/').rsplit('/', 1)[-1]}-{target.replace('/', '-')}"
 
 
 def write_experiment(name: str, results: Results, options: Options) -> Path:
@@ -49,7 +53,7 @@ def write_experiment(name: str, results: Results, options: Options) -> Path:
         raise RecAdamError(f"{results.folder}: no row of a test, {why}")
     with owned(results.folder):
         folder = Folder(results.folder, "experiment")
-        folder.check(files_of(options))
+        folder.check(files_of(options), edited=False)
         sections = []
         for model, target in dict.fromkeys((row.trial.model, row.trial.target) for row in tested):
             rows = [row for row in tested if (row.trial.model, row.trial.target) == (model, target)]

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from recadam_core.errors import RecAdamError
 
-from ..archives import fetch_all, model_folder
-from ..folders import Folder, owned
+from ..archives import MODELS, UNPACKED, fetch_all, model_folder
+from ..folders import Folder, owned, sha256_of
 from ..processes import Each, pool
 from . import run_trial
 from .data import archives, target_of
 from .grids import Experiment, Options
 from .report import files_of
-from .table import Entry, Results, Row
+from .table import CURVES, INPUTS, TABLE, Entry, Results, Row
 from .trial import Trial
 
 __all__ = ["run_experiment"]
@@ -30,8 +30,10 @@ def run_experiment(
 ) -> Results:
     """Run what is not in the folder's table yet."""
     with owned(folder):
+        ours = Folder(folder, "experiment")
+        ours.check([TABLE, CURVES, INPUTS])
+        ours.check(files_of(options), edited=False)
         results = Results(folder)
-        Folder(folder, "experiment").check(files_of(options))
         for row in results.rows.values():
             if row.entry.arm not in experiment.arms:
                 raise RecAdamError(
@@ -59,6 +61,7 @@ def _run(
             ]
             finished += len(planned) - len(waiting)
             _prepare([entry.trial for entry in waiting])
+            _bind(results, [entry.trial for entry in planned], [entry.trial for entry in waiting])
             total = finished + len(waiting) + experiment.later(options, stage)
             told(finished, "", total)
             for row in _each(each, waiting, results):
@@ -74,6 +77,30 @@ def _prepare(trials: Sequence[Trial]) -> None:
     fetch_all(name for t in trials for name in archives(t.target, t.model))
     for target, data in dict.fromkeys((t.target, t.data) for t in trials if t.data):
         target_of(target, data)
+
+
+def _bind(results: Results, planned: Sequence[Trial], waiting: Sequence[Trial]) -> None:
+    """Raise where a model or data of the user's is not what earlier rows are of; note what it is.
+
+    Archives have their sha256 in the sources. What is gone is not missed where nothing is left to run.
+    """
+    found = {}
+    needed = {x for t in waiting for x in (t.model, (t.target, t.data))}
+    for model in dict.fromkeys(t.model for t in planned if t.model not in MODELS):
+        if model in needed or Path(model).is_dir():
+            files = (path for name in UNPACKED if (path := model_folder(model) / name).is_file())
+            found[f"model {model}"] = [sha256_of(path) for path in files]
+    for place in dict.fromkeys((t.target, t.data) for t in planned if t.data):
+        if place in needed or Path(place[1]).is_dir():
+            found["{} of {}".format(*place)] = [target_of(*place).sha256]
+    known = results.inputs()
+    for name, digests in found.items():
+        if known.get(name, digests) != digests:
+            raise RecAdamError(
+                f"{results.folder}: {name} was changed since; give another folder by --out, or what it was"
+            )
+    if results.manifest is not None and found.keys() - known.keys():
+        results.manifest.write_json(INPUTS, known | found)
 
 
 def _each(each: Each, entries: Sequence[Entry], results: Results) -> Iterator[Row]:

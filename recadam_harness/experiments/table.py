@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from recadam_core.errors import RecAdamError
-from recadam_core.files import replacing
+from recadam_core.files import parse_json, replacing
 
 from ..folders import Folder
 from .trial import Trial
 
-__all__ = ["CURVES", "FIGURES", "TABLE", "Entry", "Results", "Row"]
+__all__ = ["CURVES", "FIGURES", "INPUTS", "TABLE", "Entry", "Results", "Row"]
 
-TABLE, CURVES = "table.csv", "curves.csv"
+TABLE, CURVES, INPUTS = "table.csv", "curves.csv", "inputs.json"
 FIELDS = tuple(f.name for f in dataclasses.fields(Trial))
 FIGURES = (
     "accuracy", "matthews", "f1", "pearson", "spearman",
@@ -26,6 +29,8 @@ FIGURES = (
     "distance", "loss", "seconds",
 )  # fmt: skip
 POINTS = ("step", "loss", "source_loss", "distance")
+CHECK = "sha256"
+"""The column that tells whether a row, or its curve, is as it was written."""
 RANGES = {
     **dict.fromkeys(("matthews", "pearson", "spearman"), (-1.0, 1.0)),
     **dict.fromkeys(("snli_mnr", "distance", "loss", "seconds"), (0.0, math.inf)),
@@ -77,6 +82,14 @@ class Row:
             if not (math.isfinite(x) and low <= x <= high):
                 return f"{name} is {x}"
         return ""
+
+    @property
+    def check(self) -> str:
+        """The first digits of the sha256 of all that it says, however it is written."""
+        figures = {name: _digits(self.figures[name]) for name in FIGURES if name in self.figures}
+        curve = [[_digits(point.get(name)) for name in POINTS] for point in self.curve]
+        said = json.dumps([*self.entry.name, figures, self.error, curve])
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 class Results:
@@ -151,12 +164,27 @@ class Results:
                     raise ValueError(f"stage {row.entry.stage!r}")
                 if wrong := row.wrong:
                     raise ValueError(wrong)
+                if line.get(CHECK, row.check) != row.check:  # which tables of earlier releases lack
+                    raise ValueError("it, or its curve, was changed since it was written")
             except (KeyError, ValueError, TypeError) as error:
                 where = f"{self.folder / TABLE}: line {number}"
                 raise RecAdamError(
                     f"{where}: damaged ({error}); delete that line, and its trial is run again"
                 ) from None
             yield row
+
+    def inputs(self) -> dict[str, Any]:
+        """The sha256 of the models and data of the user's that rows are of, by name."""
+        path = self.folder / INPUTS
+        if self.manifest is None or INPUTS not in self.manifest.files:
+            return {}
+        remedy = "put it back, or give another folder by --out"
+        if not path.is_file():
+            raise RecAdamError(f"{path}: is not there; {remedy}")
+        data = path.read_bytes()
+        if self.manifest.altered(INPUTS, data):
+            raise RecAdamError(f"{path}: damaged (its sha256 is not the manifest's); {remedy}")
+        return parse_json(path, data, dict, remedy)
 
     def add(self, row: Row) -> None:
         """Take a row, and write the files anew: whole, or as they were."""
@@ -179,13 +207,14 @@ class Results:
                     writer.writerows([key, *(_digits(point.get(name)) for name in POINTS)] for point in curve)
         with replacing(self.folder / TABLE) as beside, beside.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["stage", "arm", *FIELDS, *FIGURES, "error", "command"])
+            writer.writerow(["stage", "arm", *FIELDS, *FIGURES, "error", "command", CHECK])
             for row in self.rows.values():
                 settings = (getattr(row.trial, name) for name in FIELDS)
                 figures = (_digits(row.figures.get(name)) for name in FIGURES)
                 entry = row.entry
                 values = ["None" if x is None else x for x in settings]
-                writer.writerow([entry.stage, entry.arm, *values, *figures, row.error, row.trial.command])
+                written = [entry.stage, entry.arm, *values, *figures, row.error, row.trial.command]
+                writer.writerow([*written, row.check])
 
     def of(self, entries: Iterable[Entry]) -> list[Row]:
         """Rows of these entries, in their order; without those that failed or are still to come."""

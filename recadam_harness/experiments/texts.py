@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,3 +50,10 @@ class Splits:
     test: Texts
     classes: int
     metrics: Callable[[Array, Array], dict[str, float]] = accuracy_of
+
+    @property
+    def sha256(self) -> str:
+        """The sha256 of all rows."""
+        parts = (self.train, self.validation, self.test)
+        rows = [[x.first, x.second, x.labels.tolist()] for x in parts]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

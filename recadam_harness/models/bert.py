@@ -175,10 +175,16 @@ def _config_of(path: Path, values: dict[str, Any]) -> BertConfig:
             f"{path.parent}: model_type {shown(kind)} with {shown(activation)}; "
             "the harness trains BERT encoders with 'gelu'"
         )
+    positions = values.get("position_embedding_type", "absolute")
+    if positions != "absolute" or values.get("is_decoder") or values.get("add_cross_attention"):
+        raise RecAdamError(
+            f"{path}: a decoder, or position_embedding_type {shown(positions)}; the harness trains encoders "
+            "with 'absolute'"
+        )
     sizes = {f.name: values[f.name] for f in fields(BertConfig) if f.name in values}
     for name, value in sizes.items():
         if name == "layer_norm_eps":
-            check_number(str(path), name, value, low=0.0, open_low=True)
+            check_number(str(path), name, value, low=0.0, high=1.0, open_low=True)
         else:
             check_whole(f"{path}: {name}", value, 1)
     config = BertConfig(**sizes)

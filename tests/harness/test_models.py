@@ -177,6 +177,15 @@ def sizes(**changes):
         (sizes(vocab_size=10**8, hidden_size=24 * 10**5), "an encoder of these sizes: needs about"),
         (sizes(hidden_size=None), "config.json: hidden_size is None; give a whole number from 1"),
         (sizes(layer_norm_eps="x"), "config.json: layer_norm_eps is 'x'; give a finite number > 0"),
+        (
+            sizes(layer_norm_eps=1e300),
+            "config.json: layer_norm_eps is 1e+300; give a finite number > 0 and <= 1",
+        ),
+        (
+            sizes(position_embedding_type="relative_key"),
+            "position_embedding_type 'relative_key'; the harness",
+        ),
+        (sizes(is_decoder=True), "config.json: a decoder, or"),
         (sizes(model_type=["bert"]), "model_type ['bert'] with 'gelu'; the harness trains BERT encoders"),
     ],
 )

@@ -20,7 +20,7 @@ THEIRS = (
     "pyproject.toml",
     "constraints.txt",
 )
-BUILT = (".asv/x", ".nox/x", "docs/_build/html/x", ".mypy_cache/x", ".venv/.runtime", ".venv/bin/python")
+BUILT = (".asv/x", ".nox/x", "docs/_build/html/x", ".mypy_cache/x", ".venv/.made", ".venv/bin/python")
 
 
 @pytest.fixture
@@ -44,6 +44,14 @@ def test_clean_removes_what_was_built_and_nothing_else(folder, exported):
     assert make(folder, "clean", **exported).returncode == 0
     assert [name for name in THEIRS if not (folder / name).exists()] == []
     assert [name for name in BUILT if (folder / name).exists()] == []
+
+
+def test_clean_leaves_an_environment_that_was_there_before_it_installed_there(folder):
+    (folder / ".venv" / ".made").unlink()
+    (folder / ".venv" / ".runtime").touch()
+    told = make(folder, "clean")
+    assert (told.returncode, told.stdout.splitlines()[-1]) == (0, ".venv stays: make did not make it")
+    assert (folder / ".venv" / "bin" / "python").read_text() == "mine"
 
 
 @pytest.mark.parametrize("venv", ["mine", "runs", "docs"])
@@ -74,7 +82,7 @@ def test_without_an_index_it_is_said_what_to_copy_where(folder):
 def test_a_folder_that_is_no_environment_is_not_made_one(folder):
     told = make(folder, "install", "VENV=runs")
     assert told.returncode == 2
-    assert "runs is there and is no environment; give another by VENV=..." in told.stderr
+    assert "runs is there and is no environment of make; give another by VENV=..." in told.stderr
     assert [name for name in THEIRS if not (folder / name).exists()] == []
 
 
