@@ -6,11 +6,15 @@ import dataclasses
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -593,3 +597,71 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path, number, code):
         process.send_signal(number)
         errors = process.communicate(timeout=20)[1]
     assert (process.returncode, errors) == (code, "recadam: ended at once\n")
+
+
+# A person's files beside all that the README shows.
+
+PLANTED = (
+    "notes.txt",
+    ".hidden.swp",
+    "weights/mine.safetensors",
+    "logs/mine.log",
+    "table.csv.bak",
+    "mine.png",
+)
+
+
+def shown_commands():
+    """The commands of the README's list, small: of whatever takes long, a few steps."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\.venv/bin/recadam (.+?)(?:  +#.*)?$", text, flags=re.MULTILINE)
+    small = {
+        "finetune": ["--steps", "4"],
+        "demo": ["--only", "digits"],
+        "conformance": ["--backend", "numpy", "--level", "exact", "--claim", "manners"],
+        "experiment": ["--arm", "adamw", "--seeds", "1"],
+        "trial": ["rows=64", "steps=4"],
+    }
+    lines = [shlex.split(line) for line in found]
+    return [[*line, *small.get(line[0], [])] for line in lines if "glue" not in line]
+
+
+@pytest.mark.heavy
+@pytest.mark.tree
+@pytest.mark.needs("torch", "jax", "transformers")
+def test_a_persons_files_survive_every_command_of_the_readme(campaign, encoders, tmp_path):
+    shutil.copytree(Path(__file__).parents[1] / "golden", tmp_path / "tests" / "golden")
+    commands = shown_commands()
+    assert {line[0] for line in commands} >= {
+        *("finetune", "compare", "report", "schedule", "conformance", "backends", "fetch", "demo"),
+        *("experiment", "trial"),
+    }  # fmt: skip
+    commands.sort(key=lambda line: line[0] in ("compare", "report"))  # of runs that are there by then
+    lost, ends = [], Counter()
+    for again in ([], [], ["--overwrite"]):
+        for line in commands:
+            words = [*line, *(again if line[0] in ("finetune", "report", "seeds") else [])]
+            words = [re.sub(r"^minilm-l6$", encoders["bert"], word) for word in words]
+            words += ["--model", encoders["bert"]] if line[0] == "experiment" else []
+            shell = f"{sys.executable} -m recadam_core " + " ".join(
+                word if "*" in word else shlex.quote(word) for word in words
+            )
+            mine = plant(tmp_path)
+            end = subprocess.run(shell, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+            ends[end.returncode] += 1
+            assert end.returncode in (0, 1, 2), end.stderr
+            assert "Traceback" not in end.stderr
+            lost += [(line, path) for path in mine if not path.is_file() or path.read_text() != str(path)]
+    assert lost == []
+    assert ends[0] > 20
+
+
+def plant(ground):
+    """A file of every kind in every folder that is there; all of them, with those of before."""
+    for folder in [path for path in ground.rglob("*") if path.is_dir() and path.name != "golden"]:
+        for name in PLANTED:
+            if (folder / name).parent.is_dir():
+                (folder / name).write_text(str(folder / name))
+    return [path for path in ground.rglob("*") if path.is_file() and any(
+        path.as_posix().endswith(f"/{name}") for name in PLANTED
+    )]  # fmt: skip
