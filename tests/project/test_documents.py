@@ -202,3 +202,18 @@ def test_where_feature_importance_is_advised_its_source_is_cited(page):
 @pytest.mark.parametrize(("name", "able"), [("jax", True), ("numpy", False), ("torch", True)])
 def test_sharding_is_declared_where_it_is_tested(name, able):
     assert get_backend(name).capabilities.sharding is able
+
+
+def test_the_campaign_ran_enough_and_counted_nothing():
+    text = (ROOT / "docs" / "robustness.md").read_text(encoding="utf-8")
+    asked = {name: int(n) for name, n in re.findall(r"--(\w+) (\d+)", text)}
+    rows = [
+        [cell.strip() for cell in x.strip("|").split("|")] for x in text.splitlines() if x.startswith("| ")
+    ]
+    assert [int(row[1].replace(",", "")) for row in rows[2:]] == list(asked.values())
+    assert asked["damages"] >= 1000
+    assert min(asked["kills"], asked["pairs"]) >= 200
+    assert asked["lines"] >= 1000
+    assert [row[3:] for row in rows] == [["tracebacks", "silent passes", "lost files"], ["---"] * 3] + [
+        ["0"] * 3 for _ in asked
+    ]
