@@ -66,6 +66,7 @@ define OFFLINE
 endef
 
 $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
+	@if [ ! -e $(VENV)/.made ]; then echo "$(VENV) is there and make did not make it; give another by VENV=..., or touch $(VENV)/.made to let make have it" >&2; exit 1; fi
 	@echo "installing (PyTorch, JAX and the harness) into $(VENV)"
 	@$(PIP) "$(TORCH)" -e ".[torch,jax,finetune]" || $(call OFFLINE,torch$(,)jax$(,)finetune)
 	@touch $@

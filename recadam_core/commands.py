@@ -72,7 +72,7 @@ def schedule(
         raise RecAdamError("schedule: --overwrite is of --plot, which is not given; leave it out")
     if plot is not None and plot.is_dir():
         raise RecAdamError(f"{plot}: is a folder where a file belongs; give another name")
-    if plot is not None and plot.exists() and not overwrite:
+    if plot is not None and os.path.lexists(plot) and not overwrite:
         raise RecAdamError(f"{plot}: is there already; give --overwrite or another name")
     middle = {"k": k, "t0": t0}
     curve = annealing_from_dict({"name": annealing, **{n: v for n, v in middle.items() if v is not None}})

@@ -13,7 +13,16 @@ from typing import Any, TypeVar
 
 from .errors import RecAdamError
 
-__all__ = ["UNFINISHED", "cache_folder", "making", "naming", "parse_json", "replacing", "write_json"]
+__all__ = [
+    "UNFINISHED",
+    "cache_folder",
+    "check_regular",
+    "making",
+    "naming",
+    "parse_json",
+    "replacing",
+    "write_json",
+]
 
 T = TypeVar("T")
 UNFINISHED = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.recadam-part")
@@ -24,7 +33,10 @@ def cache_folder() -> Path:
     """The folder of downloads: $RECADAM_CACHE, or `recadam` under $XDG_CACHE_HOME or ~/.cache."""
     named = os.environ.get("RECADAM_CACHE")
     if named:
-        return Path(named).expanduser().resolve()
+        try:
+            return Path(named).expanduser().resolve()
+        except RuntimeError as error:  # there is no such user
+            raise RecAdamError(f"RECADAM_CACHE is {named!r}: {error}; give a folder") from None
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "recadam"
 
@@ -46,6 +58,19 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def check_regular(path: Path) -> None:
+    """Raise for what is there and is no file: from a pipe one would read for ever.
+
+    Example:
+        >>> check_regular(Path(os.devnull))
+        Traceback (most recent call last):
+        ...
+        recadam_core.errors.RecAdamError: /dev/null: is no regular file; move it
+    """
+    if path.exists() and not path.is_file():
+        raise RecAdamError(f"{path}: is no regular file; move it")
 
 
 @contextlib.contextmanager

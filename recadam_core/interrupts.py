@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ SIGNALS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
 TWICE = 0.5  # seconds within which a signal counts once: `timeout` sends it to the process and to its group
 
 _seen: list[int] = []
+_again: list[int] = []  # signals that are sent once more, and are no second ones
 
 
 class Signalled(KeyboardInterrupt):
@@ -39,6 +41,7 @@ def obey(insistent: bool = True) -> None:
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as for a shell's background jobs
             signal.signal(number, _raise)
+    sys.unraisablehook = _lost
     if not insistent:
         return
     heard, told = os.pipe()
@@ -58,10 +61,27 @@ def _raise(number: int, frame: FrameType | None) -> None:
         raise Signalled
 
 
+def _lost(unraisable: Any) -> None:
+    """Python drops what is raised in a finalizer or a collector's callback: then the signal is sent again."""
+    if unraisable.exc_type is not Signalled or not _seen:
+        sys.__unraisablehook__(unraisable)
+        return
+    number = _seen.pop()
+    _again.append(number)
+    main = threading.main_thread().ident or 0
+    # In a moment: this, too, runs where nothing can be raised.
+    timer = threading.Timer(0.01, signal.pthread_kill, (main, number))
+    timer.daemon = True
+    timer.start()
+
+
 def _listen(heard: int) -> None:
     first = None
     while number := os.read(heard, 1):
         if number[0] not in SIGNALS:
+            continue
+        if _again and first is not None:
+            _again.pop()
             continue
         now = time.monotonic()
         if first is not None and now - first > TWICE:

@@ -20,7 +20,17 @@ from recadam_core.files import cache_folder, making, naming, parse_json, write_j
 
 from .folders import sha256_of
 
-__all__ = ["ARCHIVES", "MODELS", "Archive", "fetch", "fetch_all", "model_folder", "tar_member"]
+__all__ = [
+    "ARCHIVES",
+    "MODELS",
+    "Archive",
+    "check_encoder",
+    "digests_of",
+    "fetch",
+    "fetch_all",
+    "model_folder",
+    "tar_member",
+]
 
 
 @dataclass(frozen=True)
@@ -167,11 +177,29 @@ def model_folder(name: str) -> Path:
             if not (folder / file).is_file() or sha256_of(folder / file) != digests.get(file):
                 raise RecAdamError(f"{folder / file}: damaged or missing; {again}")
         return folder
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name)
     if name.count("/") == 1 and not name.startswith((".", "/")):
         return _from_hub(name)
     raise unknown("model", name, [*MODELS, "a folder", "org/model"])
+
+
+def check_encoder(folder: Path) -> None:
+    """Raise for a folder that is no checkpoint of an encoder: by its first words, not by all that it says."""
+    path, remedy = folder / "config.json", "give a Hugging Face checkpoint folder"
+    if not path.is_file():
+        raise RecAdamError(f"{folder}: no config.json; {remedy}")
+    if not isinstance(parse_json(path, path.read_bytes(), dict, remedy).get("model_type"), str):
+        raise RecAdamError(f"{path}: no model_type; {remedy}")
+    if not any(any(folder.glob(kind)) for kind in ("*.safetensors", "*.bin")):
+        raise RecAdamError(f"{folder}: no weights; {remedy}")
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """The sha256 of all that may be read of a checkpoint folder: weights, sizes, tokenizer."""
+    kinds = (".json", ".safetensors", ".bin", ".txt", ".model")
+    files = (path for path in sorted(folder.iterdir()) if path.suffix in kinds and path.is_file())
+    return {path.name: sha256_of(path) for path in files}
 
 
 def _from_hub(name: str) -> Path:

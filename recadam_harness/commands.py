@@ -270,7 +270,10 @@ def seeds(
     out: Annotated[Path, typer.Option(help="Directory of seeds.json and seeds.png.")] = Path("runs/seeds"),
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier sweep in the directory.")] = False,
 ) -> None:
-    """Train from many seeds in one program, and show how much they differ."""
+    """Train from many seeds in one program, and show how much they differ.
+
+    A signal is obeyed when the program of an optimizer has ended; a second one at once.
+    """
     from .report import draw_seeds
     from .seeds import sweep_seeds
 
@@ -370,7 +373,8 @@ def experiment(
     defaults = Options()
     options = Options(
         seeds=tuple(range(seeds)) if seeds else defaults.seeds[: 2 if quick else None],
-        models=tuple(model) if model else () if name == "glue" else defaults.models,
+        models=tuple(dict.fromkeys(x.rstrip("/") or x for x in model or ()))
+        or (() if name == "glue" else defaults.models),
         targets=tuple(f"glue/{x}" for x in target or GLUE)
         if name == "glue"
         else tuple(target or defaults.targets),

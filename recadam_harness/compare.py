@@ -106,7 +106,7 @@ def compare_runs(
         a, b = reference.steps[name], other.steps[name]
         gap = np.abs(a - b) / max(float(np.abs(a).max()), TINY)
         records[name] = float(gap.max())
-        parted = _earliest(parted, gap > tolerance, name)
+        parted = _earliest(parted, ~(gap <= tolerance), name)
         first = _earliest(first, gap > 0, name)
 
     weights, weights_step, weights_name = 0.0, reference.config.steps, ""

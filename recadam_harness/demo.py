@@ -55,11 +55,14 @@ def run_demo(
         for path, entry in paths.items():
             _check_ours(folder, path, entry)
         folder.begin([*files, *(f"{path.name}/{MANIFEST}" for path in paths)])
+        folder.remove(name for name in files if name.startswith("logs/"))  # whatever they link to
+        folder.begin(files)
         unfinished = list(paths)
         with pool(jobs) as each:
             tell(0, ", ".join(path.name for path in unfinished[:jobs]))
             for (path, _), _ in each(_finetune, paths.items()):
-                folder.seal(f"{path.name}/{MANIFEST}")
+                for name in (f"{path.name}/{MANIFEST}", f"logs/{path.name}.log"):
+                    folder.seal(name)
                 unfinished.remove(path)
                 tell(len(plan) - len(unfinished), ", ".join(path.name for path in unfinished[:jobs]))
         runs = [load_run(path) for path in paths]
@@ -75,6 +78,8 @@ def _check_ours(folder: Folder, path: Path, entry: tuple[str, str, str]) -> None
     """Raise unless a run may be replaced: one that a demo wrote, to its end or with the same settings."""
     manifest = f"{path.name}/{MANIFEST}"
     folder.check([manifest])
+    if not (path / MANIFEST).exists() and path.exists() and any(path.iterdir()):
+        raise RecAdamError(f"{path}: holds something that is no run; move it, or give another directory")
     if not (path / "config.json").exists():
         return
     if folder.files.get(manifest) is not None and not folder.altered(manifest):
@@ -88,7 +93,7 @@ def _finetune(run: tuple[Path, tuple[str, str, str]]) -> None:
     path, (task, backend, optimizer) = run
     log = path.parent / "logs" / f"{path.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as file:
+    with log.open("x", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["recadam", "finetune", task, "--backend", backend, "--optimizer", optimizer]
@@ -107,4 +112,5 @@ def _finetune(run: tuple[Path, tuple[str, str, str]]) -> None:
     sys.stderr.flush()
     if failed:
         lines = log.read_text(encoding="utf-8").strip().splitlines() or ["no output"]
-        raise RecAdamError(f"{path}: {lines[-1].removeprefix('recadam: ')}; see {log}")
+        says = lines[-1].removeprefix("recadam: ").removeprefix(f"{path}: ")
+        raise RecAdamError(f"{path}: {says}; see {log}")

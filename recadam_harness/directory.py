@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from recadam_core.errors import RecAdamError, shown
-from recadam_core.files import parse_json
+from recadam_core.files import check_regular, parse_json
 
 from .config import RunConfig, flat
 from .engines import Array, StepRecord
@@ -136,6 +136,8 @@ def load_run(path: str | Path, strict: bool = True) -> Run:
     if not (path / MANIFEST).exists():
         raise _damaged(path / MANIFEST, "is not there")
     folder = Folder(path, "run")
+    for name in {*FILES, *folder.files}:
+        check_regular(path / name)
     config = _read(folder, "config.json", _config)
     nothing: dict[str, Any] = {}
     provenance = _read(folder, "provenance.json", _provenance, nothing)
@@ -145,6 +147,10 @@ def load_run(path: str | Path, strict: bool = True) -> Run:
     columns = _read(folder, RECORDS, _records, _table([]))
     if status["state"] == "running" and not _alive(status.get("pid"), status.get("born")):
         status = {**status, "state": "interrupted", "step": len(columns["step"])}
+    if status["state"] != "running" and folder.files.get(
+        PREDICTIONS
+    ):  # what is written last, whatever is said
+        status = {**status, "state": "complete", "step": config.steps}
     none_yet: list[dict[str, Any]] = []
     evaluations = _read(folder, "evaluations.json", _evaluations, none_yet)
     run = Run(path, config, status, columns, evaluations, provenance, folder)
@@ -158,7 +164,6 @@ def _check_complete(run: Run) -> None:
     evaluated = run.evaluations[-1] if run.evaluations else {}
     wanted = {"target_accuracy", *run.provenance.get("headline", [])[:1]}
     whole = {
-        "status.json": run.status["step"] == run.config.steps,
         RECORDS: len(run.steps["step"]) == run.config.steps,
         "provenance.json": bool(run.provenance),
         "evaluations.json": evaluated.get("step") == run.config.steps
@@ -329,6 +334,7 @@ def claim(out: Path, config: RunConfig, overwrite: bool, resume: bool) -> Run | 
     there = (f"weights/{path.name}" for path in out.glob("weights/*"))
     planned = [match[0] for match in map(WEIGHTS.fullmatch, there) if match and config.keeps(int(match[1]))]
     folder.check([*folder.files, *FILES, *planned])
+    folder.check([weights_name(config.steps)] if overwrite or resume else [])  # and the folder that it is in
     if overwrite or not any((out / name).exists() for name in folder.files):
         return None
     if not resume:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock, Timeout
 
 from recadam_core.errors import RecAdamError
-from recadam_core.files import UNFINISHED, making, parse_json, replacing, write_json
+from recadam_core.files import UNFINISHED, check_regular, making, parse_json, replacing, write_json
 
 __all__ = ["LOCK", "MANIFEST", "Folder", "owned", "sha256_of"]
 
@@ -84,6 +84,7 @@ class Folder:
         if not manifest.exists():
             return
         remedy = "move what is yours, and delete the rest of the folder"
+        check_regular(manifest)
         try:
             values = parse_json(manifest, manifest.read_bytes(), dict, remedy)
         except OSError as error:
@@ -96,6 +97,7 @@ class Folder:
         for name, digest in files.items():
             inside = PurePosixPath(name)
             plain = name == str(inside) and not inside.is_absolute() and ".." not in inside.parts
+            plain = plain and name.isprintable() and all(len(part.encode()) < 256 for part in inside.parts)
             hexadecimal = digest is None or (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest))
             if not plain or name in (".", MANIFEST) or not hexadecimal:
                 raise RecAdamError(f"{manifest}: damaged (entry {name!r}); {remedy}")

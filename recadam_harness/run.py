@@ -157,9 +157,12 @@ def finetune(
     with owned(out):
         earlier = claim(out, config, overwrite, resume)
         if earlier is not None and earlier.status["state"] == "complete":
-            return load_run(out)
+            earlier = load_run(out)
+            earlier.folder.remove([CHECKPOINT])  # of a run that was killed when it had written all
+            return earlier
         tell(0, "reading data and model")
-        with get_backend(config.backend).precision(config.dtype):
+        # What overflows is found in the records; NumPy's warnings of it are not in one line.
+        with get_backend(config.backend).precision(config.dtype), np.errstate(all="ignore"):
             prepared = prepare(config)
             provenance = _provenance(prepared.problem, config)
             folder, step, evaluations = _begin(out, earlier, prepared, provenance)
@@ -227,10 +230,13 @@ def _train(
             records.write(json.dumps(dict(zip(COLUMNS, line, strict=True))) + "\n")
             records.flush()
             status["step"] = t
-            if not np.isfinite(record.loss):
-                raise RecAdamError(
-                    f"{folder.path}: the loss is {record.loss} at step {t}; lower lr, or raise eps"
-                )
+            for name, x in zip(
+                ("loss", "gradient norm", "distance", "distance travelled"), record, strict=True
+            ):
+                if not np.isfinite(x):
+                    raise RecAdamError(
+                        f"{folder.path}: the {name} is {x} at step {t}; lower lr, or raise eps"
+                    )
             tell(t, f"loss {record.loss:.4f}")
             if config.keeps(t):
                 write_weights(folder, t, engine.weights())

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from recadam_core.errors import RecAdamError
 
-from ..archives import MODELS, UNPACKED, fetch_all, model_folder
-from ..folders import Folder, owned, sha256_of
+from ..archives import MODELS, check_encoder, digests_of, fetch_all, model_folder
+from ..folders import Folder, owned
 from ..processes import Each, pool
 from . import run_trial
 from .data import archives, target_of
@@ -73,7 +74,7 @@ def _run(
 def _prepare(trials: Sequence[Trial]) -> None:
     """Fetch what they read, and find what is wrong with it before any of them has run."""
     for model in dict.fromkeys(t.model for t in trials):
-        model_folder(model)
+        check_encoder(model_folder(model))
     fetch_all(name for t in trials for name in archives(t.target, t.model))
     for target, data in dict.fromkeys((t.target, t.data) for t in trials if t.data):
         target_of(target, data)
@@ -84,12 +85,11 @@ def _bind(results: Results, planned: Sequence[Trial], waiting: Sequence[Trial]) 
 
     Archives have their sha256 in the sources. What is gone is not missed where nothing is left to run.
     """
-    found = {}
+    found: dict[str, Any] = {}
     needed = {x for t in waiting for x in (t.model, (t.target, t.data))}
     for model in dict.fromkeys(t.model for t in planned if t.model not in MODELS):
         if model in needed or Path(model).is_dir():
-            files = (path for name in UNPACKED if (path := model_folder(model) / name).is_file())
-            found[f"model {model}"] = [sha256_of(path) for path in files]
+            found[f"model {model}"] = digests_of(model_folder(model))
     for place in dict.fromkeys((t.target, t.data) for t in planned if t.data):
         if place in needed or Path(place[1]).is_dir():
             found["{} of {}".format(*place)] = [target_of(*place).sha256]

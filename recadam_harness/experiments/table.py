@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recadam_core.errors import RecAdamError
-from recadam_core.files import parse_json, replacing
+from recadam_core.files import check_regular, parse_json, replacing
 
 from ..folders import Folder
 from .trial import Trial
@@ -31,6 +31,7 @@ FIGURES = (
 POINTS = ("step", "loss", "source_loss", "distance")
 CHECK = "sha256"
 """The column that tells whether a row, or its curve, is as it was written."""
+COLUMNS = ("stage", "arm", *FIELDS, *FIGURES, "error", "command", CHECK)
 RANGES = {
     **dict.fromkeys(("matthews", "pearson", "spearman"), (-1.0, 1.0)),
     **dict.fromkeys(("snli_mnr", "distance", "loss", "seconds"), (0.0, math.inf)),
@@ -109,10 +110,13 @@ class Results:
                     )
                 self.rows[row.entry.name] = row
 
-    def _lines(self, name: str, needed: Iterable[str]) -> Iterable[tuple[int, dict[str, str]]]:
+    def _lines(
+        self, name: str, known: Iterable[str], needed: Iterable[str]
+    ) -> Iterable[tuple[int, dict[str, str]]]:
         path = self.folder / name
         if not path.exists():
             return
+        check_regular(path)
         # A spreadsheet may have put a byte order mark before the first name.
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
@@ -122,6 +126,12 @@ class Results:
                     raise RecAdamError(
                         f"{path}: no column {absent[0]!r} in its first line; delete the file, or give "
                         "another folder by --out"
+                    )
+                more = [x for x in reader.fieldnames or () if x not in known]
+                if more:
+                    raise RecAdamError(
+                        f"{path}: no experiment wrote its column {more[0]!r}, which would be lost; move it "
+                        "to a file of your own"
                     )
                 for line in reader:
                     if None in line or None in line.values():
@@ -137,7 +147,7 @@ class Results:
     def _read_curves(self) -> dict[str, list[dict[str, float]]]:
         curves: dict[str, list[dict[str, float]]] = {}
         try:
-            for _, line in self._lines(CURVES, ("key", *POINTS)):
+            for _, line in self._lines(CURVES, ("key", *POINTS), ("key", *POINTS)):
                 point = {name: float(line[name]) for name in POINTS if line[name]}
                 if wrong := next((n for n, x in point.items() if not 0 <= x < math.inf), ""):
                     raise ValueError(f"{wrong} is {point[wrong]}")
@@ -147,7 +157,7 @@ class Results:
         return curves
 
     def _read_table(self, curves: Mapping[str, list[dict[str, float]]]) -> Iterable[Row]:
-        for number, line in self._lines(TABLE, ("stage", "arm", "method", *FIGURES, "error")):
+        for number, line in self._lines(TABLE, COLUMNS, ("stage", "arm", "method", *FIGURES, "error", CHECK)):
             try:
                 read = Trial.reads(line["method"], line.get("head", ""))
                 trial = Trial.parse(
@@ -164,7 +174,7 @@ class Results:
                     raise ValueError(f"stage {row.entry.stage!r}")
                 if wrong := row.wrong:
                     raise ValueError(wrong)
-                if line.get(CHECK, row.check) != row.check:  # which tables of earlier releases lack
+                if line[CHECK] != row.check:
                     raise ValueError("it, or its curve, was changed since it was written")
             except (KeyError, ValueError, TypeError) as error:
                 where = f"{self.folder / TABLE}: line {number}"
@@ -207,7 +217,7 @@ class Results:
                     writer.writerows([key, *(_digits(point.get(name)) for name in POINTS)] for point in curve)
         with replacing(self.folder / TABLE) as beside, beside.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["stage", "arm", *FIELDS, *FIGURES, "error", "command", CHECK])
+            writer.writerow(COLUMNS)
             for row in self.rows.values():
                 settings = (getattr(row.trial, name) for name in FIELDS)
                 figures = (_digits(row.figures.get(name)) for name in FIGURES)

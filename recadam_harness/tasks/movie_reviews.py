@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -174,6 +175,17 @@ def read_bbc(count: int) -> tuple[list[str], list[str]]:
     return chosen, [articles[title] for title in chosen]
 
 
+@contextlib.contextmanager
+def _no_tokenizer(what: str, remedy: str) -> Iterator[None]:
+    """A tokenizer's errors in one line; its panics are no `Exception`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise RecAdamError(f"{what} ({shown(str(error))}); {remedy}") from None
+
+
 def tokenize(folder: Path, texts: list[str], length: int) -> Rows:
     """Token ids and mask of a fixed length, by the checkpoint's tokenizer.json."""
     from tokenizers import Tokenizer
@@ -181,16 +193,12 @@ def tokenize(folder: Path, texts: list[str], length: int) -> Rows:
     path = folder / "tokenizer.json"
     if not path.exists():
         raise RecAdamError(f"{folder}: no tokenizer.json; save the checkpoint with its fast tokenizer")
-    try:
+    with _no_tokenizer(f"{path}: damaged", "fetch it again"):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:
-        raise RecAdamError(f"{path}: damaged ({error}); fetch it again") from None
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length)
-    try:
+    with _no_tokenizer(f"{path}: cannot encode", "give the tokenizer of the checkpoint"):
         encoded = tokenizer.encode_batch(texts)
-    except Exception as error:  # as of a vocabulary without its word for unknown ones
-        raise RecAdamError(f"{path}: cannot encode ({error}); give the tokenizer of the checkpoint") from None
     mask = np.array([e.attention_mask for e in encoded], dtype=np.float64)
     if not mask.any(axis=1).all():
         empty = texts[int(np.argmin(mask.any(axis=1)))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import re
 import shlex
 import shutil
@@ -12,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -295,11 +295,50 @@ def test_a_figure_that_was_changed_is_refused_and_its_row_alone(tmp_path, name, 
     assert [found.figures["accuracy"] for found in Results(tmp_path).rows.values()] == [0.7]
 
 
-def test_a_table_of_before_it_had_a_sha256_is_read(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda line: line.rpartition(",")[0],
+            "no column 'sha256' in its first line; delete the file, or give",
+        ),
+        (lambda line: line.replace("sha256", "SHA256"), "no column 'sha256' in its first line; delete the"),
+        (
+            lambda line: f"{line},notes",
+            "no experiment wrote its column 'notes', which would be lost; move it to",
+        ),
+    ],
+)
+def test_a_table_has_its_columns_and_no_others(tmp_path, change, message):
     Results(tmp_path).add(row("adamw", 0.53, 1.25))
-    lines = [line.rpartition(",")[0] for line in (tmp_path / "table.csv").read_text().splitlines()]
-    (tmp_path / "table.csv").write_text("\n".join(lines))
-    assert len(Results(tmp_path).rows) == 1
+    path = tmp_path / "table.csv"
+    path.write_text("\n".join(map(change, path.read_text().splitlines())))
+    with pytest.raises(RecAdamError, match=message):
+        Results(tmp_path)
+
+
+@pytest.mark.tree
+@pytest.mark.parametrize("name", ["comparison", "comparison-l6", "comparison-targets", "forgetting",
+                                  "initialization", "sensitivity"])  # fmt: skip
+def test_the_published_tables_are_as_they_were_written(tmp_path, name):
+    published = Path(__file__).parents[2] / "docs" / "experiments" / name
+    folder = shutil.copytree(published, tmp_path / name)
+    Results(folder).write()
+    assert (folder / "table.csv").read_bytes() == (published / "table.csv").read_bytes()
+
+
+def test_a_folder_that_is_no_encoder_is_said_before_a_trial(tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    model.mkdir()
+    wanted = ["model: no config.json", "config.json: no model_type", "model: no weights"]
+    for message, config in zip(wanted, (None, "{}", '{"model_type": "bert"}'), strict=True):
+        if config:
+            (model / "config.json").write_text(config)
+        with pytest.raises(RecAdamError, match=f"{message}.*"):
+            run_experiment(EXPERIMENTS["comparison"], Options(models=(str(model),)), tmp_path / "out", 1)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(RecAdamError, match="unknown model ''"):
+        run_experiment(EXPERIMENTS["comparison"], Options(models=("",)), tmp_path / "out", 1)
 
 
 def test_rows_stay_with_the_model_and_the_data_that_they_are_of(encoders, tmp_path):
@@ -307,11 +346,13 @@ def test_rows_stay_with_the_model_and_the_data_that_they_are_of(encoders, tmp_pa
     trials = [Trial(model=str(model))]
     for _ in range(2):
         _bind(Results(out), trials, trials)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "num_attention_heads": 1}))
-    for waiting in (trials, []):
-        with pytest.raises(RecAdamError, match=r"out: model .*/model was changed since; give another folder"):
-            _bind(Results(out), trials, waiting)
+    for name in ("config.json", "tokenizer_config.json", "pytorch_model-00001-of-00002.bin"):
+        kept = (model / name).read_bytes() if (model / name).exists() else None
+        (model / name).write_bytes((kept or b"") + b" ")
+        for waiting in (trials, []):
+            with pytest.raises(RecAdamError, match=r"out: model .*/model was changed since; give another"):
+                _bind(Results(out), trials, waiting)
+        (model / name).unlink() if kept is None else (model / name).write_bytes(kept)
     (out / "inputs.json").write_text("{}")
     with pytest.raises(RecAdamError, match=r"inputs.json: damaged \(its sha256 is not the manifest's\)"):
         _bind(Results(out), trials, trials)

@@ -86,6 +86,17 @@ def test_a_folder_that_is_no_environment_is_not_made_one(folder):
     assert [name for name in THEIRS if not (folder / name).exists()] == []
 
 
+def test_nothing_is_installed_into_an_environment_of_somebodys_own(folder):
+    (folder / ".venv" / ".made").unlink()
+    told = make(folder, "demo")
+    assert told.returncode == 2
+    assert (
+        ".venv is there and make did not make it; give another by VENV=..., or touch .venv/.made"
+        in told.stderr
+    )
+    assert (folder / ".venv" / "bin" / "python").read_text() == "mine"
+
+
 def test_a_name_with_a_space_is_refused(folder):
     told = make(folder, "clean", "VENV=mine too")
     assert told.returncode == 2
