@@ -16,7 +16,7 @@ from recadam_core.interrupts import obey
 from .compare import Comparison
 from .config import RunConfig
 from .directory import Run, load_run
-from .folders import MANIFEST, Folder, owned
+from .folders import MANIFEST, Folder, is_empty, owned
 from .processes import pool
 from .report import PAGE, compare_all, draw_report
 
@@ -50,13 +50,15 @@ def run_demo(
     paths = {out / "-".join(entry): entry for entry in plan}
     with owned(out):
         folder = Folder(out, "demo")
-        files = [PAGE, *(f"{task}.png" for task, _, _ in plan), *(f"logs/{path.name}.log" for path in paths)]
-        folder.check(files, edited=False)
+        files = [PAGE, *(f"{task}.png" for task, _, _ in plan)]
+        logs, manifests = (
+            [form.format(p.name) for p in paths] for form in ("logs/{}.log", f"{{}}/{MANIFEST}")
+        )
+        folder.check([*files, *logs], edited=False)
         for path, entry in paths.items():
             _check_ours(folder, path, entry)
-        folder.begin([*files, *(f"{path.name}/{MANIFEST}" for path in paths)])
-        folder.remove(name for name in files if name.startswith("logs/"))  # whatever they link to
-        folder.begin(files)
+        folder.remove(logs)  # which may be links by now
+        folder.begin([*files, *logs, *manifests])
         unfinished = list(paths)
         with pool(jobs) as each:
             tell(0, ", ".join(path.name for path in unfinished[:jobs]))
@@ -78,7 +80,7 @@ def _check_ours(folder: Folder, path: Path, entry: tuple[str, str, str]) -> None
     """Raise unless a run may be replaced: one that a demo wrote, to its end or with the same settings."""
     manifest = f"{path.name}/{MANIFEST}"
     folder.check([manifest])
-    if not (path / MANIFEST).exists() and path.exists() and any(path.iterdir()):
+    if not (path / MANIFEST).exists() and not is_empty(path):
         raise RecAdamError(f"{path}: holds something that is no run; move it, or give another directory")
     if not (path / "config.json").exists():
         return

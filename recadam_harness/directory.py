@@ -20,7 +20,7 @@ from recadam_core.files import check_regular, parse_json
 
 from .config import RunConfig, flat
 from .engines import Array, StepRecord
-from .folders import LOCK, MANIFEST, Folder
+from .folders import MANIFEST, Folder, is_empty
 from .weights import read_weights, weights_name
 
 __all__ = [
@@ -326,7 +326,7 @@ def claim(out: Path, config: RunConfig, overwrite: bool, resume: bool) -> Run | 
     """Make sure that the directory may be written; the earlier run that is to be resumed, if there is one."""
     if out.exists() and not out.is_dir():
         raise RecAdamError(f"{out}: is a file; give a directory")
-    if not out.exists() or not any(path.name != LOCK for path in out.iterdir()):
+    if is_empty(out):
         return None
     if not (out / MANIFEST).exists():
         raise RecAdamError(f"{out}: holds something that is no run; give another directory")

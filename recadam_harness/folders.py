@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from recadam_core.errors import RecAdamError
 from recadam_core.files import UNFINISHED, check_regular, making, parse_json, replacing, write_json
 
-__all__ = ["LOCK", "MANIFEST", "Folder", "owned", "sha256_of"]
+__all__ = ["LOCK", "MANIFEST", "Folder", "is_empty", "owned", "sha256_of"]
 
 MANIFEST, LOCK = "manifest.json", ".recadam.lock"
 
@@ -52,6 +52,15 @@ def owned(path: Path) -> Iterator[None]:
             # Who has the file open already, and locks it now, sees that it is gone.
             (path / LOCK).unlink(missing_ok=True)
             lock.release()
+
+
+def is_empty(path: Path) -> bool:
+    """Whether there is no such folder, or nothing in it but a lock and what a kill left beside a manifest."""
+    if not path.exists():
+        return True
+    names = [found.name for found in path.iterdir()]
+    parts = [match["name"] for match in map(UNFINISHED.fullmatch, names) if match]
+    return len(names) == names.count(LOCK) + parts.count(MANIFEST)
 
 
 def _check_lock(path: Path) -> None:

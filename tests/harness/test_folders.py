@@ -128,6 +128,15 @@ def test_no_link_leads_a_run_into_another_folder(campaign, run, whole, tmp_path)
     assert len(list(others.iterdir())) == 2
 
 
+def test_a_run_that_was_killed_before_its_manifest_was_there_is_none(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".recadam.lock").touch()
+    (out / ".manifest.json.abcd1234.recadam-part").write_text("{")
+    finetune(CONFIG, out)
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+
+
 def test_a_users_file_of_the_name_of_what_a_kill_leaves_stays(run):
     (run / ".config.json.mybackup.part").write_text("mine")
     finetune(CONFIG, run, overwrite=True)
