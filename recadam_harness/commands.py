@@ -270,10 +270,7 @@ def seeds(
     out: Annotated[Path, typer.Option(help="Directory of seeds.json and seeds.png.")] = Path("runs/seeds"),
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier sweep in the directory.")] = False,
 ) -> None:
-    """Train from many seeds in one program, and show how much they differ.
-
-    A signal is obeyed when the program of an optimizer has ended; a second one at once.
-    """
+    """Train from many seeds in one program, and show how much they differ."""
     from .report import draw_seeds
     from .seeds import sweep_seeds
 

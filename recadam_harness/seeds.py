@@ -89,6 +89,7 @@ def sweep_seeds(config: RunConfig, seeds: Sequence[int]) -> Sweep:
             config.optimizer,
             config.hp,
             config.dtype,
+            check,
         )
         lost = np.argwhere(~np.isfinite(records["loss"]))
         if len(lost):

@@ -20,6 +20,7 @@ from . import Array, Engine, StepRecord, Weights, coupled_gradients, policy
 __all__ = ["JaxEngine"]
 
 OPS = Ops(jnp, jax.scipy.special.erf)
+STRIDE = 200  # steps of one program, of many seeds
 
 
 class JaxEngine(Engine):
@@ -86,32 +87,37 @@ class JaxEngine(Engine):
         optimizer: str,
         hp: Hyperparameters,
         dtype: str,
+        check: Callable[[], None],
     ) -> tuple[dict[str, Array], list[dict[str, Array]]]:
         """Train from many starts in one program; see `recadam_harness.seeds`."""
         init, train = _training(model, frozenset(starts[0]), anchored, optimizer, hp)
         rows = {n: x.astype(dtype if x.dtype.kind == "f" else np.int32) for n, x in batches.items()}
         times, rates = np.arange(1.0, len(rates) + 1).astype(dtype), rates.astype(dtype)
 
-        def one(start: Any, rows: Any) -> Any:
+        def walk(carry: Any, start: Any, times: Any, rows: Any) -> Any:
             def step(carry: Any, now: Any) -> Any:
-                t, lr, batch = now
+                (t, lr), batch = now
                 params, state, record = train(*carry, start, batch, t, lr)
                 return (params, state), record
 
-            carry, records, weights, first = (start, init(start)), [], [], 0
-            for last in at:
-                part = slice(first, last)
-                now = times[part], rates[part], {n: x[part] for n, x in rows.items()}
-                carry, record = jax.lax.scan(step, carry, now)
-                records.append(record)
-                weights.append(carry[0])
-                first = last
-            return jax.tree.map(lambda *xs: jnp.concatenate(xs), *records), weights
+            return jax.lax.scan(step, carry, (times, rows))
 
-        stacked = {n: backend.from_numpy(np.stack([x[n] for x in starts]), dtype) for n in starts[0]}
-        records, weights = jax.jit(jax.vmap(one))(stacked, rows)
-        columns = dict(zip(StepRecord._fields, map(np.array, records), strict=True))
-        return columns, [{n: np.array(x) for n, x in each.items()} for each in weights]
+        many = jax.jit(jax.vmap(walk, in_axes=(0, 0, None, 0)), donate_argnums=0)
+        start = {n: backend.from_numpy(np.stack([x[n] for x in starts]), dtype) for n in starts[0]}
+        carry = jax.tree.map(jnp.copy, start), jax.jit(jax.vmap(init))(start)
+        records, weights, done = [], [], 0
+        for last in at:
+            # Some steps at a time: a signal waits for the end of a program.
+            for part in np.array_split(np.arange(done, last), -(-(last - done) // STRIDE)):
+                check()
+                where = slice(part[0], part[-1] + 1)
+                of_steps = times[where], rates[where]
+                carry, record = many(carry, start, of_steps, {n: x[:, where] for n, x in rows.items()})
+                records.append([np.array(x) for x in record])
+            weights.append({n: np.array(x) for n, x in carry[0].items()})
+            done = last
+        columns = map(partial(np.concatenate, axis=1), zip(*records, strict=True))
+        return dict(zip(StepRecord._fields, columns, strict=True)), weights
 
 
 @cache
