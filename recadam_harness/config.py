@@ -65,6 +65,8 @@ class RunConfig:
         task = get_task(self.task)
         if self.optimizer not in OPTIMIZERS:
             raise unknown("optimizer", self.optimizer, OPTIMIZERS)
+        if self.optimizer == "annealed" and self.hp.form == "proximal":
+            raise RecAdamError("optimizer 'annealed' has no pull, of which form 'proximal' is; leave it out")
         if self.schedule not in SCHEDULES:
             raise unknown("schedule", self.schedule, SCHEDULES)
         if self.dtype not in ("float32", "float64"):

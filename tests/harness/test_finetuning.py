@@ -376,6 +376,10 @@ def test_a_diverging_pull_is_refused_before_anything_is_written(tmp_path):
         ({"schedule": "linear", "warmup": 300}, "warmup is 300 of 300 steps"),
         ({"dtype": "bfloat16"}, "unknown dtype 'bfloat16'"),
         ({"optimizer": "adam"}, "unknown optimizer 'adam': did you mean 'adamw'?"),
+        (
+            {"optimizer": "annealed", "form": "proximal"},
+            "optimizer 'annealed' has no pull, of which form 'proximal' is; leave it out",
+        ),
         ({"gama": 3.0}, "unknown setting 'gama': did you mean 'gamma'?"),
         ({"train_rows": 1.5}, "train_rows is 1.5; give a whole number from 1 to 100,000,000"),
         ({"model": "minilm-l6"}, "unknown setting 'model'"),
