@@ -27,6 +27,7 @@ import numpy as np
 from .arrays import Array, NumpyArray, kind_of, library, not_plain
 from .coefficients import Coefficients
 from .errors import RecAdamError, unknown
+from .interrupts import deferred
 from .update import Moments, apply, update
 from .variants import Capabilities, Variant, installed
 
@@ -187,7 +188,10 @@ def _load(name: str) -> Backend:
     point = _announced()[name]
     ours = point.dist is not None and point.dist.name == "recadam-core"
     try:
-        loaded = point.load()
+        with (
+            deferred()
+        ):  # what is raised while a library sets itself up comes out as another error, or not at all
+            loaded = point.load()
     except ImportError as error:
         # A part that is not there, of a library that is: another version of it than we know.
         if not ours or error.name is None or installed(error.name.partition(".")[0]):

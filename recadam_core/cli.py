@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from .errors import Interrupted, RecAdamError
 from .files import naming
-from .interrupts import exit_code, obey
+from .interrupts import exit_code, interrupted, obey
 
 __all__ = ["main"]
 
@@ -47,6 +47,10 @@ def main() -> None:
         _fail(f"not enough memory ({str(error) or 'nothing more is said'}); give fewer rows, seeds or steps")
     except (KeyboardInterrupt, Interrupted) as error:
         _end(exit_code(), "; ".join(filter(None, ("interrupted", str(error)))))
+    except Exception:
+        if not interrupted():
+            raise
+        _fail("")
 
 
 def _open_streams() -> None:
@@ -96,6 +100,8 @@ def _run() -> None:
 
 
 def _fail(message: str) -> NoReturn:
+    if interrupted():  # a library made another error of it
+        _end(exit_code(), "interrupted")
     _end(2, str(RecAdamError(message)))
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["Signalled", "deferred", "exit_code", "obey"]
+__all__ = ["Signalled", "deferred", "exit_code", "interrupted", "obey"]
 
 SIGNALS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
 TWICE = 0.5  # seconds within which a signal counts once: `timeout` sends it to the process and to its group
@@ -48,6 +48,11 @@ def obey(insistent: bool = True) -> None:
     os.set_blocking(told, False)
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(heard,), daemon=True).start()
+
+
+def interrupted() -> bool:
+    """Whether a signal was obeyed."""
+    return bool(_seen)
 
 
 def exit_code() -> int:

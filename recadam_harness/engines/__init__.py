@@ -17,6 +17,7 @@ import numpy as np
 from recadam_core.annealing import Annealing, annealed_weights
 from recadam_core.errors import RecAdamError, unknown
 from recadam_core.hyperparameters import Hyperparameters
+from recadam_core.interrupts import deferred
 from recadam_core.update import Moments
 
 from ..models import Model, Ops
@@ -228,7 +229,8 @@ def engine_of(backend: str) -> type[Engine]:
     if backend not in announced():
         raise unknown("engine", backend, announced())
     try:
-        engine: type[Engine] = announced()[backend].load()
+        with deferred():
+            engine: type[Engine] = announced()[backend].load()
     except ModuleNotFoundError as error:
         raise RecAdamError(
             f"engine {backend!r} needs {error.name!r}, which is not installed; pip install {error.name}"

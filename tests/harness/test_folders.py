@@ -691,6 +691,20 @@ def test_signals_wait_for_a_check_and_no_longer():
         signal.raise_signal(signal.SIGINT)  # and is not forgotten at the end
 
 
+@pytest.mark.parametrize("error", ["ImportError('x')", "RecAdamError('x')", "SystemError"])
+def test_what_a_library_makes_of_a_signal_is_still_an_interrupt(error):
+    script = (
+        "import signal, recadam_core.cli\n"
+        "from recadam_core import RecAdamError\n"
+        "def wait():\n"
+        "    try: signal.raise_signal(signal.SIGTERM)\n"
+        f"    except BaseException: raise {error}\n"
+        "recadam_core.cli._run = wait; recadam_core.cli.main()\n"
+    )
+    end = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (end.returncode, end.stderr) == (143, "recadam: interrupted\n")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("place", ["finalizer", "collector"])
 def test_a_signal_amid_a_finalizer_is_not_lost(number, code, place):
