@@ -39,7 +39,7 @@ help:
 
 # Debian's python3 has venv without pip; then pip comes from Debian's package of its wheel.
 $(BIN)/python:
-	@if [ -e $(VENV) ] && [ ! -e $(VENV)/.made ]; then echo "$(VENV) is there and is no environment of make; give another by VENV=..." >&2; exit 1; fi
+	@if { [ -e $(VENV) ] || [ -L $(VENV) ]; } && [ ! -e $(VENV)/.made ]; then echo "$(VENV) is there and is no environment of make; give another by VENV=..." >&2; exit 1; fi
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
 	  echo "no pip in this Python: taking it from Debian's package python3-pip-whl" && \
 	  $(PYTHON) -m venv --clear --without-pip $(VENV) && \

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from .errors import Interrupted, RecAdamError
 from .files import naming
-from .interrupts import exit_code, interrupted, obey
+from .interrupts import exit_code, interrupted, obey, rest
 
 __all__ = ["main"]
 
@@ -106,6 +106,8 @@ def _fail(message: str) -> NoReturn:
 
 
 def _end(code: int, message: str) -> NoReturn:
+    if code > 128:
+        rest()
     with contextlib.suppress(OSError):  # the code says it, too
         print(f"recadam: {message}", file=sys.stderr)
     with contextlib.suppress(OSError):

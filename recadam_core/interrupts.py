@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["Signalled", "deferred", "exit_code", "interrupted", "obey"]
+__all__ = ["Signalled", "deferred", "exit_code", "interrupted", "obey", "rest"]
 
 SIGNALS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+SHOWN = b"\x1b[?25h"  # a terminal's cursor, which a progress bar hides
 TWICE = 0.5  # seconds within which a signal counts once: `timeout` sends it to the process and to its group
 
 _seen: list[int] = []
@@ -48,6 +49,13 @@ def obey(insistent: bool = True) -> None:
     os.set_blocking(told, False)
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(heard,), daemon=True).start()
+
+
+def rest() -> None:
+    """Where the end is near: a signal more has nothing to end, and no say in the exit code."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is _raise:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def interrupted() -> bool:
@@ -90,7 +98,7 @@ def _listen(heard: int) -> None:
             continue
         now = time.monotonic()
         if first is not None and now - first > TWICE:
-            os.write(2, b"recadam: ended at once\n")
+            os.write(2, (SHOWN if os.isatty(2) else b"") + b"recadam: ended at once\n")
             os._exit(128 + number[0])
         first = first or now
 
@@ -142,3 +150,4 @@ def deferred() -> Iterator[Callable[[], None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        check()  # of a signal that came after the last check

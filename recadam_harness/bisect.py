@@ -107,7 +107,7 @@ def bisect_runs(reference: Run, other: Run, progress: Callable[[int], None] | No
             return None
         name, element, differing = difference
         a, b = (w[name][element] for w in weights)
-        inputs, outputs = _once_more(runs, t, name)
+        inputs, outputs = _once_more(runs, t, name, check)
         return Parting(
             step=t,
             name=name,
@@ -148,12 +148,15 @@ def _apart(a: Any, b: Any) -> int:
     return int(abs(places[0] - places[1]))
 
 
-def _once_more(runs: tuple[Run, Run], t: int, name: str) -> tuple[list[Inputs], list[Inputs]]:
+def _once_more(
+    runs: tuple[Run, Run], t: int, name: str, check: Callable[[], None]
+) -> tuple[list[Inputs], list[Inputs]]:
     """What both kernels read of a parameter at step t, and what they wrote."""
     inputs, outputs = [], []
     for run in runs:
         again = prepare(run.config)
         for earlier in range(1, t):
+            check()
             again.step(earlier)
         problem, engine = again.problem, again.engine
         _, pulled = policy(run.config.optimizer, run.config.hp, problem.anchored)

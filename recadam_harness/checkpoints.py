@@ -100,9 +100,9 @@ class Checkpoint:
         folder = run.folder
         folder.remove(weights_name(step) for step in run.snapshots() if step > self.step)
         lines = (run.path / RECORDS).read_bytes().splitlines(keepends=True)
+        folder.begin([RECORDS])
         with replacing(run.path / RECORDS) as beside:
             beside.write_bytes(b"".join(lines[: self.step]))
-        folder.begin([RECORDS])
         folder.write_json("evaluations.json", self.evaluations)
         earlier = run.provenance.get("resumed", [])
         again = {"resumed": [*earlier, {"step": self.step, **resumed}]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -94,7 +95,9 @@ def finetune_command(
     directory = out or Path("runs") / f"{task}-{backend}-{optimizer}-{seed}"
     # Before the bar, since pip shows one of its own.
     fetch_all(get_task(task).archives(**config.options))
-    earlier = claim(directory, config, overwrite, resume) if resume else None
+    earlier = None
+    with contextlib.suppress(RecAdamError):  # which is raised again where the folder is this process's alone
+        earlier = claim(directory, config, overwrite, resume) if resume else None
     if earlier and earlier.status["state"] != "complete" and not (directory / CHECKPOINT).exists():
         say(f"{directory}: no checkpoint to resume from: from the start")
     try:

@@ -15,7 +15,7 @@ from recadam_core.interrupts import obey
 
 from .compare import Comparison
 from .config import RunConfig
-from .directory import Run, load_run
+from .directory import Run, clear, load_run
 from .folders import MANIFEST, Folder, is_empty, owned
 from .processes import pool
 from .report import PAGE, compare_all, draw_report
@@ -57,6 +57,12 @@ def run_demo(
         folder.check([*files, *logs], edited=False)
         for path, entry in paths.items():
             _check_ours(folder, path, entry)
+        for path in paths:
+            if (path / MANIFEST).exists():
+                with owned(
+                    path
+                ):  # a run that is there when its turn comes is somebody else's, and is refused
+                    clear(path)
         folder.remove(logs)  # which may be links by now
         folder.begin([*files, *logs, *manifests])
         unfinished = list(paths)
@@ -67,6 +73,9 @@ def run_demo(
                     folder.seal(name)
                 unfinished.remove(path)
                 tell(len(plan) - len(unfinished), ", ".join(path.name for path in unfinished[:jobs]))
+        for path in paths:
+            if folder.altered(f"{path.name}/{MANIFEST}"):
+                raise RecAdamError(f"{path}: is another run by now; move it, and run the demo again")
         runs = [load_run(path) for path in paths]
         comparisons = compare_all(runs)
         title = "RecAdam beside AdamW, in " + ", ".join(dict.fromkeys(b for _, b, _ in plan))
@@ -99,7 +108,7 @@ def _finetune(run: tuple[Path, tuple[str, str, str]]) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["recadam", "finetune", task, "--backend", backend, "--optimizer", optimizer]
-    sys.argv += ["--out", str(path), "--overwrite"]
+    sys.argv += ["--out", str(path)]
     obey(insistent=False)
     try:
         main()

@@ -131,6 +131,26 @@ def load_run(path: str | Path, strict: bool = True) -> Run:
         RecAdamError: when it is no run, or a file of it is missing, damaged or another run's.
     """
     path = Path(path)
+    for _ in range(100):
+        before = _stamp(path)
+        try:
+            return _load(path, strict)
+        except RecAdamError:
+            if _stamp(path) == before:
+                raise  # else the run is alive, and wrote meanwhile
+    return _load(path, strict)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What tells a manifest from the one that takes its place."""
+    try:
+        found = (path / MANIFEST).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _load(path: Path, strict: bool) -> Run:
     if not (path / "config.json").exists():
         raise RecAdamError(f"{path}: no run here; give a directory that `recadam finetune` wrote")
     if not (path / MANIFEST).exists():
@@ -147,9 +167,7 @@ def load_run(path: str | Path, strict: bool = True) -> Run:
     columns = _read(folder, RECORDS, _records, _table([]))
     if status["state"] == "running" and not _alive(status.get("pid"), status.get("born")):
         status = {**status, "state": "interrupted", "step": len(columns["step"])}
-    if status["state"] != "running" and folder.files.get(
-        PREDICTIONS
-    ):  # what is written last, whatever is said
+    if folder.files.get(PREDICTIONS):  # which is written last, whatever is said
         status = {**status, "state": "complete", "step": config.steps}
     none_yet: list[dict[str, Any]] = []
     evaluations = _read(folder, "evaluations.json", _evaluations, none_yet)

@@ -173,6 +173,9 @@ class Folder:
         """Remove files of the manifest, and take them off it."""
         self._sweep()
         gone = [name for name in names if name in self.files]
+        if any(self.files[name] for name in gone):  # from here on they may be missing
+            self.files |= dict.fromkeys(gone)
+            self._save()
         for name in gone:
             self._inside(name).unlink(missing_ok=True)
         for name in gone:

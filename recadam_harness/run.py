@@ -151,7 +151,6 @@ def finetune(
     check_whole("checkpoint_every", checkpoint_every, 0)
     if overwrite and resume:
         raise RecAdamError(f"{out}: overwrite and resume exclude one another; give one of them")
-    claim(out, config, overwrite, resume)
     for t in np.unique(np.linspace(1, config.steps, 1000, dtype=int)):
         _policy(config, int(t))  # a pull that diverges is refused before anything is written
     with owned(out):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,7 +45,9 @@ def packed(arrays: Mapping[str, Array], about: dict[str, str]) -> bytes:
     """The bytes of a file with these arrays and this metadata."""
     from safetensors.numpy import save
 
-    return save({name: np.ascontiguousarray(x) for name, x in arrays.items()}, about)
+    # One entry: the order of several is drawn by chance, and equal runs have equal files.
+    metadata = {"recadam": json.dumps(about, sort_keys=True)}
+    return save({name: np.ascontiguousarray(x) for name, x in arrays.items()}, metadata)
 
 
 def unpacked(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
@@ -53,6 +56,7 @@ def unpacked(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
 
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, TypeError, KeyError, AttributeError) as error:  # the last: a dtype NumPy lacks
-        raise ValueError(str(error)) from None
+            about = json.loads((file.metadata() or {}).get("recadam", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+    except (SafetensorError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(str(error)) from None  # an attribute: a dtype that NumPy lacks

@@ -235,6 +235,8 @@ def engine_of(backend: str) -> type[Engine]:
         raise RecAdamError(
             f"engine {backend!r} needs {error.name!r}, which is not installed; pip install {error.name}"
         ) from error
+    except (ImportError, AttributeError) as error:  # a module of which only a part was loaded
+        raise RecAdamError(f"engine {backend!r} does not load: {error}; start Python anew") from error
     return engine
 
 

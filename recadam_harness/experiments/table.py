@@ -100,9 +100,10 @@ class Results:
         self.folder = folder or Path()
         self.manifest = Folder(self.folder, "experiment") if folder else None
         self.rows: dict[tuple[str, str, str], Row] = {}
+        self._curves: dict[str, list[dict[str, float]]] = {}
         if folder is not None:
-            curves = self._read_curves()
-            for row in self._read_table(curves):
+            self._curves = self._read_curves()
+            for row in self._read_table(self._curves):
                 if row.entry.name in self.rows:
                     arm, command = row.entry.arm, row.trial.command
                     raise RecAdamError(
@@ -157,7 +158,7 @@ class Results:
         return curves
 
     def _read_table(self, curves: Mapping[str, list[dict[str, float]]]) -> Iterable[Row]:
-        for number, line in self._lines(TABLE, COLUMNS, ("stage", "arm", "method", *FIGURES, "error", CHECK)):
+        for number, line in self._lines(TABLE, COLUMNS, ("stage", "arm", "method", *FIGURES, *COLUMNS[-3:])):
             try:
                 read = Trial.reads(line["method"], line.get("head", ""))
                 trial = Trial.parse(
@@ -174,7 +175,7 @@ class Results:
                     raise ValueError(f"stage {row.entry.stage!r}")
                 if wrong := row.wrong:
                     raise ValueError(wrong)
-                if line[CHECK] != row.check:
+                if line[CHECK] != row.check or line["command"] != trial.command:
                     raise ValueError("it, or its curve, was changed since it was written")
             except (KeyError, ValueError, TypeError) as error:
                 where = f"{self.folder / TABLE}: line {number}"
@@ -205,7 +206,8 @@ class Results:
         """Write the curves where there are any, and then the table, which says what is done."""
         if self.manifest:
             self.manifest.begin([TABLE, CURVES])
-        curves = {row.trial.key: row.curve for row in self.rows.values() if row.curve}
+        # With what no row has, as after a kill between the two files.
+        curves = {**self._curves, **{row.trial.key: row.curve for row in self.rows.values() if row.curve}}
         if curves:
             with (
                 replacing(self.folder / CURVES) as beside,

@@ -342,12 +342,19 @@ def everything(*parts):
     return [told(x) for part in parts for x in jax.tree.leaves(part, is_leaf=lambda x: isinstance(x, list))]
 
 
+def kept(x):
+    if isinstance(x, dict):
+        return {name: kept(y) for name, y in x.items()}
+    return x.copy() if isinstance(x, np.ndarray) else x
+
+
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(draws())
 def test_any_draw_is_refused_unchanged_or_stepped_as_the_specification_has_it(drawn):
     params, grads, anchors, importance, changes, lr, backend = drawn
     held = everything(params, grads, anchors, importance, changes)
-    start = {n: x.copy() if isinstance(x, np.ndarray) else x for n, x in params.items()}  # others stay
+    # One that steps in place writes into NumPy's arrays; others stay.
+    start, given = ({n: kept(x) for n, x in arrays.items()} for arrays in (params, changes))
     optimizer, state, before, refused = RecAdam(HP, backend), None, [], ""
     try:
         state = optimizer.init(params, anchors, importance)
@@ -368,14 +375,15 @@ def test_any_draw_is_refused_unchanged_or_stepped_as_the_specification_has_it(dr
         return
     assert new_state.step == 1
     for n, theta in start.items():
-        summed = [theta, *(changes[n][k] for k in "mv" if k in changes[n])]  # in the widest of these
+        change = given.get(n, {})
+        summed = [theta, *(change[k] for k in "mv" if k in change)]  # in the widest of these
         inner = np.float64 if any("64" in str(y.dtype) for y in summed) else np.float32
         x, g, star, weight = (
             None if y is None else told(y).astype(inner)
             for y in (theta, grads[n], anchors.get(n), (importance or {}).get(n))
         )
-        star = told(changes[n]["star"]).astype(inner) if star is not None and "star" in changes[n] else star
-        m, v = (told(changes[n][k]).astype(inner) if k in changes[n] else np.zeros_like(x) for k in "mv")
+        star = told(change["star"]).astype(inner) if star is not None and "star" in change else star
+        m, v = (told(change[k]).astype(inner) if k in change else np.zeros_like(x) for k in "mv")
         delta, _ = update(x, g, Moments(m, v), star, coefficients(1, HP, lr, n in anchors), weight)
         exact = isinstance(theta, np.ndarray | np.generic | strict._array_object.Array)
         wanted = apply(told(theta), delta) if exact else apply(x, delta)

@@ -295,9 +295,19 @@ def test_a_figure_that_was_changed_is_refused_and_its_row_alone(tmp_path, name, 
     assert [found.figures["accuracy"] for found in Results(tmp_path).rows.values()] == [0.7]
 
 
+def test_a_curve_that_no_row_has_stays(tmp_path):
+    curve = [{"step": 0.0, "source_loss": 0.25, "distance": 0.0}]
+    Results(tmp_path).add(dataclasses.replace(row("adamw", 0.53, 1.25, 0, curve_every=5), curve=curve))
+    with (tmp_path / "curves.csv").open("a") as file:
+        file.write("mine,1,2,3,4\n")
+    Results(tmp_path).add(row("adamw", 0.7, 1.25, 1))
+    assert (tmp_path / "curves.csv").read_text().count("mine,1,2,3,4\n") == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda line: line.replace("recadam trial", "rm -rf"), "line 2: damaged"),
         (
             lambda line: line.rpartition(",")[0],
             "no column 'sha256' in its first line; delete the file, or give",

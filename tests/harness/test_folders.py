@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import io
 import json
@@ -28,6 +29,7 @@ from recadam_core import RecAdamError
 from recadam_core.files import replacing
 from recadam_core.interrupts import deferred
 from recadam_harness import RunConfig, finetune, load_run
+from recadam_harness.demo import plan_demo, run_demo
 from recadam_harness.folders import Folder, owned
 from recadam_harness.report import write_report
 from recadam_harness.run import _start
@@ -217,6 +219,55 @@ def test_a_refused_demo_leaves_nothing(campaign, tmp_path, name, message):
     assert campaign.tree(tmp_path) == before
 
 
+def test_a_demo_takes_no_run_that_came_meanwhile_for_its_own(campaign, tmp_path, monkeypatch):
+    monkeypatch.setattr("recadam_harness.demo.PLAN", {"digits": ("numpy",)})
+    words = ["demo", "--only", "digits", "--jobs", "1", "--out", str(tmp_path / "demo")]
+    last = tmp_path / "demo" / "digits-numpy-annealed"
+    other = RunConfig.for_task("digits", "numpy", "annealed", steps=4, seed=7, t0=2.0)
+
+    def meanwhile(done, text):
+        if done == 1:
+            finetune(other, last)
+
+    with pytest.raises(RecAdamError, match=rf"^{last}: holds a run already; give --overwrite"):
+        run_demo(plan_demo(), tmp_path / "demo", 1, meanwhile)
+    assert load_run(last).config == other
+    code, _, errors = campaign.call(words)
+    assert (code, errors) == (
+        2,
+        f"recadam: {last}: is no run of a demo; move it, or give another directory\n",
+    )
+    shutil.rmtree(last)
+
+    def afterwards(done, text):
+        if done == 2:
+            finetune(other, tmp_path / "demo" / "digits-numpy-recadam", overwrite=True)
+
+    with pytest.raises(RecAdamError, match="digits-numpy-recadam: is another run by now; move it, and run"):
+        run_demo(plan_demo(), tmp_path / "demo", 1, afterwards)
+
+
+def test_a_run_is_read_while_it_is_written(tmp_path):
+    """The manifest may be older than a file: then both are read again."""
+    every = RunConfig.for_task("digits", "numpy", steps=400, eval_every=1, t0=2.0)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        alive = pool.submit(finetune, every, tmp_path / "run")
+        while not (tmp_path / "run" / "steps.jsonl").exists():
+            time.sleep(0.01)
+        read = 0
+        while not alive.done():
+            read += 1
+            load_run(tmp_path / "run", strict=False)
+    assert read > 20
+    assert len(alive.result().evaluations) == 401
+
+
+def test_equal_runs_have_equal_weights_in_every_byte(whole, tmp_path):
+    again = finetune(CONFIG, tmp_path / "again")
+    name = "weights/000004.safetensors"
+    assert (again.path / name).read_bytes() == (whole / name).read_bytes()
+
+
 @pytest.mark.needs("torch", "jax")
 def test_a_demo_writes_its_logs_anew_and_follows_no_link(campaign, recadam, tmp_path, monkeypatch):
     monkeypatch.setattr("recadam_harness.demo.PLAN", {"digits": ("numpy",)})
@@ -358,7 +409,7 @@ def test_weights_that_lead_elsewhere_are_found_before_anything_is_removed(campai
 
 
 @pytest.mark.parametrize(
-    "says", ['{"state": "interrupted"}', '{"state": "failed"}', '{"state": "running"}', None]
+    "says", ['{"state": "interrupted"}', '{"state": "failed"}', '{"state": "running", "pid": 1}', None]
 )
 def test_a_run_that_wrote_everything_is_complete_whatever_its_status_says(campaign, run, whole, says):
     (run / "status.json").unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -19,14 +20,13 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from safetensors.numpy import save_file
 
 from recadam_core import RecAdamError
 from recadam_harness import RunConfig, finetune, load_run
 from recadam_harness.checkpoints import _digest
 from recadam_harness.directory import identity_of
 from recadam_harness.folders import Folder
-from recadam_harness.weights import unpacked
+from recadam_harness.weights import packed, unpacked
 
 WORKER = Path(__file__).with_name("killed_worker.py")
 
@@ -158,12 +158,49 @@ def test_every_engine_resumes(tmp_path, backend, optimizer):
     assert finetune(config, tmp_path / "run", resume=True).provenance == again.provenance  # is complete
 
 
+class Killed(BaseException):
+    """As a kill: nothing that a run does when it is interrupted is done."""
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_a_kill_amid_putting_a_run_back_or_clearing_it_is_resumed(tmp_path, monkeypatch, count):
+    """Before each change of a file."""
+    alone = finetune(CONFIG, tmp_path / "alone")
+    for checkpoint in (True, False):
+        out = tmp_path / f"run-{checkpoint}"
+        cut_short(out, CONFIG)
+        if not checkpoint:
+            Folder(out, "run").remove(["checkpoint.safetensors"])
+        left = [count]
+
+        def dies(act, left=left):
+            def acts(*args, **options):
+                left[0] -= 1
+                if left[0] == 0:
+                    raise Killed
+                return act(*args, **options)
+
+            return acts
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", dies(Path.replace))
+            patch.setattr(Path, "unlink", dies(Path.unlink))
+            patch.setattr("recadam_harness.run._status", lambda *_: contextlib.nullcontext({"step": 0}))
+            with contextlib.suppress(Killed):
+                finetune(CONFIG, out, resume=True)
+        again = finetune(CONFIG, out, resume=True)
+        assert again.evaluations == alone.evaluations
+        for step in alone.snapshots():
+            name = f"weights/{step:06d}.safetensors"
+            assert (out / name).read_bytes() == (alone.path / name).read_bytes()
+
+
 def damage_checkpoint(out):
     (out / "checkpoint.safetensors").write_bytes(b"nothing")
 
 
 def other_checkpoint(out):
-    save_file({"weights.w": np.zeros(2)}, out / "checkpoint.safetensors", {"step": "6"})
+    (out / "checkpoint.safetensors").write_bytes(packed({"weights.w": np.zeros(2)}, {"step": "6"}))
 
 
 def other_start(out):
@@ -233,7 +270,7 @@ def change_checkpoint(out, step=6, dtype=None, name=None):
         held = {key: x.astype(dtype) for key, x in held.items()}
     if name:
         held[name] = np.zeros(1)
-    save_file(held, path, {**about, "sha256": _digest(held, about)})
+    path.write_bytes(packed(held, {**about, "sha256": _digest(held, about)}))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +282,7 @@ def change_checkpoint(out, step=6, dtype=None, name=None):
             flipped_bit,
             r"checkpoint.safetensors: damaged \(its sha256 is not that of .*\); delete it, or",
         ),
-        (partial(flipped_bit, at=b'"6"'), r"checkpoint.safetensors: damaged \("),
+        (partial(flipped_bit, at=rb"6\""), r"checkpoint.safetensors: damaged \("),
         (partial(flipped_bit, at=b"target_acc"), r"checkpoint.safetensors: damaged \("),
         (checkpoint_of_another_run, r"checkpoint.safetensors: damaged \(it is of another run\); delete it"),
         (repeated_records, r"steps.jsonl: damaged in line 4 \(step 3 stands there\); run it again"),

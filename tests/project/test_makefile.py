@@ -97,6 +97,14 @@ def test_nothing_is_installed_into_an_environment_of_somebodys_own(folder):
     assert (folder / ".venv" / "bin" / "python").read_text() == "mine"
 
 
+def test_a_link_to_an_environment_that_is_away_stays(folder, tmp_path):
+    shutil.rmtree(folder / ".venv")
+    (folder / ".venv").symlink_to(tmp_path / "unmounted")
+    told = make(folder, "demo")
+    assert (told.returncode, (folder / ".venv").is_symlink()) == (2, True)
+    assert ".venv is there and is no environment of make" in told.stderr
+
+
 def test_a_name_with_a_space_is_refused(folder):
     told = make(folder, "clean", "VENV=mine too")
     assert told.returncode == 2
