@@ -96,6 +96,7 @@ def _run() -> None:
         raise KeyboardInterrupt
     with naming(Path("standard output")):
         sys.stdout.flush()
+    rest()
     sys.exit(code)
 
 

@@ -550,7 +550,10 @@ def rows_of(folder):
     if not path.exists():
         return {}
     with path.open() as file:
-        return {(r["stage"], r["arm"], r["command"]): {**r, "seconds": ""} for r in csv.DictReader(file)}
+        return {
+            (r["stage"], r["arm"], r["command"]): {**r, "seconds": "", "sha256": ""}
+            for r in csv.DictReader(file)
+        }
 
 
 def wait_for(folder, count):
