@@ -38,6 +38,10 @@ from recadam_harness.experiments.table import Entry, Results, Row
 from recadam_harness.experiments.trial import Trial
 from recadam_harness.report import write_report
 
+# A shell's background jobs ignore interrupts, and what they start would, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 RECADAM = [sys.executable, "-m", "recadam_core"]
 COUNTS = ("tracebacks", "silent passes", "lost files")
 

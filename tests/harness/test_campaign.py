@@ -12,10 +12,10 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("filelock")
 
-SMALL = {"damages": 60, "lines": 60, "pairs": 2, "kills": 3, "disks": 2, "stops": 5}
+SMALL = {"damages": 60, "lines": 60, "pairs": 2, "kills": 3, "disks": 2}
 
 
-@pytest.mark.parametrize("part", [pytest.param(x, marks=[pytest.mark.heavy] * (x == "stops")) for x in SMALL])
+@pytest.mark.parametrize("part", SMALL)
 def test_nothing_is_corrupted(campaign, tmp_path, part):
     if part == "disks" and (
         not shutil.which("unshare")
@@ -24,9 +24,6 @@ def test_nothing_is_corrupted(campaign, tmp_path, part):
         ).returncode
     ):
         pytest.skip("no tmpfs can be mounted here")
-    if part == "stops":
-        pytest.importorskip("torch")
-        pytest.importorskip("jax")
     (tally,) = campaign.campaign({part: SMALL[part]}, seed=1, folder=tmp_path)
     assert tally.wrong == []
     assert tally.tried == SMALL[part]

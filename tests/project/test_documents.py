@@ -212,7 +212,7 @@ def test_the_campaign_ran_enough_and_counted_nothing():
     ]
     assert [int(row[1].replace(",", "")) for row in rows[2:]] == list(asked.values())
     assert asked["damages"] >= 1000
-    assert asked["pairs"] >= 200
+    assert min(asked["kills"], asked["pairs"]) >= 200
     assert [row[3:] for row in rows] == [["tracebacks", "silent passes", "lost files"], ["---"] * 3] + [
         ["0"] * 3 for _ in asked
     ]
