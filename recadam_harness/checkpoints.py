@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from recadam_core.errors import RecAdamError
 from recadam_core.files import parse_json, replacing
 from recadam_core.update import Moments
@@ -18,7 +16,7 @@ from recadam_core.update import Moments
 from .directory import CHECKPOINT, RECORDS, Run, check_evaluations
 from .engines import Array, Engine
 from .folders import Folder
-from .weights import packed, unpacked, weights_name
+from .weights import digest_of, packed, unpacked, weights_name
 
 __all__ = ["Checkpoint"]
 
@@ -112,10 +110,7 @@ class Checkpoint:
 def _digest(arrays: Mapping[str, Array], about: Mapping[str, str]) -> str:
     """The sha256 of arrays and metadata, whatever their order."""
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name in sorted(arrays):
-        x = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {x.dtype.str} {x.shape} ".encode())
-        digest.update(x.tobytes())
+    digest_of(arrays, digest)
     return digest.hexdigest()
 
 

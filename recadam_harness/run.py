@@ -45,7 +45,7 @@ from .folders import Folder, owned
 from .memory import check_memory
 from .tasks import get_task
 from .tasks.base import Array, Problem, Rows
-from .weights import write_weights
+from .weights import digest_of, write_weights
 
 __all__ = ["Batches", "Prepared", "batch_order", "finetune", "prepare", "step_memory"]
 
@@ -288,10 +288,7 @@ def _start(problem: Problem, dtype: str) -> str:
     digest = hashlib.sha256(repr(problem.model).encode())
     weights = {name: x.astype(dtype) for name, x in problem.params.items()}
     for columns in (weights, problem.train, problem.test, *problem.source):
-        for name in sorted(columns):
-            x = np.ascontiguousarray(columns[name])
-            digest.update(f"{name} {x.dtype.str} {x.shape} ".encode())
-            digest.update(x.tobytes())
+        digest_of(columns, digest)
     return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from recadam_core.errors import RecAdamError
 from .engines import Array
 from .folders import Folder
 
-__all__ = ["packed", "read_weights", "unpacked", "weights_name", "write_weights"]
+__all__ = ["digest_of", "packed", "read_weights", "unpacked", "weights_name", "write_weights"]
 
 
 def weights_name(step: int) -> str:
@@ -41,6 +42,14 @@ def read_weights(folder: Folder, step: int) -> dict[str, Array]:
         raise RecAdamError(f"{path}: damaged ({error}); run it again") from None
 
 
+def digest_of(arrays: Mapping[str, Array], digest: Any) -> None:
+    """Take arrays into a digest of hashlib, whatever their order."""
+    for name in sorted(arrays):
+        x = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {x.dtype.str} {x.shape} ".encode())
+        digest.update(x.tobytes())
+
+
 def packed(arrays: Mapping[str, Array], about: dict[str, str]) -> bytes:
     """The bytes of a file with these arrays and this metadata."""
     from safetensors.numpy import save
@@ -56,7 +65,7 @@ def unpacked(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
 
     try:
         with safe_open(path, framework="numpy") as file:
-            about = json.loads((file.metadata() or {}).get("recadam", "{}"))
+            about = dict(json.loads((file.metadata() or {}).get("recadam", "{}")))
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
     except (SafetensorError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(str(error)) from None  # an attribute: a dtype that NumPy lacks

@@ -200,9 +200,10 @@ def tokenize(folder: Path, texts: list[str], length: int) -> Rows:
     with _no_tokenizer(f"{path}: cannot encode", "give the tokenizer of the checkpoint"):
         encoded = tokenizer.encode_batch(texts)
     mask = np.array([e.attention_mask for e in encoded], dtype=np.float64)
-    if not mask.any(axis=1).all():
-        empty = texts[int(np.argmin(mask.any(axis=1)))]
-        raise RecAdamError(f"{path}: gives no token for {shown(empty)}; give the tokenizer of the checkpoint")
+    told = mask.any(axis=1)
+    if not told.all():
+        empty = shown(texts[int(np.argmin(told))])
+        raise RecAdamError(f"{path}: gives no token for {empty}; give the tokenizer of the checkpoint")
     return {"ids": np.array([e.ids for e in encoded], dtype=np.int64), "mask": mask}
 
 
