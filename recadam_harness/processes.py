@@ -42,7 +42,8 @@ def pool(jobs: int) -> Iterator[Each]:
     executor = ProcessPoolExecutor(jobs, spawn, initializer=_begin, initargs=(shares,))
 
     def each(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        futures = {executor.submit(function, item): item for item in items}
+        with _uninterrupted():
+            futures = {executor.submit(function, item): item for item in items}
         for future in as_completed(futures):
             try:
                 yield futures[future], future.result()
@@ -68,11 +69,24 @@ def pool(jobs: int) -> Iterator[Each]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Processes started in the block get no Ctrl-C, not even while they import: it is their parent's."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin(shares: Any) -> None:
     """In a child process, before anything is imported that starts threads."""
     share = shares.get()
     if sys.platform == "linux":
         os.sched_setaffinity(0, share)
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: it ends when the parent does
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to see to
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be blocked
     sys.stdout = sys.stderr  # what a library prints is no result

@@ -13,9 +13,11 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("filelock")
 
 SMALL = {"damages": 60, "lines": 60, "pairs": 2, "kills": 3, "disks": 2}
+HEAVY = {"stops": 5}
+PARTS = [*SMALL, *(pytest.param(part, marks=pytest.mark.heavy) for part in HEAVY)]
 
 
-@pytest.mark.parametrize("part", SMALL)
+@pytest.mark.parametrize("part", PARTS)
 def test_nothing_is_corrupted(campaign, tmp_path, part):
     if part == "disks" and (
         not shutil.which("unshare")
@@ -24,6 +26,7 @@ def test_nothing_is_corrupted(campaign, tmp_path, part):
         ).returncode
     ):
         pytest.skip("no tmpfs can be mounted here")
-    (tally,) = campaign.campaign({part: SMALL[part]}, seed=1, folder=tmp_path)
+    count = {**SMALL, **HEAVY}[part]
+    (tally,) = campaign.campaign({part: count}, seed=1, folder=tmp_path)
     assert tally.wrong == []
-    assert tally.tried == SMALL[part]
+    assert tally.tried == count

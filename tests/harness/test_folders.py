@@ -777,6 +777,26 @@ def test_a_signal_amid_a_finalizer_is_not_lost(number, code, place):
     assert time.monotonic() - began < 9
 
 
+def test_an_interrupt_while_a_pools_process_starts_is_its_parents(tmp_path):
+    """A terminal sends it to all of them, and one that still imports would print a traceback."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "if '--multiprocessing-fork' in sys.orig_argv: os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    script = (
+        "import signal\n"
+        "from recadam_harness.processes import pool\n"
+        "with pool(1) as each: print(list(each(abs, [-7])))\n"
+        "print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))\n"
+    )
+    paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": paths}
+    end = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
+    )
+    assert (end.returncode, end.stdout, end.stderr) == (0, "[(-7, 7)]\nFalse\n", "")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_second_signal_ends_a_run_at_once(tmp_path, number, code):
     """Though the first is not obeyed: as while a framework compiles."""
