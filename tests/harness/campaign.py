@@ -375,6 +375,16 @@ def writer_of(out):
         return None
 
 
+def wait_until_up(process):
+    """Until a command obeys signals: while Python starts, they are Python's own to handle."""
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        caught = re.search(r"^SigCgt:\s*(\w+)", status.read_text(), re.M)
+        if caught and int(caught[1], 16) >> (signal.SIGTERM - 1) & 1:
+            return
+        time.sleep(0.005)
+
+
 def kills(count, rng, folder):
     backends = ("numpy", "torch", "jax")[: 1 + count // 10]  # ten kills a run, one backend after the other
     tally = Tally(
@@ -411,7 +421,8 @@ def kills(count, rng, folder):
                             time.sleep(0.005)
                         time.sleep(mine.random() ** 3 * (0.1 if backend == "numpy" else 1.0))
                     else:
-                        time.sleep(0.5 + mine.random() * 3)  # Python itself is up by then
+                        wait_until_up(process)
+                        time.sleep(mine.random() * 3)
                     if process.poll() is None:
                         process.send_signal(number)
                         told = time.monotonic()
@@ -464,11 +475,12 @@ def stops(count, rng, folder):
             "experiment": ["comparison", "--quick", "--out", out],
         }[name]
         sent = rng.choice([signal.SIGTERM, signal.SIGINT])
-        delay = 0.7 + rng.random() * seconds[name]  # Python itself is up by then
+        delay = rng.random() * seconds[name]
         command = [*RECADAM, name, *map(str, words)]
         with subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
         ) as process:
+            wait_until_up(process)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(delay)
             if process.poll() is None:  # as a terminal does, or a supervisor
