@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # what is slow on a busy machine is no failure
+settings.load_profile("untimed")
 
 # A shell's background jobs ignore interrupts, and their children would too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

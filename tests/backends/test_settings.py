@@ -199,7 +199,7 @@ def kinds(make):
         pytest.param(by_jax, marks=pytest.mark.needs("jax")),
     ],
 )
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), setting=st.sampled_from(SETTINGS), x=VALUES)
 def test_a_setting_is_refused_in_one_line_or_is_python_s_number(make, data, setting, x):
     """Bit for bit that of `float(x)`; what is no real number is always refused."""

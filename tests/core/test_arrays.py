@@ -348,7 +348,7 @@ def kept(x):
     return x.copy() if isinstance(x, np.ndarray) else x
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(draws())
 def test_any_draw_is_refused_unchanged_or_stepped_as_the_specification_has_it(drawn):
     params, grads, anchors, importance, changes, lr, backend = drawn

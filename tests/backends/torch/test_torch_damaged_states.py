@@ -378,7 +378,7 @@ def refused(call, *args):
     return ""
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_a_state_changed_at_random_is_refused_or_steps(data):
     state = changed(lambda s: None, save_anchors=data.draw(st.booleans()))
