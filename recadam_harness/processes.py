@@ -18,7 +18,7 @@ from recadam_core.errors import RecAdamError
 
 __all__ = ["Each", "pool"]
 
-PATIENCE = 10.0  # seconds until processes that were told to end are killed
+PATIENCE = 20.0  # seconds until processes that were told to end are killed: a compiler may have one of them
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 

@@ -432,7 +432,7 @@ def kills(count, rng, folder):
                 allowed = {0, -number} if number == signal.SIGKILL else {0, 128 + number, -number}
                 if code not in allowed or "Traceback" in errors:
                     tally.fault("tracebacks", f"{seen}: ended with {code}: {errors[-500:]}")
-                if code not in (0, -9) and time.monotonic() - told > 20:
+                if code not in (0, -9) and time.monotonic() - told > 30:
                     tally.fault("silent passes", f"{seen}: ended only after {time.monotonic() - told:.0f} s")
                 if code > 128 and (out / "config.json").exists():
                     state = load_run(out, strict=False).status["state"]
@@ -493,7 +493,7 @@ def stops(count, rng, folder):
         ends = {0: "ended before", 128 + sent: f"by {sent.name}"}
         if code not in ends or "Traceback" in errors or len(said) != (code != 0):
             tally.fault("tracebacks", f"{seen}: ended with {code}: {errors[-500:]}")
-        if took > 20:
+        if took > 30:
             tally.fault("silent passes", f"{seen}: ended only after {took:.0f} s")
         with contextlib.suppress(ProcessLookupError):
             for _ in range(80):  # until the system has buried all of them
