@@ -211,7 +211,7 @@ def test_the_campaign_ran_enough_and_counted_nothing():
         [cell.strip() for cell in x.strip("|").split("|")] for x in text.splitlines() if x.startswith("| ")
     ]
     assert [int(row[1].replace(",", "")) for row in rows[2:]] == list(asked.values())
-    assert asked["damages"] >= 1000
+    assert min(asked["damages"], asked["lines"]) >= 1000
     assert min(asked["kills"], asked["pairs"]) >= 200
     assert [row[3:] for row in rows] == [["tracebacks", "silent passes", "lost files"], ["---"] * 3] + [
         ["0"] * 3 for _ in asked
