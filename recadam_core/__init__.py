@@ -26,7 +26,7 @@ from .hyperparameters import Hyperparameters
 from .importance import importance_from
 from .optimizer import RecAdam, State
 from .strength import DriftBudget, gamma_for
-from .update import Moments, apply, update
+from .update import Moments, apply, pull, update
 from .variants import Capabilities
 
 __version__ = "0.1.0"
@@ -56,6 +56,7 @@ __all__ = [
     "gamma_for",
     "get_backend",
     "importance_from",
+    "pull",
     "release_step",
     "update",
 ]

@@ -28,7 +28,7 @@ from .arrays import Array, NumpyArray, kind_of, library, not_plain
 from .coefficients import Coefficients
 from .errors import RecAdamError, unknown
 from .interrupts import deferred
-from .update import Moments, apply, update
+from .update import Moments, apply, pull, update
 from .variants import Capabilities, Variant, installed
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "available_backends",
     "backend_for",
     "get_backend",
+    "pulled",
 ]
 
 GROUP = "recadam_core.backends"
@@ -70,7 +71,7 @@ class Backend(Protocol):
 
     One whose `step` writes into what it is given has a method `step_groups`, too, which `RecAdam` calls
     instead: of a list of `Shared` it returns a list of what `step` returns, and refuses what it cannot step
-    before it writes anything.
+    before it writes anything. One that takes the pull alone, as `Specification` does, has a method `pull`.
 
     Example:
         >>> isinstance(get_backend("numpy"), Backend)
@@ -117,6 +118,25 @@ class Backend(Protocol):
         ...
 
 
+def pulled(
+    params: Sequence[Array],
+    anchors: Sequence[Array],
+    recall: float,
+    importances: Sequence[Array] | None = None,
+) -> list[Array]:
+    """`recadam_core.pull` and `apply`, array by array: the new parameters.
+
+    Example:
+        >>> pulled([np.ones(1)], [np.zeros(1)], 1.0)
+        [array([0.5])]
+    """
+    weights = [None] * len(params) if importances is None else importances
+    return [
+        apply(theta, pull(theta, anchor, recall, importance))
+        for theta, anchor, importance in zip(params, anchors, weights, strict=True)
+    ]
+
+
 class Specification:
     """The spec itself as a backend, for any array library that follows the array API standard.
 
@@ -125,7 +145,7 @@ class Specification:
         'numpy'
     """
 
-    capabilities = Capabilities(variants=(Variant("functional"),))
+    capabilities = Capabilities(variants=(Variant("functional", pull=pulled),))
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
@@ -156,6 +176,16 @@ class Specification:
         return [apply(theta, delta) for theta, (delta, _) in zip(params, new, strict=True)], [
             s for _, s in new
         ]
+
+    def pull(
+        self,
+        params: Sequence[Array],
+        anchors: Sequence[Array],
+        recall: float,
+        importances: Sequence[Array] | None = None,
+    ) -> list[Array]:
+        """The pull alone: new parameters."""
+        return pulled(params, anchors, recall, importances)
 
     def from_numpy(self, array: NumpyArray, dtype: str | None = None) -> Array:
         """A copy of a NumPy array in this namespace."""

@@ -13,7 +13,16 @@ from .annealing import annealed_weights
 from .errors import RecAdamError, check_number, shown
 from .hyperparameters import Hyperparameters
 
-__all__ = ["Coefficients", "InstabilityWarning", "check_stable", "coefficients", "coefficients_of", "is_zero"]
+__all__ = [
+    "Coefficients",
+    "InstabilityWarning",
+    "check_stable",
+    "coefficients",
+    "coefficients_of",
+    "is_zero",
+    "proximal",
+    "pull_alone",
+]
 
 
 class InstabilityWarning(UserWarning):
@@ -161,11 +170,8 @@ def coefficients(
         keep = 1.0 - decay
         step, pull = keep * (1.0 - pull) * step, _scaled(pull, keep)
     elif hp.form == "proximal":
-        shrink = 1.0 / (1.0 + pull)
+        shrink, pull = proximal(pull, xp)
         step, decay, eps = shrink * step, _scaled(decay, shrink), eps * root
-        # Beside a pull so large the 1 is lost, and its reciprocal underflows.
-        where = xp.where if hasattr(pull, "dtype") else host.where
-        pull = pull if is_zero(pull) else where(pull > 2.0**60, 1.0 + 0.0 * shrink, shrink * pull)
     else:
         eps = eps * root
     c = Coefficients(beta1, beta2, step, eps, pull, decay)
@@ -183,6 +189,32 @@ def coefficients_of(t: Any, hp: Hyperparameters, anchored: bool, dtype: str) -> 
     """
     rows = [coefficients(int(x), hp, None, anchored) for x in t]
     return Coefficients(*map(np.array, zip(*rows, strict=True)))
+
+
+def proximal(p: Any, xp: Any = host) -> tuple[Any, Any]:
+    """What the penalty p/2 |theta - anchor|^2 leaves of a step, 1/(1 + p), and the way home, p/(1 + p).
+
+    Example:
+        >>> proximal(0.25)
+        (0.8, 0.2)
+    """
+    shrink = 1.0 / (1.0 + p)
+    if is_zero(p):
+        return shrink, p
+    # Beside a p so large the 1 is lost, and its reciprocal underflows.
+    where = xp.where if hasattr(p, "dtype") else host.where
+    return shrink, where(p > 2.0**60, 1.0 + 0.0 * shrink, shrink * p)
+
+
+def pull_alone(recall: Any) -> Coefficients:
+    """The coefficients of `recadam_core.pull`: the way home, and nothing of Adam.
+
+    Example:
+        >>> pull_alone(0.25).pull
+        0.2
+    """
+    _, share = proximal(check_number("pull", "recall", recall, low=0.0))
+    return Coefficients(0.0, 0.0, 0.0, 0.0, share, 0.0)
 
 
 def is_zero(scalar: Any) -> bool:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .arrays import Array, check_arrays, kind_of
-from .coefficients import Coefficients, is_zero
+from .coefficients import Coefficients, is_zero, proximal
 from .errors import RecAdamError, check_number, shown
 
-__all__ = ["Moments", "accumulator_dtype", "apply", "formula", "scalars", "update"]
+__all__ = ["Moments", "accumulator_dtype", "apply", "formula", "pull", "pull_by", "scalars", "update"]
 
 
 class Moments(NamedTuple):
@@ -47,18 +47,19 @@ def accumulator_dtype(xp: Any, *dtypes: Any) -> Any:
     return xp.float32 if xp.finfo(dtype).bits < 32 else dtype
 
 
-# Without annotations: Triton reads them as code.
+# Without annotations: Triton reads them as code. And numba leaves out a branch only where what is None is
+# an argument: what the others need is there.
 def formula(  # type: ignore[no-untyped-def]
     theta, grad, m, v, anchor, importance, beta1, rest1, beta2, rest2, step, eps, pull, decay, sqrt, divide
 ):
     r"""The step itself, in the only text of it: NumPy, numba, PyTorch, Triton, JAX and the others run this.
 
     Math:
-        as in `update`, operation for operation.
+        as in `update` and, without a gradient, in `pull`, operation for operation.
 
     Args:
         theta: parameter: an array, a list of tensors, a block of a kernel, or one element.
-        grad: gradient.
+        grad: gradient; None for the pull alone, which reads no moments and needs none of their numbers.
         m: first moment.
         v: second moment.
         anchor: pretrained value; None for no pull.
@@ -84,16 +85,20 @@ def formula(  # type: ignore[no-untyped-def]
 
     Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12; the importance after EWC, arXiv 1612.00796.
     """
-    m = beta1 * m + rest1 * grad
-    v = beta2 * v + rest2 * (grad * grad)
-    adam = step * divide(m, sqrt(v) + eps)
-    if anchor is None:
-        delta = -adam
-    else:
+    if grad is not None:
+        m = beta1 * m + rest1 * grad
+        v = beta2 * v + rest2 * (grad * grad)
+        adam = step * divide(m, sqrt(v) + eps)
+        if anchor is None:
+            delta = -adam
+    if anchor is not None:
         back = pull * (anchor - theta)
         if importance is not None:
             back = importance * back
-        delta = back - adam
+        if grad is None:
+            delta = back
+        else:
+            delta = back - adam
     if decay is not None:
         delta = delta - decay * theta
     return delta, m, v
@@ -152,25 +157,15 @@ def update(
     """
     if not isinstance(state, Moments):
         raise RecAdamError(f"update: state is {type(state).__name__}; give Moments(m, v)")
-    arrays = [("theta", theta), ("grad", grad), ("m", state.m), ("v", state.v)]
-    arrays += [(what, x) for what, x in (("anchor", anchor), ("importance", importance)) if x is not None]
-    xp = check_arrays((f"update: {what}", x) for what, x in arrays)
-    for what, array in arrays:
-        if array.shape != theta.shape:
-            raise RecAdamError(
-                f"update: {what} has shape {array.shape}, theta {theta.shape}; give equal shapes"
-            )
+    arrays = {"theta": theta, "grad": grad, "m": state.m, "v": state.v}
+    arrays |= {what: x for what, x in (("anchor", anchor), ("importance", importance)) if x is not None}
+    xp = _check_alike("update", arrays)
     dtype = accumulator_dtype(xp, theta.dtype, state.m.dtype, state.v.dtype)
 
     def cast(x: Any) -> Any:
         return _astype(xp, x, dtype)
 
-    def scalar(where: str, name: str, x: Any) -> Any:
-        # A library's own scalar may be traced. NumPy's never is, and rounding it would change 1 - beta.
-        is_scalar = kind_of(x)[0] is xp and not isinstance(x, np.generic | np.ndarray) and x.shape == ()
-        return cast(x) if is_scalar else check_number(where, name, x)
-
-    beta1, beta2, step, eps, pull, decay = scalars("update", c, scalar)
+    beta1, beta2, step, eps, pull, decay = scalars("update", c, _scalar_of(xp, dtype))
     if anchor is None and not is_zero(pull):
         raise RecAdamError(
             f"update: pull is {pull!r} but there is no anchor; use coefficients(..., anchored=False)"
@@ -190,6 +185,66 @@ def update(
         truediv,
     )
     return delta, Moments(_astype(xp, m, state.m.dtype), _astype(xp, v, state.v.dtype))
+
+
+def pull(theta: Array, anchor: Array, recall: Any, importance: Array | None = None) -> Array:
+    r"""The pull alone, of a parameter that any optimizer has stepped: what to add to it.
+
+    Math:
+        $\delta = r\,(\theta^* - \theta)$ with $r = p/(1+p)$, the $p$ = `recall`;
+
+    to the least of $\frac12\|\theta' - \theta\|^2 + \frac p2\|\theta' - \theta^*\|^2$, so stable at any
+    $p$. With an importance $f$ it is $f\,(r(\theta^* - \theta))$. It is the pull of `update`, in its order
+    of operations, without a gradient: an implementation that does the same gets the same bits.
+
+    Args:
+        theta: parameter, any shape, real floating dtype.
+        anchor: pretrained value $\theta^*$, theta's shape.
+        recall: weight $p$ of the penalty in this step, >= 0: a Python float, or a 0-d array. 0.1 brings a
+            parameter an eleventh of the way home.
+        importance: how much each weight matters to the old task, theta's shape, in [0, 1]; None for 1.
+
+    Returns:
+        delta in the accumulator's dtype (float32 for 16-bit parameters), to be added to theta and
+        rounded once, as `apply` does.
+
+    Raises:
+        RecAdamError: when shapes or libraries differ, one is no real floating array, or recall is on the host
+            and no finite number >= 0.
+
+    Example:
+        >>> import numpy as np
+        >>> theta, anchor = np.array([1.0, 2.0]), np.array([0.0, 2.0])
+        >>> pull(theta, anchor, 1.0)
+        array([-0.5,  0. ])
+
+    Source: arXiv 2004.12651, Algorithm 1, line 12, decoupled from Adam; Parikh and Boyd, Proximal
+    algorithms, 2014, section 1.1.
+    """
+    arrays = {"theta": theta, "anchor": anchor}
+    arrays |= {} if importance is None else {"importance": importance}
+    xp = _check_alike("pull", arrays)
+    dtype = accumulator_dtype(xp, theta.dtype)
+    p = _scalar_of(xp, dtype, low=0.0)("pull", "recall", recall)
+    if is_zero(p):
+        return xp.zeros_like(theta, dtype=dtype)
+    return pull_by(theta, anchor, proximal(p, xp)[1], importance)
+
+
+def pull_by(theta: Array, anchor: Array, share: Any, importance: Array | None = None) -> Array:
+    """`pull` of arrays that are known to fit, by a share of the way home.
+
+    Example:
+        >>> pull_by(np.ones(1), np.zeros(1), 0.25)
+        array([-0.25])
+    """
+    xp, _ = kind_of(theta)
+    dtype = accumulator_dtype(xp, theta.dtype)
+    old, star, weight = (None if x is None else _astype(xp, x, dtype) for x in (theta, anchor, importance))
+    factor = _astype(xp, share, dtype) if hasattr(share, "dtype") else share
+    unread = (None,) * 6  # the moments' numbers
+    delta, _, _ = formula(old, None, None, None, star, weight, *unread, factor, None, None, None)
+    return delta
 
 
 def apply(theta: Array, delta: Array) -> Array:
@@ -230,6 +285,29 @@ def scalars(where: str, c: Any, scalar: Callable[[str, str, Any], Any] = check_n
     if not isinstance(c, Coefficients):
         raise RecAdamError(f"{where}: c is {shown(c)}; give Coefficients")
     return Coefficients(*(scalar(where, name, x) for name, x in zip(Coefficients._fields, c, strict=True)))
+
+
+def _check_alike(where: str, arrays: dict[str, Any]) -> Any:
+    """The namespace of arrays by what they are, all of theta's shape."""
+    xp = check_arrays((f"{where}: {what}", x) for what, x in arrays.items())
+    shape = arrays["theta"].shape
+    for what, array in arrays.items():
+        if array.shape != shape:
+            raise RecAdamError(f"{where}: {what} has shape {array.shape}, theta {shape}; give equal shapes")
+    return xp
+
+
+def _scalar_of(xp: Any, dtype: Any, **bounds: Any) -> Callable[[str, str, Any], Any]:
+    """Makes a number of place, name and value: a library's own scalar may be traced, and stays one.
+
+    NumPy's never is, and rounding it would change 1 - beta.
+    """
+
+    def scalar(where: str, name: str, x: Any) -> Any:
+        is_scalar = kind_of(x)[0] is xp and not isinstance(x, np.generic | np.ndarray) and x.shape == ()
+        return _astype(xp, x, dtype) if is_scalar else check_number(where, name, x, **bounds)
+
+    return scalar
 
 
 def _astype(xp: Any, x: Array, dtype: Any) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -71,6 +71,8 @@ class Variant:
         traced: whether its coefficients are computed in the parameters' precision, on the device.
         coefficients: a function of (t, hp, anchored, dtype) that gives those of an array of steps in NumPy,
             for the claim on them; None where there is nothing to claim.
+        pull: takes the pull alone: a function of (params, anchors, recall, importances), lists of arrays and
+            a number, that gives the new parameters, for the claim on it; None where nothing is claimed.
         rounds_update: whether the update is rounded to the parameter's dtype before it is added.
         misses: claims of the conformance kit that it is known to miss, and why; of a kind ("exact") or one
             alone ("exact float32"). A claim that is
@@ -90,6 +92,7 @@ class Variant:
     make: Callable[..., Stepper] | None = None
     traced: bool = False
     coefficients: Callable[[Any, Hyperparameters, bool, str], Coefficients] | None = None
+    pull: Callable[..., Sequence[Array]] | None = None
     rounds_update: bool = False
     misses: Mapping[str, str] = field(default_factory=dict)
 

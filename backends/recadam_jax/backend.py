@@ -13,7 +13,9 @@ import optax
 
 from recadam_core import Capabilities, Coefficients, Hyperparameters, Moments, RecAdamError, coefficients
 from recadam_core.backends import Specification
+from recadam_core.coefficients import pull_alone
 from recadam_core.optimizer import functional_over
+from recadam_core.update import apply, pull_by
 from recadam_core.variants import Exact, Variant
 
 from .coefficients import host_coefficients
@@ -29,6 +31,12 @@ def _step(arrays: Any, scalars: Any, beta1: float, beta2: float, decays: bool) -
     params, grads, moments, anchors, weights = arrays
     c = Coefficients(beta1, beta2, step, eps, 0.0 if anchors is None else pull, decay if decays else 0.0)
     return Specification(jnp).step(params, grads, moments, anchors, c, weights)
+
+
+@jax.jit
+def _pulled(params: Any, anchors: Any, weights: Any, share: Any) -> Any:
+    weights = [None] * len(params) if weights is None else weights
+    return [apply(x, pull_by(x, star, share, w)) for x, star, w in zip(params, anchors, weights, strict=True)]
 
 
 # LLVM fuses a multiplication and an addition into one rounding wherever the processor can, and only
@@ -119,6 +127,7 @@ class JaxBackend(Specification):
                 "recadam_core.RecAdam",
                 FLAGGED,
                 make=functional_over(lambda exact: JaxBackend(exact=exact)),
+                pull=lambda *given: JaxBackend().pull(*given),
                 misses=FLUSHED,
             ),
             Variant(
@@ -126,6 +135,7 @@ class JaxBackend(Specification):
                 "RecAdam(hp, JaxBackend(jit=False))",
                 Exact(price="one dispatch an operation"),
                 make=functional_over(lambda exact: JaxBackend(jit=False)),
+                pull=lambda *given: JaxBackend(jit=False).pull(*given),
                 misses=FLUSHED,
             ),
             Variant(
@@ -174,6 +184,14 @@ class JaxBackend(Specification):
         stepped: tuple[list[jax.Array], list[Moments]]
         stepped = _step(arrays, tuple(c[2:]), c.beta1, c.beta2, c.decay != 0)
         return stepped
+
+    def pull(self, params: Any, anchors: Any, recall: float, importances: Any = None) -> list[jax.Array]:
+        """`recadam_core.pull` and `apply`, compiled."""
+        if not self._jit:
+            return super().pull(params, anchors, recall, importances)
+        lists = (xs if xs is None else list(xs) for xs in (params, anchors, importances))
+        pulled: list[jax.Array] = _pulled(*lists, pull_alone(recall).pull)
+        return pulled
 
     def from_numpy(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> jax.Array:
         """A copy on the default device; refuses float64 while JAX would silently make it float32."""

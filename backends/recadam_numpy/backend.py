@@ -9,8 +9,8 @@ import numpy as np
 
 from recadam_core import Capabilities, Coefficients, Moments, RecAdamError
 from recadam_core.arrays import check_arrays
-from recadam_core.backends import Shared, Specification
-from recadam_core.coefficients import coefficients_of
+from recadam_core.backends import Shared, Specification, pulled
+from recadam_core.coefficients import coefficients_of, pull_alone
 from recadam_core.errors import check_flag
 from recadam_core.optimizer import functional_over
 from recadam_core.update import scalars
@@ -40,11 +40,12 @@ class NumpyBackend(Specification):
     capabilities = Capabilities(
         dtypes=("float16", "float32", "float64"),
         variants=(
-            Variant("functional", "recadam_core.RecAdam"),
+            Variant("functional", "recadam_core.RecAdam", pull=pulled),
             Variant(
                 "specification",
                 "recadam_core.update",
                 make=functional_over(lambda exact: Specification(np)),
+                pull=pulled,
                 coefficients=coefficients_of,
             ),
             Variant(
@@ -52,6 +53,7 @@ class NumpyBackend(Specification):
                 "RecAdam(hp, NumpyBackend(fused=True))",
                 needs=("numba",),
                 make=functional_over(lambda exact: NumpyBackend(fused=True)),
+                pull=lambda *given: NumpyBackend(fused=True).pull(*given),
             ),
         ),
     )
@@ -85,6 +87,41 @@ class NumpyBackend(Specification):
         """One step, in new memory unless `in_place`; 16-bit parameters are summed in float32."""
         names = range(len(params))
         return self.step_groups([Shared(names, params, grads, moments, anchors, c, importances)])[0]
+
+    def pull(
+        self,
+        params: Sequence[Array],
+        anchors: Sequence[Array],
+        recall: float,
+        importances: Sequence[Array] | None = None,
+    ) -> list[Array]:
+        """The pull alone, in new memory unless `in_place`."""
+        if self._one_pass is None:
+            return super().pull(params, anchors, recall, importances)
+        c, weighs = pull_alone(recall), importances is not None
+        weights = [None] * len(params) if importances is None else importances
+        by_dtype: dict[Any, list[list[Any]]] = {}
+        new = []
+        for i, (old, star, weight) in enumerate(zip(params, anchors, weights, strict=True)):
+            optional = (*WHAT[1:4], *(() if weighs else WHAT[5:]))
+            self._check(f"{i}", (old, None, None, None, star, weight), optional)
+            dtype = np.result_type(old, np.float32)
+            copy = None if self._in_place else True
+            new.append(np.array(old, dtype=dtype, copy=copy, order="C"))
+            read = (None if x is None else np.asarray(x, dtype=dtype) for x in (star, weight))
+            columns = by_dtype.setdefault(dtype, [[], [], [], []])
+            for column, x in zip(columns, (i, new[-1], *read), strict=True):
+                column.append(x)
+        laid = [
+            self._one_pass.table_of(thetas, None, None, None, stars, some if weighs else None)
+            for _, thetas, stars, some in by_dtype.values()
+        ]
+        if self._in_place and laid:
+            names = [i for indices, *_ in by_dtype.values() for i in indices]
+            self._one_pass.check_apart([table for table, _ in laid], names, "NumpyBackend")
+        for table, _ in laid:
+            table.run(c, pulls=True, weighs=weighs)
+        return [_as_was(*pair) for pair in zip(params, new, strict=True)]
 
     def step_groups(self, groups: Sequence[Shared]) -> list[tuple[list[Array], list[Moments]]]:
         """One step of several groups: all are checked, and copied where they must be, before one changes."""
@@ -162,7 +199,7 @@ class NumpyBackend(Specification):
                     f"NumpyBackend: {what} of {name!r} has shape {x.shape}, theta {shape}; give equal shapes"
                 )
         for what, x in zip(WHAT, arrays[:3], strict=False) if self._in_place else ():
-            if not x.flags.writeable:
+            if x is not None and not x.flags.writeable:
                 raise RecAdamError(
                     f"NumpyBackend: {what} of {name!r} is read-only; give a copy, or leave in_place out"
                 )

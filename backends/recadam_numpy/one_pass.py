@@ -46,6 +46,7 @@ Team = Callable[[int, int, int], None]
 """Calls the C function at an address with a pointer, in so many threads at once, and waits for them."""
 
 COLUMNS = ("theta", "grad", "m", "v", "anchor", "importance")
+WRITTEN = ("theta", "m", "v")
 
 
 class Table:
@@ -54,7 +55,8 @@ class Table:
     Args:
         sizes: elements of each parameter, of shape (n,).
         dtypes: names in `CODES`, of theta, grad, m, v, anchor and importance. The step is computed in that of
-            m and v, "float32" or "float64"; theta's is the same, or has 16 bits.
+            m and v, "float32" or "float64"; theta's is the same, or has 16 bits. None of grad, m and v for
+            the pull alone, which is computed in theta's dtype, in float32 for one of 16 bits.
         workers: threads to use at most.
 
     Example:
@@ -66,9 +68,11 @@ class Table:
         array([-0.581, -0.581])
     """
 
-    def __init__(self, sizes: Sequence[int], dtypes: Sequence[str], workers: int = 1) -> None:
-        if dtypes[2] != dtypes[3] or dtypes[2] not in ("float32", "float64"):
-            raise RecAdamError(f"Table: moments are {dtypes[2]} and {dtypes[3]}; give both in 32 or 64 bits")
+    def __init__(self, sizes: Sequence[int], dtypes: Sequence[str | None], workers: int = 1) -> None:
+        theta, grad, m, v, *_ = dtypes
+        wide = m if grad else "float64" if theta == "float64" else "float32"
+        if wide not in ("float32", "float64") or (grad and m != v):
+            raise RecAdamError(f"Table: moments are {m} and {v}; give both in 32 or 64 bits")
         ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
         self.addresses = np.zeros((len(COLUMNS), len(ends)), dtype=np.int64)
         """Of the first element of each array, by column and parameter: to be filled in before `run`."""
@@ -84,8 +88,8 @@ class Table:
         first = np.concatenate([[0], ends[:-1]])[owner]
         self._pieces = np.array([owner, starts - first, stops - starts], dtype=np.int64)
         self._shares = np.searchsorted(starts, np.concatenate([[0], cuts, [total]])).astype(np.int64)
-        self._scalars = np.zeros(8, dtype=CODES[dtypes[2]])
-        self._entry = _compiled(*dtypes)
+        self._scalars = np.zeros(8, dtype=wide)
+        self._entry = _compiled(wide, *dtypes)
         tables = (self.addresses, self._pieces, self._shares, self._scalars)
         places = [x.__array_interface__["data"][0] for x in tables]
         words = [0, len(ends), len(starts), 0, 0, *places, len(self._shares) - 1]
@@ -93,7 +97,7 @@ class Table:
 
     def bytes(self) -> Array:
         """The size of each array, as `addresses` has them."""
-        itemsizes = [CODES[name].itemsize for name in self._dtypes]
+        itemsizes = [CODES[name].itemsize if name else 0 for name in self._dtypes]
         return np.multiply.outer(itemsizes, np.asarray(self._sizes, dtype=np.int64))
 
     def run(self, c: Coefficients, pulls: bool, team: Team | None = None, weighs: bool = False) -> None:
@@ -148,9 +152,9 @@ def _pool() -> ThreadPoolExecutor:
 
 def one_pass(
     thetas: Sequence[Array],
-    grads: Sequence[Array],
-    ms: Sequence[Array],
-    vs: Sequence[Array],
+    grads: Sequence[Array] | None,
+    ms: Sequence[Array] | None,
+    vs: Sequence[Array] | None,
     anchors: Sequence[Array] | None,
     c: Coefficients,
     importances: Sequence[Array] | None = None,
@@ -159,7 +163,8 @@ def one_pass(
 
     Args:
         thetas: parameters of one dtype, float32 or float64, in C order as both moments; overwritten.
-        grads: gradients, of the parameters' shapes and dtype, as all the lists.
+        grads: gradients, of the parameters' shapes and dtype, as all the lists; None for the pull alone, as
+            moments are then.
         ms: first moments; overwritten.
         vs: second moments; overwritten.
         anchors: pretrained values; None where `c.pull` is 0.
@@ -189,23 +194,24 @@ def one_pass(
 
 def table_of(
     thetas: Sequence[Array],
-    grads: Sequence[Array],
-    ms: Sequence[Array],
-    vs: Sequence[Array],
+    grads: Sequence[Array] | None,
+    ms: Sequence[Array] | None,
+    vs: Sequence[Array] | None,
     anchors: Sequence[Array] | None,
     importances: Sequence[Array] | None = None,
 ) -> tuple[Table, list[Any]]:
     """The table of a step, checked; arguments and what is raised as in `one_pass`."""
-    lengths = {len(xs) for xs in (thetas, grads, ms, vs, anchors, importances) if xs is not None}
+    given: list[Sequence[Array] | None] = [thetas, grads, ms, vs, anchors, importances]
+    lengths = {len(xs) for xs in given if xs is not None}
     if len(lengths) > 1:
         raise RecAdamError(f"one_pass: lists of {sorted(lengths)} arrays; give as many of each")
     # What follows goes by addresses alone.
     dtype: Any = getattr(thetas[0], "dtype", None)
     for i, theta in enumerate(thetas):
-        every = [("theta", theta), ("grad", grads[i]), ("m", ms[i]), ("v", vs[i])]
-        for what, xs in (("anchor", anchors), ("importance", importances)):
-            every += [] if xs is None else [(what, xs[i])]
-        for what, x in every:
+        for what, xs in zip(COLUMNS, given, strict=True):
+            if xs is None:
+                continue
+            x = xs[i]
             if type(x) is not np.ndarray:
                 check_arrays([(f"one_pass: {what} {i}", x)], np)
             if x.shape != theta.shape or x.dtype != dtype:
@@ -213,7 +219,7 @@ def table_of(
                     f"one_pass: {what} {i} is {x.dtype} of shape {x.shape}, theta {dtype} of "
                     f"{theta.shape}; give equal ones"
                 )
-            if what in ("theta", "m", "v"):
+            if what in WRITTEN:
                 flags = x.flags
                 if not (flags.writeable and flags.c_contiguous and dtype.isnative):
                     raise RecAdamError(
@@ -221,13 +227,13 @@ def table_of(
                         "copy"
                     )
     # In another layout these may be copied: they are only read.
-    grads = [np.ascontiguousarray(x) for x in grads]
-    stars, weights = (
-        grads if xs is None else [np.ascontiguousarray(x) for x in xs] for xs in (anchors, importances)
-    )
-    table = Table([x.size for x in thetas], [dtype.name] * len(COLUMNS), threads())
-    columns = [thetas, grads, ms, vs, stars, weights]
-    table.addresses[:] = [[x.__array_interface__["data"][0] for x in xs] for xs in columns]
+    columns = [
+        xs if xs is None or what in WRITTEN else [np.ascontiguousarray(x) for x in xs]
+        for what, xs in zip(COLUMNS, given, strict=True)
+    ]
+    table = Table([x.size for x in thetas], [None if xs is None else dtype.name for xs in columns], threads())
+    for row, xs in zip(table.addresses, columns, strict=True):
+        row[:] = 0 if xs is None else [x.__array_interface__["data"][0] for x in xs]
     return table, columns
 
 
@@ -324,6 +330,19 @@ def _loop(theta: Any, grad: Any, m: Any, v: Any, anchor: Any, importance: Any, x
         theta[i] = _rounded(old + delta, theta[i])
 
 
+@numba.njit(error_model="numpy", nogil=True)
+def _pull_loop(theta: Any, anchor: Any, importance: Any, share: Any) -> None:
+    """The formula without a gradient, element by element."""
+    unread = (None, None, None, None, None, None)
+    for i in range(theta.size):
+        old = _widened(theta[i])
+        weight = None if importance is None else _widened(importance[i])
+        delta, _, _ = _formula(
+            old, None, None, None, _widened(anchor[i]), weight, *unread, share, None, None, None
+        )
+        theta[i] = _rounded(old + delta, theta[i])
+
+
 @intrinsic
 def _ticket(typing: Any, counter: Any) -> Any:
     """Count one up, among threads, and give what was there."""
@@ -336,10 +355,13 @@ def _ticket(typing: Any, counter: Any) -> Any:
 
 
 @cache
-def _compiled(*dtypes: str) -> Any:
+def _compiled(wide: str, *dtypes: str | None) -> Any:
     """A C function of a pointer to a table's words: steps shares that nobody has taken, while there are."""
-    like_theta, like_grad, like_m, like_v, like_anchor, like_importance = (CODES[name] for name in dtypes)
-    sizes = tuple(CODES[name].itemsize for name in dtypes)
+    # What is not given is not read: its code is none, or that of a term which there is not.
+    like_x, like_theta, *likes = (CODES[name or "float32"] for name in (wide, *dtypes))
+    like_grad, like_m, like_v, like_anchor, like_importance = likes
+    sizes = (like_theta.itemsize, *(like.itemsize for like in likes))
+    steps = dtypes[1] is not None
     # What is kept on disk is looked up by this file and by what `entry` refers to: by the formula's text, so.
     text = crc32(formula.__code__.co_code + repr(formula.__code__.co_consts).encode())
 
@@ -349,7 +371,7 @@ def _compiled(*dtypes: str) -> Any:
         addresses = numba.carray(_pointer(words[5]), (6, params), np.int64)
         pieces = numba.carray(_pointer(words[6]), (3, count), np.int64)
         shares = numba.carray(_pointer(words[7]), (words[9] + 1,), np.int64)
-        x = numba.carray(_pointer(words[8]), (8,), like_m)
+        x = numba.carray(_pointer(words[8]), (8,), like_x)
         scalars = (x[0], x[1], x[2], x[3], x[4], x[5], x[6])
         share = _ticket(at) + 0 * text
         while share < words[9]:  # there may be fewer threads than were asked for
@@ -361,7 +383,12 @@ def _compiled(*dtypes: str) -> Any:
                 v = numba.carray(_pointer(addresses[3, p] + start * sizes[3]), (size,), like_v)
                 star = numba.carray(_pointer(addresses[4, p] + start * sizes[4]), (size,), like_anchor)
                 weight = numba.carray(_pointer(addresses[5, p] + start * sizes[5]), (size,), like_importance)
-                if terms == 2:
+                if not steps:
+                    if terms == 2:
+                        _pull_loop(theta, star, weight, x[6])
+                    else:
+                        _pull_loop(theta, star, None, x[6])
+                elif terms == 2:
                     if decays:
                         _loop(theta, grad, m, v, star, weight, scalars, x[7])
                     else:

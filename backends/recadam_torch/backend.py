@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from recadam_core import Capabilities, Coefficients, Hyperparameters, Moments
+from recadam_core.coefficients import pull_alone
 from recadam_core.optimizer import functional_over
 from recadam_core.variants import Exact, Stepper, Variant
 
-from .kernels import kernel_
+from .kernels import fused_kernel, kernel_
 from .optimizer import RecAdam
 
 __all__ = ["TorchBackend", "backend"]
@@ -34,10 +35,26 @@ def _stepping(**way: Any) -> Callable[..., Stepper]:
     return make
 
 
-def _way(name: str, exact: Exact, **way: Any) -> Variant:
+def _pulling(kernel: Callable[[], Callable[..., None]], together: bool = True) -> Callable[..., list[Tensor]]:
+    """Takes the pull alone by a kernel, in place."""
+
+    @torch.no_grad()
+    def pull(
+        params: list[Tensor], anchors: list[Tensor], recall: float, importances: list[Tensor] | None = None
+    ) -> list[Tensor]:
+        c, run = pull_alone(recall), kernel()
+        count = len(params)
+        for part in [slice(0, count)] if together else [slice(i, i + 1) for i in range(count)]:
+            run(params[part], None, None, None, anchors[part], c, importances and importances[part])
+        return params
+
+    return pull
+
+
+def _way(name: str, exact: Exact, pull: Any = None, **way: Any) -> Variant:
     """A variant by one flag of the optimizer's."""
     ((flag, value),) = way.items()
-    return Variant(name, f"RecAdam(..., {flag}={value})", exact, make=_stepping(**way))
+    return Variant(name, f"RecAdam(..., {flag}={value})", exact, make=_stepping(**way), pull=pull)
 
 
 class TorchBackend:
@@ -62,17 +79,25 @@ class TorchBackend:
                 "recadam_core.RecAdam",
                 Exact("TorchBackend(exact=True)", BY_NUMPY.price),
                 make=functional_over(lambda exact: TorchBackend(exact)),
+                pull=lambda *given: TorchBackend().pull(*given),
             ),
-            _way("single", BY_NUMPY, foreach=False),
-            _way("foreach", BY_NUMPY, foreach=True),
+            _way("single", BY_NUMPY, _pulling(lambda: kernel_, together=False), foreach=False),
+            _way("foreach", BY_NUMPY, _pulling(lambda: kernel_), foreach=True),
             # Coefficients come from the device's exp, square roots from torch.
             _way("capturable", Exact("never", ""), capturable=True),
-            Variant("fused", 'RecAdam(..., fused="numba")', needs=("numba",), make=_stepping(fused="numba")),
+            Variant(
+                "fused",
+                'RecAdam(..., fused="numba")',
+                needs=("numba",),
+                make=_stepping(fused="numba"),
+                pull=_pulling(lambda: fused_kernel("numba")),
+            ),
             Variant(
                 "compiled",
                 'RecAdam(..., fused="compiled")',
                 programs=(("g++", "clang++"),),
                 make=_stepping(fused="compiled"),
+                pull=_pulling(lambda: fused_kernel("compiled")),
             ),
             Variant(
                 "triton",
@@ -80,6 +105,7 @@ class TorchBackend:
                 needs=("triton",),
                 environment={"TRITON_INTERPRET": "1"},
                 make=_stepping(fused="triton"),
+                pull=_pulling(lambda: fused_kernel("triton")),
             ),
         ),
     )
@@ -108,6 +134,17 @@ class TorchBackend:
         stars, weights = (None if xs is None else list(xs) for xs in (anchors, importances))
         kernel_(thetas, list(grads), ms, vs, stars, c, weights, self._exact)
         return thetas, [Moments(m, v) for m, v in zip(ms, vs, strict=True)]
+
+    def pull(
+        self,
+        params: Sequence[Tensor],
+        anchors: Sequence[Tensor],
+        recall: float,
+        importances: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """The pull alone in new memory, outside of any gradient tape."""
+        stars, weights = (xs if xs is None else list(xs) for xs in (anchors, importances))
+        return _pulling(lambda: kernel_)([self.copy(x) for x in params], stars, recall, weights)
 
     def from_numpy(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> Tensor:
         """A copy on the CPU."""

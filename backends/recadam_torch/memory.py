@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recadam_core import RecAdamError
 
-__all__ = ["is_writable", "regular", "reshaped"]
+__all__ = ["is_writable", "regular", "reshaped", "wide_dtype"]
 
 _dtype, _device, _shape = map(attrgetter, ("dtype", "device", "shape"))
 
@@ -40,6 +40,11 @@ def regular(
     if all(map(Tensor.is_contiguous, tensors)):
         return tensors
     return [x.detach().contiguous() for x in tensors]
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a tensor without moments is stepped: its own, at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def is_writable(x: Tensor) -> bool:

@@ -21,6 +21,7 @@ __all__ = [
     "DENORMALS",
     "EXACT",
     "FAST",
+    "PULLS",
     "SETTINGS",
     "WEIGHED",
     "Case",
@@ -303,6 +304,18 @@ WEIGHED: dict[str, tuple[Case, ...]] = {
     for dtype, count in {"float32": 4, "float64": 4, "bfloat16": 1, "float16": 1}.items()
 }
 """Cases of the claim "the same bits, where pulls are weighed", by dtype; the first is one of "step", too."""
+
+PULLS: dict[str, tuple[str, float]] = {
+    "none": ("few", 0.0),
+    "light": ("few", 1e-6),
+    "usual": ("mixed", 0.1),
+    "even": ("few", 1.0),
+    "strong": ("mixed", 300.0),
+    "boundless": ("few", 1e300),
+    "wide": ("wide", 0.1),
+    "weighed": ("weighed", 0.1),
+}
+"""Cases of the claim "the same bits, of the pull alone": a key of `ARRAYS`, and the weight of the pull."""
 
 FAST: dict[str, tuple[Case, ...]] = {dtype: tuple(_fast(dtype)) for dtype in (*BOTH, "bfloat16", "float16")}
 """Cases of the claims "every step within its bound" and "the same way", by dtype."""

@@ -13,7 +13,7 @@ from typing import Any
 from ..backends import Backend
 from ..errors import RecAdamError, unknown
 from ..variants import Variant
-from .cases import ANNEALINGS, BOTH, DENORMALS, EXACT, FAST, WEIGHED
+from .cases import ANNEALINGS, BOTH, DENORMALS, EXACT, FAST, PULLS, WEIGHED
 from .manners import MANNERS
 from .measures import MEASURES, Measured
 from .oracle import DIGITS
@@ -38,10 +38,11 @@ class Claim:
     """What is claimed of a variant, and the cases that show it.
 
     Args:
-        kind: "exact", "denormals", "weighed", "step", "trajectory", "golden", "coefficients" or "manners".
+        kind: "exact", "denormals", "weighed", "pull", "step", "trajectory", "golden", "coefficients" or
+            "manners".
         level: one of `LEVELS`.
         dtype: the weights' dtype.
-        cases: names of cases, of annealings or of manners, or paths of golden files.
+        cases: names of cases, of pulls, of annealings or of manners, or paths of golden files.
 
     Example:
         >>> Claim("exact", "exact", "float32", ()).name
@@ -69,8 +70,8 @@ class Result:
         level: one of `LEVELS`.
         claim: kind and dtype.
         cases: number of cases.
-        worst: what was measured: for "exact", "denormals" and "weighed" the number of values whose bits
-            differ; for "step" and "coefficients" the largest error as a share of its derived bound; for
+        worst: what was measured: for "exact", "denormals", "weighed" and "pull" the number of values whose
+            bits differ; for "step" and "coefficients" the largest error as a share of its derived bound; for
             "manners" 0; else the largest distance as a share of the way. Infinite where something was raised.
         bound: what it may be at most.
         ulps: largest and mean error in ulps of the largest operand, where that was measured.
@@ -133,7 +134,7 @@ def claims(backend: Backend, variant: Variant, level: str, golden: Path | None =
         >>> numpy = get_backend("numpy")
         >>> [claim.name for claim in claims(numpy, numpy.capabilities.variants[0], "exact")]
         ['exact float32', 'denormals float32', 'weighed float32', 'exact float64', 'denormals float64',
-        'weighed float64']
+        'weighed float64', 'pull float64', 'pull float32', 'pull float16']
     """
     if level not in LEVELS:
         raise unknown("level", level, LEVELS)
@@ -161,6 +162,8 @@ def _claims(
                 # What is never exact promises no bits; that it misses them may be shown all the same.
                 if variant.exact.promised or {kind, claim.name} & set(variant.misses):
                     made.append(claim)
+        if variant.pull is not None:
+            made += [Claim("pull", level, dtype, tuple(PULLS)) for dtype in FAST]
     else:
         for dtype, fast in FAST.items():
             names = tuple(case.name for case in (*fast, WEIGHED[dtype][0]))
@@ -243,6 +246,6 @@ def check(backend: Backend, variant: Variant, claim: Claim) -> Result:
 
 
 def _bound(claim: Claim) -> float:
-    if claim.kind in ("exact", "denormals", "weighed", "manners"):
+    if claim.kind in ("exact", "denormals", "weighed", "pull", "manners"):
         return 0.0
     return BOUNDS.get(claim.name, 1.0)

@@ -12,11 +12,22 @@ import numpy as np
 from ..backends import Backend
 from ..coefficients import Coefficients, coefficients
 from ..hyperparameters import FORMS, Hyperparameters
+from ..update import apply, pull
 from ..variants import Variant
 from . import oracle
-from .cases import ANNEALINGS, Case
+from .cases import ANNEALINGS, PULLS, Case
 from .manners import MANNERS
-from .replay import Frame, Recording, load_recording, replay, trajectories, trajectory_deviation, walk
+from .replay import (
+    Frame,
+    Recording,
+    load_recording,
+    place,
+    replay,
+    to_bfloat16,
+    trajectories,
+    trajectory_deviation,
+    walk,
+)
 
 __all__ = ["MEASURES", "Measured"]
 
@@ -75,6 +86,40 @@ def _bits(backend: Backend, variant: Variant, dtype: str, case: str) -> Measured
                 if count and not where:
                     where = f", {name}{what}, step {one.t}"
                 differing += count
+    return Measured(float(differing), where)
+
+
+@np.errstate(all="ignore")
+def _pull(backend: Backend, variant: Variant, dtype: str, case: str) -> Measured:
+    """How many values of three pulls, one after the other, differ from the specification's in any bit."""
+    arrays, recall = PULLS[case]
+    (group,) = Case(arrays=arrays, dtype=dtype, steps=1).recording().groups
+    names = list(group.anchors)
+    weights = [group.importance[name] for name in names] if group.importance else None
+    taken: Any = variant.pull
+    differing, where = 0, ""
+    with backend.precision(dtype):
+        layouts = [group.layouts[name] for name in names]
+        params = [
+            place(backend, group.theta0[n], dtype, at) for n, (at, *_) in zip(names, layouts, strict=True)
+        ]
+        stars = [
+            place(backend, group.anchors[n], dtype, at) for n, (*_, at) in zip(names, layouts, strict=True)
+        ]
+        ours = weights and [place(backend, x, dtype, "") for x in weights]
+        expected = [group.theta0[name] for name in names]
+        for t in (1, 2, 3):
+            params = taken(params, stars, recall, ours)
+            for i, name in enumerate(names):
+                delta = pull(expected[i], group.anchors[name], recall, weights and weights[i])
+                expected[i] = apply(expected[i], delta)
+                if dtype == "bfloat16":  # which NumPy has as float32
+                    expected[i] = to_bfloat16(expected[i])
+                pairs = [("", params[i], expected[i]), (" (anchor)", stars[i], group.anchors[name])]
+                for what, x, want in pairs:
+                    count = _differing(backend.to_numpy(x), want)
+                    where = where or f", {name}{what}, step {t}" if count else where
+                    differing += count
     return Measured(float(differing), where)
 
 
@@ -252,6 +297,7 @@ MEASURES: dict[str, Callable[[Backend, Variant, str, str], Measured]] = {
     "exact": _bits,
     "denormals": _bits,
     "weighed": _bits,
+    "pull": _pull,
     "step": _step,
     "trajectory": _trajectory,
     "golden": _trajectory,

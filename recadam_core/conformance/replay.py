@@ -203,23 +203,25 @@ def walk(
     with backend.precision(recording.dtype), np.errstate(all="ignore"):
         for index, group in enumerate(recording.groups):
 
-            def place(arrays: Mapping[str, NumpyArray], role: int, group: Group = group) -> dict[str, Any]:
+            def placed_as(
+                role: int, arrays: Mapping[str, NumpyArray], group: Group = group
+            ) -> dict[str, Any]:
                 return {
-                    name: _place(backend, x, recording.dtype, group.layouts.get(name, ("", "", ""))[role])
+                    name: place(backend, x, recording.dtype, group.layouts.get(name, ("", "", ""))[role])
                     for name, x in arrays.items()
                 }
 
-            params, anchors = place(group.theta0, 0), place(group.anchors, 2)
+            params, anchors = placed_as(0, group.theta0), placed_as(2, group.anchors)
             if not all(map(backend.owns, params.values())):
                 raise RecAdamError(f"backend {backend.name!r} does not own what it made itself; mend owns")
-            importance = place(group.importance, 2) if group.importance else None
+            importance = placed_as(2, group.importance) if group.importance else None
             stepper = stepper_of(backend, chosen, params, anchors, group.hp, exact, importance)
             kinds = {name: (x.dtype, tuple(x.shape)) for name, x in params.items()}
             for t in range(len(recording.lr) + 1):
                 lr = float(recording.lr[t - 1]) if t else 0.0
                 grads = {n: g[t - 1] for n, g in group.grads.items()} if t else {}
                 if t:
-                    placed, old = place(grads, 1), params
+                    placed, old = placed_as(1, grads), params
                     untouched = [("gradient", placed)] if t <= 2 else []
                     if untouched and isinstance(stepper, Functional):
                         untouched.append(("parameter", old))
@@ -266,7 +268,7 @@ def _check_moments(backend: Backend, name: str, dtype: str, state: Moments) -> N
             raise RecAdamError(f"{letter} of {name!r} is {told}; keep the moments of {dtype} in {wanted}")
 
 
-def _place(backend: Backend, x: NumpyArray, dtype: str, layout: str) -> Any:
+def place(backend: Backend, x: NumpyArray, dtype: str, layout: str) -> Any:
     """The array in a backend's library, laid out in memory as asked."""
     if layout == "transposed":
         return backend.from_numpy(np.ascontiguousarray(x.T), dtype).T

@@ -65,7 +65,8 @@ def plan(
         variants: names of variants; empty for all.
         levels: some of `LEVELS`.
         kinds: kinds of claim; empty for all.
-        cases: names of cases, of annealings, of manners or of golden files; empty for those of each claim.
+        cases: names of cases, of pulls, of annealings, of manners or of golden files; empty for those of each
+            claim.
         golden: a folder of golden trajectories to replay too; None for none.
 
     Returns:
@@ -124,7 +125,7 @@ def _chosen(claim: Claim, cases: Sequence[str]) -> Iterator[str]:
     for case in cases:
         if claim.kind == "golden":
             yield from (path for path in claim.cases if Path(path).name == case)
-        elif claim.kind in ("coefficients", "manners"):
+        elif claim.kind in ("coefficients", "manners", "pull"):
             yield from (name for name in claim.cases if name == case)
         elif "/" in case:
             parsed = Case.named(case)

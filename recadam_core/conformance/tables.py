@@ -26,7 +26,7 @@ COLUMNS = {
 """Columns of a table of results, and whether they hold numbers."""
 
 LEGEND = """\
-worst, of exact, denormals and weighed: how many values differ in any bit from the specification's
+worst, of exact, denormals, weighed and pull: how many values differ in any bit from the specification's
 worst, of step and coefficients: largest error against the oracle, as a share of its derived bound
 worst, of manners: 0, or infinity where one was amiss
 worst, of trajectory and golden: largest distance between trajectories, as a share of the distance travelled

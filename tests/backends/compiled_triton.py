@@ -23,6 +23,7 @@ CASES = {
         {"theta": "fp16", "grad": "fp16", "m": "bf16", "v": "bf16", "anchor": "bf16"},
         {},
     ),
+    "pull": ({}, {"steps": False}),
     "float64": (dict.fromkeys((*LIKE, "scalars"), "fp64"), {}),
 }
 WORDS = {
@@ -41,7 +42,7 @@ def compiled(types, flags):
         "keys_at": "*i64", "scale_at": "*fp32", "found_at": "*fp32", **pointers,
         **dict.fromkeys(("tensors", "programs", "stride"), "i32"),
     }  # fmt: skip
-    known = {**USUAL, "pulls": True, "aligned": True, "chunk": CHUNK, "block": BLOCK, **flags}
+    known = {**USUAL, "steps": True, "pulls": True, "aligned": True, "chunk": CHUNK, "block": BLOCK, **flags}
     names = _kernel.arg_names
     source = ASTSource(
         fn=_kernel,

@@ -130,6 +130,56 @@ def test_arrays_that_one_pass_cannot_walk(column, array, message):
         assert columns[3][0].tolist() == [1.0, 1.0, 1.0]
 
 
+def test_numpy_pulls_in_place_when_it_may():
+    rng = np.random.default_rng(0)
+    dtypes = (np.float32, np.float64, np.float16, np.float32)
+    shapes = ((40, 50), (3,), (7,), (200, 300))
+    made = [[rng.random(s).astype(d) for s, d in zip(shapes, dtypes, strict=True)] for _ in range(3)]
+    params, anchors, importances = made
+    params[0] = np.asfortranarray(params[0])  # which is stepped in a copy
+    placed = NumpyBackend(fused=True, in_place=True)
+    for weights in (None, importances):
+        wanted = [x.copy() for x in params]
+        mine = [x.copy(order="K") for x in params]
+        for _ in range(3):
+            wanted = NumpyBackend().pull(wanted, anchors, 0.1, weights)
+            pulled = placed.pull(mine, anchors, 0.1, weights)
+            for old, x, y in zip(mine, pulled, wanted, strict=True):
+                assert x.dtype == y.dtype
+                np.testing.assert_array_equal(x, y)
+                assert np.shares_memory(old, x) == (old.flags.c_contiguous and old.itemsize >= 4)
+            mine = pulled
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("read-only", "theta of '1' is read-only; give a copy, or leave in_place out"),
+        ("shared", "NumpyBackend: theta of 1 and anchor of 0 share memory; give a copy of one"),
+        ("shape", r"anchor of '1' has shape \(3,\), theta \(4,\); give equal shapes"),
+        ("dtype", "anchor of '1' has dtype int64; give a real floating array"),
+        ("weight", "importance of '1' is None; give an array"),
+        ("number", "pull: recall is -1.0; give a"),
+    ],
+)
+def test_what_cannot_be_pulled_in_place_is_refused_before_anything_is_written(kind, says):
+    params, anchors = [np.ones(4), np.ones(4)], [np.zeros(4), np.zeros(4)]
+    weights = None
+    if kind == "read-only":
+        params[1].flags.writeable = False
+    elif kind == "shared":
+        anchors[0] = params[1]
+    elif kind in ("shape", "dtype"):
+        anchors[1] = np.zeros(3) if kind == "shape" else np.zeros(4, dtype=int)
+    elif kind == "weight":
+        weights = [np.ones(4), None]
+    with pytest.raises(RecAdamError, match=says):
+        NumpyBackend(fused=True, in_place=True).pull(
+            params, anchors, -1.0 if kind == "number" else 0.1, weights
+        )
+    assert [x.tolist() for x in params] == [[1.0] * 4] * 2
+
+
 def test_read_only_arrays_are_not_stepped_in_place():
     raw = np.ones(4, np.float32).tobytes()
     params = {"w": np.frombuffer(raw, np.float32)}

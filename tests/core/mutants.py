@@ -46,6 +46,7 @@ CASES = (
 )
 WEIGHED = "decoupled/sigmoid/plain/weighed/float32/12"
 CURVES = ("sigmoid", "steep", "linear")  # of the claim on coefficients
+PULLS = ("usual", "weighed")
 
 
 def _kernel(group, module, variants, *changes):
@@ -67,6 +68,12 @@ MUTATIONS = [
         ("the gradient is not squared", "(grad * grad)", "grad"),
         ("16-bit sums are rounded twice", "_astype(xp, theta, delta.dtype) + delta,",
          "theta + _astype(xp, delta, theta.dtype),"),
+    ),
+    # Held against itself the specification would agree: NumPy's other way notices.
+    *_kernel(
+        "numpy", "recadam_core.update", "fused",
+        ("the pull alone overshoots", "proximal(p, xp)[1]", "p"),
+        ("the pull alone is not weighed", "star, weight, *unread", "star, None, *unread"),
     ),
     # Policy.
     *_kernel(
@@ -114,7 +121,9 @@ MUTATIONS = [
         ("operations are contracted", '_formula = numba.njit(error_model="numpy"', '_formula = numba.njit(fastmath=True, error_model="numpy"'),
         ("the anchor is the importance, too", "addresses[5, p] + start", "addresses[4, p] + start"),
         ("the decay is missing", "0, pulls + (pulls and weighs), c.decay != 0", "0, pulls + (pulls and weighs), 0"),
-        ("gradients are read as if they were in C order", "[np.ascontiguousarray(x) for x in grads]", "list(grads)"),
+        ("what is read is taken to be in C order", "else [np.ascontiguousarray(x) for x in xs]", "else list(xs)"),
+        ("the pull alone is not weighed", "_pull_loop(theta, star, weight, x[6])", "_pull_loop(theta, star, None, x[6])"),
+        ("the pull alone goes no way", "*unread, share", "*unread, 0.0 * share"),
     ),
     *_kernel(
         "torch", "recadam_torch.kernels.lists", "functional single foreach",
@@ -125,6 +134,7 @@ MUTATIONS = [
         ("the parameters are spent", "Lists(old),", "Lists(old, spent=True),"),
         ("torch's own root in the exact setting", "if exact else list(torch._foreach_sqrt", "if False else list(torch._foreach_sqrt"),
         ("the importance is missing", "if pulls and importances is not None else None", "if False else None"),
+        ("the pull alone stays in 16 bits", "tensors if all(map(is_, wide, tensors)) else wide", "tensors"),
         ("16-bit sums are rounded twice", "torch._foreach_copy_(thetas, list(torch._foreach_add(old, delta.tensors)))",
          "torch._foreach_add_(thetas, _like(delta.tensors, thetas))"),
     ),
@@ -140,13 +150,14 @@ MUTATIONS = [
     *_kernel(
         "torch", "recadam_torch.kernels.compiled", "compiled",
         ("beta2 for beta1 in one place", "betas = beta1, 1 - beta1, beta2", "betas = beta1, 1 - beta2, beta2"),
-        ("the importance is missing", "anchor, importance, *_ = *others, None, None", "anchor, importance, *_ = *others[:1], None, None"),
+        ("the importance is missing", "importances if anchors else None]", "None]"),
+        ("the pull alone stays in 16 bits", "wide_dtype(theta) if m is None", "theta.dtype if m is None"),
         ("the decay is missing", "number(c.decay) if c.decay else None", "None"),
         ("torch's own root for a scalar alone", "star, c, weight, exact=True)", "star, c, weight)"),
     ),
     *_kernel(
         "torch", "recadam_torch.kernels.numba", "fused",
-        ("other layouts are not written back", "if new is not old:", "if False:"),
+        ("other layouts are not written back", "if new is not old and old is not None:", "if False:"),
     ),
     *_kernel(
         "torch", "recadam_torch.plan", "fused",
@@ -158,6 +169,7 @@ MUTATIONS = [
         ("the root of float64 is another", "root = tl.sqrt(x)", "root = tl.sqrt(x + 1e-8)"),
         ("the root is another", "root = tl.sqrt_rn(x)", "root = tl.sqrt_rn(x + 1e-8)"),
         ("the importance is missing", "    if weighs:\n", "    if False:\n"),
+        ("the pull alone takes a step", "steps=grads is not None", "steps=True"),
         ("the decay is missing", "    if decays:\n", "    if False:\n"),
     ),
     *_kernel(
@@ -197,6 +209,8 @@ MUTATIONS = [
         "jax", "recadam_jax.backend", "functional",
         ("the decay is missing", "decay if decays else 0.0)", "0.0)"),
         ("the importance is missing", "anchors, c, weights)", "anchors, c)"),
+        ("the pull alone overshoots", "pull_alone(recall).pull", "recall"),
+        ("the pull alone is not weighed", "pull_by(x, star, share, w)", "pull_by(x, star, share)"),
     ),
 ]  # fmt: skip
 
@@ -230,6 +244,8 @@ def caught_by(backend: str, variants: list[str]) -> str:
     if {"specification", "optax"} & set(variants):
         jobs += plan(served, variants, kinds=("coefficients",), cases=CURVES)
     jobs += plan(served, variants, kinds=("weighed", "step"), cases=[WEIGHED])
+    if any(served.capabilities.variant(name).pull for name in variants):
+        jobs += plan(served, variants, kinds=("pull",), cases=PULLS)
     for job in jobs:
         for name, claim in job.claims:
             variant = served.capabilities.variant(name)

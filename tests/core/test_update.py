@@ -18,6 +18,7 @@ from recadam_core import (
     RecAdamError,
     apply,
     coefficients,
+    pull,
     update,
 )
 from recadam_core.conformance import Case
@@ -80,6 +81,70 @@ def test_a_missing_anchor_does_not_pass_silently():
     c = Coefficients(0.9, 0.999, 0.01, 1e-8, 0.1, 0.0)
     with pytest.raises(RecAdamError, match=r"pull is 0\.1 but there is no anchor"):
         update(np.ones(2), np.ones(2), Moments.zeros_like(np.ones(2)), None, c)
+
+
+@given(theta=vectors, anchor=vectors, recall=st.floats(0, 1e300), weighs=st.booleans())
+def test_the_pull_alone_is_the_steps_pull(theta, anchor, recall, weighs):
+    """To the bit that of a step in which Adam's fraction is nothing."""
+    importance = np.linspace(0.0, 1.0, 5) if weighs else None
+    hp = Hyperparameters(lr=1.0, gamma=recall, form="proximal", annealing=Constant(0.0, 1.0))
+    share = coefficients(1, hp).pull
+    c = Coefficients(0.9, 0.999, 0.0, 1.0, share, 0.0)
+    whole, _ = update(theta, np.zeros(5), Moments.zeros_like(theta), anchor, c, importance)
+    alone = pull(theta, anchor, recall, importance)
+    np.testing.assert_array_equal(alone, whole)
+    assert 0.0 <= share <= 1.0
+    assert share == pytest.approx(recall / (1.0 + recall), rel=1e-15)
+    after = apply(theta, alone)
+    assert np.all(np.abs(anchor - after) <= np.abs(anchor - theta) * (1 + 1e-12))
+
+
+def test_the_pull_alone_goes_to_the_least_of_its_penalty():
+    theta, anchor, p = np.array([1.0, -3.0]), np.array([0.5, 2.0]), 0.3
+
+    def objective(x):
+        return 0.5 * np.sum((x - theta) ** 2) + 0.5 * p * np.sum((x - anchor) ** 2)
+
+    least = theta + pull(theta, anchor, p)
+    for step in itertools.product((-1e-3, 0.0, 1e-3), repeat=2):
+        assert objective(least + np.array(step)) >= objective(least)
+
+
+def test_the_pull_alone_of_half_precision_is_in_float32_and_rounded_once():
+    theta, anchor = np.full(1, 1.0, dtype=np.float16), np.full(1, 1.0 + 2.0**-10, dtype=np.float16)
+    delta = pull(theta, anchor, 1.0)
+    assert (delta.dtype, delta[0]) == (np.float32, 2.0**-11)
+    assert apply(theta, delta)[0] == 1.0  # a tie, to even
+    assert pull(theta, anchor, 0).dtype == np.float32
+
+
+@pytest.mark.parametrize("recall", [-0.1, np.nan, np.inf, "0.1", True, None])
+def test_a_weight_of_the_pull_that_is_none_is_refused(recall):
+    with pytest.raises(RecAdamError, match=r"^pull: recall is .*; give a"):
+        pull(np.ones(2), np.zeros(2), recall)
+
+
+@pytest.mark.parametrize(
+    ("anchor", "importance", "says"),
+    [
+        (None, None, "pull: anchor is None; give an array"),
+        (np.zeros(3), None, r"pull: anchor has shape \(3,\), theta \(2,\); give equal shapes"),
+        (np.zeros(2), np.ones(()), r"pull: importance has shape \(\), theta \(2,\); give equal shapes"),
+        (np.zeros(2, dtype=int), None, "pull: anchor has dtype int64; give a real floating array"),
+        (array_api_strict.zeros(2), None, "pull: anchor is of array_api_strict beside arrays of numpy"),
+    ],
+)
+def test_an_anchor_that_does_not_fit_is_refused(anchor, importance, says):
+    with pytest.raises(RecAdamError, match=says):
+        pull(np.ones(2), anchor, 0.1, importance)
+
+
+def test_a_traced_weight_of_the_pull_needs_nothing_but_the_standard():
+    xp = array_api_strict
+    with xp.ArrayAPIStrictFlags(**STRICTEST):
+        theta, anchor = xp.asarray([1.0, 2.0]), xp.asarray([0.0, 2.0])
+        delta = pull(theta, anchor, xp.asarray(1.0, dtype=xp.float64))
+        assert [float(delta[i]) for i in range(2)] == [-0.5, 0.0]
 
 
 def test_nothing_is_changed_in_place():

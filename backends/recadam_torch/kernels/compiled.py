@@ -14,6 +14,7 @@ from torch import Tensor
 from recadam_core import Coefficients
 from recadam_core.update import formula
 
+from ..memory import wide_dtype
 from .lists import kernel_
 
 __all__ = ["compiled_"]
@@ -21,34 +22,39 @@ __all__ = ["compiled_"]
 
 def compiled_(
     thetas: list[Tensor],
-    grads: list[Tensor],
-    ms: list[Tensor],
-    vs: list[Tensor],
+    grads: list[Tensor] | None,
+    ms: list[Tensor] | None,
+    vs: list[Tensor] | None,
     anchors: list[Tensor] | None,
     c: Coefficients,
     importances: list[Tensor] | None = None,
 ) -> None:
     """One step by inductor: large tensors one by one in their places, small ones joined."""
-    columns = [thetas, grads, ms, vs, *(xs for xs in (anchors, importances if anchors else None) if xs)]
+    others = [grads, ms, vs, anchors, importances if anchors else None]  # None where they are not read
     small = []
-    for i, column in enumerate(zip(*columns, strict=True)):
-        if column[0].numel() < SMALL or not all(map(Tensor.is_contiguous, column)):
+    for i, theta in enumerate(thetas):
+        row = [None if xs is None else xs[i] for xs in others]
+        if theta.numel() < SMALL or not all(x.is_contiguous() for x in (theta, *row) if x is not None):
             small.append(i)
         else:
-            _inductor(c, *(x.detach().view(-1) for x in column))
+            _inductor(c, theta.detach().view(-1), *(x if x is None else x.detach().view(-1) for x in row))
     if not small:
         return
-    wide = ms[0].dtype
-    flat = [torch.cat([xs[i].detach().reshape(-1).to(wide) for i in small]) for xs in columns]
-    if flat[0].numel() < 2:  # inductor would compile sizes 0 and 1 apart
-        theta, grad, m, v, *others = ([x] for x in flat)
-        star, weight, *_ = *others, None, None
-        kernel_(theta, grad, m, v, star, c, weight, exact=True)
+    wide = wide_dtype(thetas[0]) if ms is None else ms[0].dtype
+
+    def joined(xs: list[Tensor]) -> Tensor:
+        return torch.cat([xs[i].detach().reshape(-1).to(wide) for i in small])
+
+    flat, rows = joined(thetas), [None if xs is None else joined(xs) for xs in others]
+    if flat.numel() < 2:  # inductor would compile sizes 0 and 1 apart
+        grad, m, v, star, weight = (None if x is None else [x] for x in rows)
+        kernel_([flat], grad, m, v, star, c, weight, exact=True)
     else:
-        _inductor(c, *flat)
-    sizes = [thetas[i].numel() for i in small]
-    for xs, new in zip((thetas, ms, vs), (flat[0], flat[2], flat[3]), strict=True):
-        for i, part in zip(small, torch.split(new, sizes), strict=True):
+        _inductor(c, flat, *rows)
+    for xs, new in ((thetas, flat), (ms, rows[1]), (vs, rows[2])):
+        if xs is None or new is None:
+            continue
+        for i, part in zip(small, torch.split(new, [xs[i].numel() for i in small]), strict=True):
             xs[i].copy_(part.view(xs[i].shape))
 
 
@@ -56,16 +62,23 @@ SMALL = 1 << 15
 """Elements below which a call of a compiled function costs more than joining the tensor to others."""
 
 
-def _inductor(c: Coefficients, *columns: Tensor) -> None:
-    # 0-d tensors: another number each step compiles nothing anew.
-    number = columns[2].new_tensor
+def _inductor(c: Coefficients, theta: Tensor, *others: Tensor | None) -> None:
+    _, m, *_ = others
+    wide = wide_dtype(theta) if m is None else m.dtype
+
+    def number(x: float) -> Tensor:
+        """A 0-d tensor: another number each step compiles nothing anew."""
+        return torch.tensor(x, dtype=wide, device=theta.device)
+
     decay = number(c.decay) if c.decay else None
-    run = _compiled(*(x.dtype for x in columns), decay is None)
-    run(columns, c.beta1, c.beta2, number(c.step), number(c.eps), number(c.pull), decay)
+    columns = (theta, *others)
+    run = _compiled(*(None if x is None else x.dtype for x in columns), wide, decay is None)
+    run(columns, wide, c.beta1, c.beta2, number(c.step), number(c.eps), number(c.pull), decay)
 
 
 def _in_place(
-    columns: tuple[Tensor, ...],
+    columns: tuple[Tensor | None, ...],
+    wide: torch.dtype,
     beta1: float,
     beta2: float,
     step: Tensor,
@@ -74,15 +87,14 @@ def _in_place(
     decay: Tensor | None,
 ) -> None:
     """The formula over whole tensors, for a compiler that rounds each operation by itself."""
-    wide = columns[2].dtype
-    old, grad, m, v, *others = (x.to(wide) for x in columns)
-    anchor, importance, *_ = *others, None, None
+    old, grad, m, v, anchor, importance = (None if x is None else x.to(wide) for x in columns)
     betas = beta1, 1 - beta1, beta2, 1 - beta2
     delta, m, v = formula(
         old, grad, m, v, anchor, importance, *betas, step, eps, pull, decay, torch.sqrt, truediv
     )
     for x, new in zip((columns[0], columns[2], columns[3]), (old + delta, m, v), strict=True):
-        x.copy_(new)
+        if x is not None:
+            x.copy_(new)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,16 @@ from torch import Tensor
 from recadam_core import Coefficients
 from recadam_core.update import formula
 
+from ..memory import wide_dtype
+
 __all__ = ["kernel_"]
 
 
 def kernel_(
     thetas: list[Tensor],
-    grads: list[Tensor],
-    ms: list[Tensor],
-    vs: list[Tensor],
+    grads: list[Tensor] | None,
+    ms: list[Tensor] | None,
+    vs: list[Tensor] | None,
     anchors: list[Tensor] | None,
     c: Coefficients,
     importances: list[Tensor] | None = None,
@@ -32,7 +35,8 @@ def kernel_(
 
     Args:
         thetas: parameters; overwritten. 16-bit ones are summed in float32 and rounded once.
-        grads: gradients, the parameters' shapes.
+        grads: gradients, the parameters' shapes; None for the pull alone, `recadam_core.pull`, as moments
+            are then.
         ms: first moments, at least float32; overwritten.
         vs: second moments, at least float32; overwritten.
         anchors: pretrained values, the parameters' shapes; None where `c.pull` is 0.
@@ -50,16 +54,16 @@ def kernel_(
 
     Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12.
     """
-    old = _like(thetas, ms)
+    old = _wide(thetas) if ms is None else _like(thetas, ms)
     pulls = anchors is not None
     delta, m, v = formula(
         Lists(old),
-        Lists(_like(grads, ms)),
+        grads and Lists(_like(grads, old)),
         # Read once, by the formula's first lines: what these make of them may lie where they were.
-        Lists(ms, spent=True),
-        Lists(vs, spent=True),
-        Lists(_like(anchors, ms)) if anchors is not None else None,
-        Lists(_like(importances, ms)) if pulls and importances is not None else None,
+        ms and Lists(ms, spent=True),
+        vs and Lists(vs, spent=True),
+        Lists(_like(anchors, old)) if anchors is not None else None,
+        Lists(_like(importances, old)) if pulls and importances is not None else None,
         *(c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.step, c.eps, c.pull, c.decay or None),
         lambda x: x.root(exact),
         Lists.over,
@@ -68,9 +72,9 @@ def kernel_(
         torch._foreach_add_(thetas, delta.tensors)
     else:
         torch._foreach_copy_(thetas, list(torch._foreach_add(old, delta.tensors)))
-    for xs, new in ((ms, m.tensors), (vs, v.tensors)):
-        if new is not xs:
-            torch._foreach_copy_(xs, new)
+    for xs, new in ((ms, m), (vs, v)):
+        if xs is not None and new.tensors is not xs:
+            torch._foreach_copy_(xs, new.tensors)
 
 
 class Lists:
@@ -121,6 +125,12 @@ def _sqrt(x: Tensor) -> Tensor:
     root = torch.empty_like(x)
     np.sqrt(x.numpy(), out=root.numpy())
     return root
+
+
+def _wide(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, in float32 at least; the very list when nothing is to be done."""
+    wide = [x.to(wide_dtype(x)) for x in tensors]
+    return tensors if all(map(is_, wide, tensors)) else wide
 
 
 def _like(tensors: list[Tensor], others: list[Tensor]) -> list[Tensor]:

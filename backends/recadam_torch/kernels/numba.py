@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recadam_core import Coefficients, RecAdamError
 
-from ..memory import regular
+from ..memory import regular, wide_dtype
 from .lists import kernel_
 
 __all__ = ["NumbaKernel", "torch_team"]
@@ -37,9 +37,9 @@ class NumbaKernel:
     def __call__(
         self,
         thetas: list[Tensor],
-        grads: list[Tensor],
-        ms: list[Tensor],
-        vs: list[Tensor],
+        grads: list[Tensor] | None,
+        ms: list[Tensor] | None,
+        vs: list[Tensor] | None,
         anchors: list[Tensor] | None,
         c: Coefficients,
         importances: list[Tensor] | None = None,
@@ -47,7 +47,7 @@ class NumbaKernel:
         """As `kernel_`."""
         run = self.lay(thetas, grads, ms, vs, anchors, importances)
         if run is None:  # moments of several widths, say
-            exact = ms[0].dtype in _walkable()
+            exact = ms is not None and ms[0].dtype in _walkable()
             kernel_(thetas, grads, ms, vs, anchors, c, importances, exact)
         else:
             run(c)
@@ -55,9 +55,9 @@ class NumbaKernel:
     def lay(
         self,
         thetas: list[Tensor],
-        grads: list[Tensor],
-        ms: list[Tensor],
-        vs: list[Tensor],
+        grads: list[Tensor] | None,
+        ms: list[Tensor] | None,
+        vs: list[Tensor] | None,
         anchors: list[Tensor] | None,
         importances: list[Tensor] | None = None,
     ) -> Callable[[Coefficients], None] | None:
@@ -68,25 +68,24 @@ class NumbaKernel:
         """
         from recadam_numpy.one_pass import Table
 
-        wide = ms[0].dtype
+        wide = wide_dtype(thetas[0]) if ms is None else ms[0].dtype
         walkable = _walkable().get(wide)
-        if walkable is None or {*map(_dtype, ms), *map(_dtype, vs)} - {wide}:
+        if walkable is None or {*map(_dtype, ms or ()), *map(_dtype, vs or ())} - {wide}:
             return None
         shapes = list(map(_shape, thetas))
         columns: list[list[Tensor]] = []
+        names: list[str | None] = []
         places: list[list[int]] = []
         # List by list: what is asked of a tensor a second time is in the caches then.
-        for xs in (thetas, grads, ms, vs, anchors, importances):
+        for k, xs in enumerate((thetas, grads, ms, vs, anchors, importances)):
             if xs is None:  # never read
-                columns.append(columns[1])
-                places.append(places[1])
+                columns.append(columns[0])
+                places.append(places[0])
             else:
-                columns.append(
-                    regular(xs, wide, walkable, shapes, _HOST, is_written=len(columns) in (0, 2, 3))
-                )
+                columns.append(regular(xs, wide, walkable, shapes, _HOST, is_written=k in (0, 2, 3)))
                 places.append(list(map(Tensor.data_ptr, columns[-1])))
+            names.append(None if xs is None and k < 4 else str(columns[-1][0].dtype).removeprefix("torch."))
         sizes = list(map(Tensor.numel, thetas))
-        names = [str(xs[0].dtype).removeprefix("torch.") for xs in columns]
         shape = names, torch.get_num_threads(), sizes
         if shape != self._shape:
             self._table, self._shape = Table(sizes, names, shape[1]), shape
@@ -99,7 +98,7 @@ class NumbaKernel:
         def run(c: Coefficients) -> None:
             table.run(c, anchors is not None, torch_team(), importances is not None)
             for old, new in ((thetas, columns[0]), (ms, columns[2]), (vs, columns[3])):
-                if new is not old:
+                if new is not old and old is not None:
                     torch._foreach_copy_(old, new)
             # Written behind autograd's back: say so, for graphs that still hold the old values.
             torch.autograd.graph.increment_version(thetas)

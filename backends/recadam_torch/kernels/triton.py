@@ -18,7 +18,7 @@ from torch import Tensor
 from recadam_core import Coefficients
 from recadam_core.update import formula
 
-from ..memory import regular
+from ..memory import regular, wide_dtype
 from ..shards import FIRST, SECOND
 
 __all__ = ["CHUNK", "TritonKernel"]
@@ -96,22 +96,26 @@ _formula = triton.jit(FunctionType(formula.__code__, globals(), "formula"))
 def _block(
     theta_at, grad_at, m_at, v_at, anchor_at, importance_at, scale_at, key, i, size,
     beta1, rest1, beta2, rest2, step, eps, pull, decay,
-    pulls: tl.constexpr, weighs: tl.constexpr, decays: tl.constexpr, chance: tl.constexpr,
-    negates: tl.constexpr, scaled: tl.constexpr, masked: tl.constexpr,
+    steps: tl.constexpr, pulls: tl.constexpr, weighs: tl.constexpr, decays: tl.constexpr,
+    chance: tl.constexpr, negates: tl.constexpr, scaled: tl.constexpr, masked: tl.constexpr,
 ):
     """A block of elements; without a mask, which alone is read and written in words of 16 bytes."""
     wide = beta1.dtype
     inside = i < size if masked else None
     theta = tl.load(theta_at + i, mask=inside).to(wide)
-    grad = tl.load(grad_at + i, mask=inside)
-    if scaled:
-        grad = tl.div_rn(grad.to(tl.float32), tl.load(scale_at))
-        tl.store(grad_at + i, grad.to(grad_at.dtype.element_ty), mask=inside)
-    grad = grad.to(wide)
-    if negates:
-        grad = -grad
-    m = tl.load(m_at + i, mask=inside).to(wide)
-    v = tl.load(v_at + i, mask=inside).to(wide)
+    grad = None
+    m = None
+    v = None
+    if steps:
+        grad = tl.load(grad_at + i, mask=inside)
+        if scaled:
+            grad = tl.div_rn(grad.to(tl.float32), tl.load(scale_at))
+            tl.store(grad_at + i, grad.to(grad_at.dtype.element_ty), mask=inside)
+        grad = grad.to(wide)
+        if negates:
+            grad = -grad
+        m = tl.load(m_at + i, mask=inside).to(wide)
+        v = tl.load(v_at + i, mask=inside).to(wide)
     anchor = None
     importance = None
     factor = None
@@ -130,8 +134,9 @@ def _block(
         bits = (_mix(i + key) & 0xFFFF).to(tl.int32)
         new = _cut(new, bits)
     _put(theta_at + i, new, inside)
-    _put(m_at + i, m, inside)
-    _put(v_at + i, v, inside)
+    if steps:
+        _put(m_at + i, m, inside)
+        _put(v_at + i, v, inside)
 
 
 @triton.jit
@@ -144,9 +149,9 @@ def _kernel(
     found_at,  # float32: not 0 where a gradient is not finite
     theta_like, grad_like, m_like, v_like, anchor_like, importance_like,
     tensors, programs, stride,
-    pulls: tl.constexpr, weighs: tl.constexpr, decays: tl.constexpr, chance: tl.constexpr,
-    negates: tl.constexpr, scaled: tl.constexpr, guarded: tl.constexpr, aligned: tl.constexpr,
-    chunk: tl.constexpr, block: tl.constexpr,
+    steps: tl.constexpr, pulls: tl.constexpr, weighs: tl.constexpr, decays: tl.constexpr,
+    chance: tl.constexpr, negates: tl.constexpr, scaled: tl.constexpr, guarded: tl.constexpr,
+    aligned: tl.constexpr, chunk: tl.constexpr, block: tl.constexpr,
 ):
     if guarded:  # noqa: SIM102  # the one is known when this is compiled, the other is not
         if tl.load(found_at) != 0:
@@ -174,7 +179,7 @@ def _kernel(
             _block(
                 theta_at, grad_at, m_at, v_at, anchor_at, importance_at, scale_at, key, i, size,
                 beta1, rest1, beta2, rest2, step, eps, pull, decay,
-                pulls, weighs, decays, chance, negates, scaled, False,
+                steps, pulls, weighs, decays, chance, negates, scaled, False,
             )
     else:
         for offset in range(0, chunk, block):
@@ -182,7 +187,7 @@ def _kernel(
             _block(
                 theta_at, grad_at, m_at, v_at, anchor_at, importance_at, scale_at, key, i, size,
                 beta1, rest1, beta2, rest2, step, eps, pull, decay,
-                pulls, weighs, decays, chance, negates, scaled, True,
+                steps, pulls, weighs, decays, chance, negates, scaled, True,
             )
 
 
@@ -204,9 +209,9 @@ class TritonKernel:
     def __call__(
         self,
         thetas: list[Tensor],
-        grads: list[Tensor],
-        ms: list[Tensor],
-        vs: list[Tensor],
+        grads: list[Tensor] | None,
+        ms: list[Tensor] | None,
+        vs: list[Tensor] | None,
         anchors: list[Tensor] | None,
         c: Coefficients,
         importances: list[Tensor] | None = None,
@@ -217,32 +222,33 @@ class TritonKernel:
     ) -> None:
         """One step, in place on `thetas`, `ms` and `vs`; on `grads` where there is a scale.
 
+        Without gradients the pull alone, as `kernel_`; a scale is then none of it.
+
         Source: arXiv 2004.12651, Algorithm 1, lines 6 to 12.
         """
         if not any(map(Tensor.numel, thetas)):
             return
         device = thetas[0].device
-        wide = torch.float64 if ms[0].dtype == torch.float64 else torch.float32
-        written = thetas, grads, ms, vs
+        wide = wide_dtype(thetas[0] if ms is None else ms[0])
+        given = [thetas, grads, ms, vs, anchors, importances]
         shapes = [x.shape for x in thetas]
-        thetas, grads, ms, vs = (regular(xs, wide, WALKABLE, shapes, device, True) for xs in written)
-        stars, weights = (
-            grads if xs is None else regular(xs, wide, WALKABLE, shapes, device)
-            for xs in (anchors, importances)
-        )
+        # What is not given is not read.
+        columns = [
+            regular(thetas if xs is None else xs, wide, WALKABLE, shapes, device, is_written=k < 4)
+            for k, xs in enumerate(given)
+        ]
         if self._joins and len(thetas) > 1 and keys is None and not any(isinstance(x, Tensor) for x in c):
             sizes = list(map(Tensor.numel, thetas))
-            theta, grad, m, v, star, weight = (
-                [torch.cat([x.detach().reshape(-1) for x in xs])]
-                for xs in (thetas, grads, ms, vs, stars, weights)
-            )
-            more = (None if xs is None else joined for xs, joined in ((anchors, star), (importances, weight)))
-            self(theta, grad, m, v, next(more), c, next(more), negates, None, scale, found)
-            for xs, flat in zip(written, (theta, grad, m, v), strict=True):
-                parts = torch.split(flat[0], sizes)
-                torch._foreach_copy_(xs, [x.view(y.shape) for x, y in zip(parts, xs, strict=True)])
+            flats = [[torch.cat([x.detach().reshape(-1) for x in xs])] for xs in columns]
+            theta, *others = flats
+            grad, m, v, star, weight = (x and y for x, y in zip(given[1:], others, strict=True))
+            self(theta, grad, m, v, star, c, weight, negates, None, scale, found)
+            for old, flat in zip(given[:4], flats, strict=False):
+                if old is not None:
+                    parts = torch.split(flat[0], sizes)
+                    torch._foreach_copy_(old, [x.view(y.shape) for x, y in zip(parts, old, strict=True)])
             return
-        self._locate([thetas, grads, ms, vs, stars, weights], device)
+        self._locate(columns, device)
         scalars = self._scalars(c, len(thetas), wide, device)
         programs = self._chunks.shape[1]
         interpreted = device.type != "cuda"
@@ -254,10 +260,11 @@ class TritonKernel:
             self._table if keys is None else keys,
             scalars if scale is None else scale,
             scalars if found is None else found,
-            *(xs[0] for xs in (thetas, grads, ms, vs, stars, weights)),
+            *(xs[0] for xs in columns),
             len(thetas),
             programs,
             int(scalars.shape[1] > 1),
+            steps=grads is not None,
             pulls=anchors is not None,
             weighs=anchors is not None and importances is not None,
             decays=not (isinstance(c.decay, float) and c.decay == 0),
@@ -270,11 +277,11 @@ class TritonKernel:
             block=self._chunk if interpreted else BLOCK,
             **options,
         )
-        for old, new in zip(written, (thetas, grads, ms, vs), strict=True):
-            if new is not old:
+        for old, new in zip(given[:4], columns, strict=False):
+            if new is not old and old is not None:
                 torch._foreach_copy_(old, new)
         # Written behind autograd's back: say so, for graphs that still hold the old values.
-        torch.autograd.graph.increment_version(written[0])
+        torch.autograd.graph.increment_version(thetas)
 
     def _locate(self, columns: Sequence[list[Tensor]], device: torch.device) -> None:
         """Bring the table of addresses, and the chunks, to the device where they have changed."""
