@@ -311,12 +311,14 @@ def test_triton_compiles_for_cuda_without_contraction():
         [sys.executable, worker], capture_output=True, text=True, check=True, env=environment
     )
     found = json.loads(result.stdout)
-    assert len(found) == 7
+    assert len(found) == 8
     for case, words in found.items():
+        alone = case == "pull"  # which has neither root nor fraction, and reads two arrays
         assert words["fma"] == words["inexact"] == 0, case
-        assert words["sqrt"] >= 8, case
-        assert words["div"] >= 8, case
-        assert words["wide loads"] >= 5, case
+        assert (words["sqrt"], words["div"]) == (0, 0) if alone else min(words["sqrt"], words["div"]) >= 8, (
+            case
+        )
+        assert words["wide loads"] >= (2 if alone else 5), case
         assert words["bytes"] > 1000, case
 
 

@@ -46,7 +46,7 @@ CASES = (
 )
 WEIGHED = "decoupled/sigmoid/plain/weighed/float32/12"
 CURVES = ("sigmoid", "steep", "linear")  # of the claim on coefficients
-PULLS = ("usual", "weighed")
+PULLS = ("usual", "weighed", "wide")
 
 
 def _kernel(group, module, variants, *changes):

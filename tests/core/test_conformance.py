@@ -142,11 +142,11 @@ def test_special_numbers_are_what_they_are_called():
 @pytest.mark.parametrize("name", ["numpy", "jax", "torch"])
 @pytest.mark.parametrize("layout", ["", "transposed", "strided"])
 def test_layouts_hold_the_same_numbers(name, layout):
-    from recadam_core.conformance.replay import _place
+    from recadam_core.conformance.replay import place
 
     x = np.arange(12.0).reshape(3, 4)
     backend = get_backend(name)
-    placed = _place(backend, x, "float32", layout)
+    placed = place(backend, x, "float32", layout)
     np.testing.assert_array_equal(backend.to_numpy(placed), x)
     if name == "torch":
         assert placed.is_contiguous() == (layout == "")
