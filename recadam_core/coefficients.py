@@ -192,7 +192,7 @@ def coefficients_of(t: Any, hp: Hyperparameters, anchored: bool, dtype: str) -> 
 
 
 def proximal(p: Any, xp: Any = host) -> tuple[Any, Any]:
-    """What the penalty p/2 |theta - anchor|^2 leaves of a step, 1/(1 + p), and the way home, p/(1 + p).
+    """What a penalty of weight p leaves of a step, 1/(1 + p), and its share of the way home, p/(1 + p).
 
     Example:
         >>> proximal(0.25)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import RecAdamError, check_number
 
-__all__ = ["DriftBudget", "gamma_for"]
+__all__ = ["DriftBudget", "gamma_for", "scheduled"]
 
 
 def gamma_for(lr: float, *, pull: float | None = None, half_life: float | None = None) -> float:
@@ -41,6 +42,32 @@ def gamma_for(lr: float, *, pull: float | None = None, half_life: float | None =
     gamma: float = check_number("gamma_for", "pull", pull, low=0.0) / lr
     check_number("gamma_for", "pull / lr", gamma)
     return gamma
+
+
+def scheduled(pull: float, recall: float, lr: Any, peak: Any) -> Any:
+    r"""The weight of the pull in one step, which follows the learning rate's schedule as weight decay does.
+
+    Math:
+        $p_t = p\,\bar\lambda_t\,\eta_t/\max_{s \le t}\eta_s$
+
+    Args:
+        pull: its weight p at the peak of the learning rate.
+        recall: recall weight of the step.
+        lr: learning rate of the step; None where the optimizer has none.
+        peak: the highest that it is known to have or to have had.
+
+    Returns:
+        What `recadam_core.pull` takes; 0 while the learning rate is 0.
+
+    Example:
+        >>> scheduled(0.1, 1.0, 1e-4, 2e-4), scheduled(0.1, 1.0, 0.0, 0.0), scheduled(0.1, 0.5, None, 0.0)
+        (0.05, 0.0, 0.05)
+    """
+    if lr is None:
+        return pull * recall
+    if isinstance(lr, (int, float)) and lr == 0:
+        return 0.0
+    return pull * recall * (lr / peak)
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,17 @@ from .kernels import kernel_
 from .matching import Coverage
 from .optimizer import RecAdam
 from .probing import probe_head
+from .pulling import AnchorPull, anchor
 
 __all__ = [
+    "AnchorPull",
     "Anchors",
     "Coverage",
     "CoverageWarning",
     "Drift",
     "RecAdam",
     "TorchBackend",
+    "anchor",
     "backend",
     "feature_importance",
     "importance_of",

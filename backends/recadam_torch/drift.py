@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +16,11 @@ from recadam_core.arrays import check_named
 from recadam_core.errors import check_number
 
 from .anchors import anchor_of, from_file
-from .memory import reshaped
+from .memory import reshaped, wide_dtype
 from .settings import named
-from .shards import local, summed
+from .shards import is_wrapper, local, summed
 
-__all__ = ["Drift", "drift_of", "exchanged", "weights_between"]
+__all__ = ["Drift", "at_anchors", "drift_of", "exchanged", "weights_between"]
 
 
 class Drift(NamedTuple):
@@ -83,12 +83,14 @@ def drift_of(
 
 def _squares(p: Tensor, state: dict[str, Any], c: Coefficients | None) -> list[Tensor]:
     """Sums of squares over this process's part: distance, anchor, the last pull, the last task step."""
-    m, v = local(state["exp_avg"]), local(state["exp_avg_sq"])
-    theta, star = (local(x).to(m.device, m.dtype) for x in (p, state["anchor"]))
+    like = local(state.get("exp_avg", p))
+    dtype = wide_dtype(like)
+    theta, star = (local(x).to(like.device, dtype) for x in (p, state["anchor"]))
     terms = [theta - star, star]
     if c is None or abs(1 - c.pull - c.decay) < 1e-3:  # too little is left of where it stood
-        terms += [torch.full_like(m, torch.nan)] * 2
+        terms += [torch.full_like(theta, torch.nan)] * 2
     else:
+        m, v = like, local(state["exp_avg_sq"])
         adam = c.step * (m / (v.sqrt() + c.eps))
         pull = c.pull * local(state["importance"]).to(m.dtype) if "importance" in state else c.pull
         before = (theta - pull * star + adam) / (1 - pull - c.decay)
@@ -141,6 +143,53 @@ def weights_between(
                     mine.copy_((1 - alpha) * star.to(wide) + part)
             between[p] = new
     return between
+
+
+@contextlib.contextmanager
+def at_anchors(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Parameters with the values of their anchors, for as long as the context lasts."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RecAdamError("at_anchors: a CUDA graph is being captured, which would keep the weights' places")
+    back: list[Callable[[], None]] = []
+    try:
+        for p, anchor in pairs:
+            back.append(_placed(p, anchor))
+        yield
+    finally:
+        for put in back:
+            put()
+
+
+@torch.no_grad()
+def _placed(p: Tensor, anchor: Tensor) -> Callable[[], None]:
+    """Put an anchor in its parameter's place; what puts the parameter back."""
+    mine, star = local(p), local(anchor)
+    alike = mine.dtype == star.dtype and mine.device == star.device
+    if alike and p is mine and not is_wrapper(p) and mine.stride() == star.stride():
+        own = p.data
+
+        def put_back() -> None:
+            p.data = own
+
+        p.data = star
+    elif alike:  # others, as FSDP, know where a part lies in memory
+
+        @torch.no_grad()
+        def put_back() -> None:
+            before = mine.clone()
+            mine.copy_(star)
+            star.copy_(before)
+
+        put_back()
+    else:
+        kept = mine.to(star.device, copy=True)
+
+        @torch.no_grad()
+        def put_back() -> None:
+            mine.copy_(kept)
+
+        mine.copy_(star)
+    return put_back
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from recadam_core.optimizer import check_anchors
 
 from .anchors import Anchors
 from .checkpoints import resumed
-from .drift import Drift, drift_of, exchanged, weights_between
+from .drift import Drift, at_anchors, drift_of, exchanged, weights_between
 from .kernels import chosen_fused
 from .plan import Planner
 from .settings import FLAGS, FROM, SETTINGS, named, settled
@@ -449,6 +449,34 @@ class RecAdam(Optimizer):
             )
         between = self._between(alpha, anchors)
         return {name: between[p] for name, p in pairs}
+
+    @contextmanager
+    def at_anchors(self) -> Iterator[None]:
+        """The model with its pretrained weights, for as long as the context lasts: a reference for free.
+
+        As `AnchorPull.at_anchors`; where anchors were freed, weights are copied as by `interpolated`.
+
+        Raises:
+            RecAdamError: while a CUDA graph is captured; when an anchor was freed and cannot be read again.
+
+        Example:
+            >>> w = torch.nn.Parameter(torch.ones(1))
+            >>> with RecAdam([("w", w)], anchors={"w": torch.zeros(1)}).at_anchors():
+            ...     print(w.item())
+            0.0
+        """
+        self._states.settle()
+        if self._interpolates or any(s.get("anchor", s) is None for s in self.state.values()):
+            with self.interpolated(0.0):
+                yield
+            return
+        pairs = [(p, s["anchor"]) for p, s in self.state.items() if "anchor" in s]
+        self._interpolates = True
+        try:
+            with at_anchors(pairs):
+                yield
+        finally:
+            self._interpolates = False
 
     def _between(self, alpha: float, anchors: Mapping[str, Tensor] | None) -> dict[Tensor, Tensor]:
         self._states.settle()

@@ -21,7 +21,7 @@ from .compiled import compiled_
 from .lists import kernel_
 from .numba import NumbaKernel
 
-__all__ = ["FUSED", "chosen_fused", "fused_kernel", "kernel_"]
+__all__ = ["FUSED", "chosen_fused", "fused_kernel", "kernel_", "one_pass_on"]
 
 
 def _triton() -> Callable[..., None]:
@@ -58,6 +58,13 @@ def chosen_fused(group: Mapping[str, Any], device: torch.device) -> str:
     if device.type not in serves:
         raise RecAdamError(f"RecAdam: fused={name!r} does not run on {device.type}; give fused=False there")
     return name
+
+
+def one_pass_on(device: torch.device) -> str:
+    """The one-pass kernel that is to be had on a device without a long compilation; empty for none."""
+    if device.type == "cpu":
+        return "numba" if _has_numba() else ""
+    return "triton" if device.type == "cuda" and find_spec("triton") is not None else ""
 
 
 def fused_kernel(name: str) -> Callable[..., None]:

@@ -6,6 +6,7 @@ the trajectory must be that of one process, bit for bit. Rank 0 leaves the weigh
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import sys
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from recadam_core import Sigmoid
-from recadam_torch import Anchors, RecAdam, param_groups
+from recadam_torch import Anchors, RecAdam, anchor, param_groups
 
 SETTINGS = {"lr": 1e-2, "gamma": 10.0, "annealing": Sigmoid(k=0.3, t0=15)}
 
@@ -50,6 +51,11 @@ def train(model, optimizer, steps, backward=torch.Tensor.backward):
 
 def make(model, option):
     """From the file, or as the model is."""
+    if "pulled" in option:  # another optimizer, with the pull around it
+        optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-2)
+        anchors = Anchors.of(model, option["anchors"]) if "anchors" in option else None
+        optimizer.handle = anchor(optimizer, anchors, pull=0.3, annealing=SETTINGS["annealing"])
+        return optimizer
     if "anchors" in option:
         anchors = Anchors.of(model, option["anchors"], place=option.get("place", "device"))
         return RecAdam(param_groups(model, anchors), **SETTINGS)
@@ -234,19 +240,41 @@ def main(case, rank, world, folder, **option):
             "optimizer": get_optimizer_state_dict(model, inner, options=options),
         }
         dcp.save(copy.copy(state), checkpoint_id=option["checkpoint"])
+    if "pulled" in option:
+        handle = inner.handle
+        figures = {"weights": full(model), "distance": handle.drift().distance, "anchors": {}, "share": 0.0}
+        figures["anchors"] = {i: to_local(s["anchor"]).numel() for i, s in enumerate(handle._states.values())}
+        halfway = {} if case == "zero" else handle.interpolate(0.5)
+        with contextlib.nullcontext() if case == "zero" else handle.at_anchors():
+            figures["reference"] = full(model)
+        figures["after"] = full(model)
+        figures["between"] = {n.removeprefix("module."): to_whole(x) for n, x in halfway.items()}
+        figures["warned"] = [str(w.message) for w in caught if str(w.message).startswith("anchor")]
+        finish(figures, folder, rank)
+        return
     parts = {}
     for p, entry in inner.state.items():
-        anchor = entry.get("anchor")
-        if anchor is not None:
-            parts[inner._left.names[p].removeprefix("module.")] = (
-                anchor.to_local() if hasattr(anchor, "to_local") else anchor
-            ).numel()
+        star = entry.get("anchor")
+        if star is not None:
+            parts[inner._left.names[p].removeprefix("module.")] = to_local(star).numel()
     weights, drift = full(model), inner.drift()
     halfway = {} if case == "zero" else inner.interpolate(0.5)
-    between = {n: getattr(x, "full_tensor", lambda x=x: x)() for n, x in halfway.items()}
+    between = {n: to_whole(x) for n, x in halfway.items()}
     found = {"weights": weights, "anchors": parts, "distance": drift.distance, "share": drift.pull_share}
     found["warned"] = [str(w.message) for w in caught if str(w.message).startswith("RecAdam")]
     found["between"] = {name.removeprefix("module."): x for name, x in between.items()}
+    finish(found, folder, rank)
+
+
+def to_local(x):
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def to_whole(x):
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def finish(found, folder, rank):
     torch.save(found, folder / f"out{rank}.pt")
     if dist.is_initialized():
         dist.barrier()

@@ -187,3 +187,55 @@ def test_a_state_that_one_process_has_is_resumed_by_all_on_the_uninterrupted_pat
             assert torch.equal(found[0]["straight"][name], weights), name
     if case == "redundancy":
         assert sum(process["stepped"] for process in found) == 4
+
+
+# The pull around another optimizer.
+
+
+@pytest.fixture(scope="module")
+def pulled(launch):
+    return launch("single", 1, pulled=1)[0]
+
+
+def assert_pulled(process, pulled, flat=False):
+    """Weights of the path of one process; and, in the anchors' place for a while, where all began."""
+    assert_same({**process, "between": pulled["between"]} if flat else process, pulled)
+    for name, weights in process["weights"].items():
+        assert torch.equal(process["after"][name], weights), name
+        assert flat or torch.equal(process["reference"][name], pulled["reference"][name]), name
+
+
+@pytest.mark.parametrize(
+    ("case", "sharded"),
+    [
+        pytest.param("ddp_after", False, marks=pytest.mark.heavy),
+        pytest.param("accelerated_ddp", False, marks=pytest.mark.heavy),
+        ("fsdp2", True),
+        pytest.param("accelerated", True, marks=pytest.mark.heavy),
+    ],
+)
+def test_two_processes_that_are_pulled_walk_the_path_of_one(launch, pulled, case, sharded):
+    found = launch(case, pulled=1)
+    for process in found:
+        assert_pulled(process, pulled)
+    held = [sum(process["anchors"].values()) for process in found]
+    assert held == ([4 * 5 + 4 + 2 * 7 + 2, 3 * 5 + 3 + 1 * 7 + 1] if sharded else [66, 66])
+    told = "anchor: '0.weight' and 3 more were overwritten after it was called"
+    warned = [[text[: len(told)] for text in process["warned"]] for process in found]
+    assert warned == [[], [told] if case in ("ddp_after", "accelerated_ddp") else []]
+
+
+@pytest.mark.heavy
+def test_a_checkpoint_of_two_processes_that_are_pulled_is_resumed_by_one(launch, pulled, tmp_path):
+    launch("fsdp2", pulled=1, stop=5, checkpoint=tmp_path / "saved")
+    (process,) = launch("single", 1, pulled=1, start=5, load=tmp_path / "saved")
+    assert_pulled(process, pulled)
+
+
+@pytest.mark.heavy
+def test_zero_1_that_is_pulled_resumes_on_the_path_of_one_process(launch, pulled, extensions, tmp_path):
+    where, option = tmp_path / "saved", {"pulled": 1, "stage": 1, "extensions": extensions}
+    launch("zero", stop=5, zero_checkpoint=where, **option)
+    for process in launch("zero", start=5, zero_load=where, **option):
+        assert_pulled(process, pulled, flat=True)
+        assert list(process["anchors"].values()) == [34]  # of 66, evenly, with padding

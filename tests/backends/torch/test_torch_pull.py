@@ -1,0 +1,482 @@
+"""The pull around other optimizers: which, and what it is used with."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from torch import nn
+
+from recadam_core import Constant, Linear, RecAdamError, Sigmoid, apply, pull
+from recadam_torch import Anchors, RecAdam, anchor
+
+WIDTH = 128  # what 8-bit optimizers quantize
+SIGMOID = Sigmoid(k=0.5, t0=4.0)
+
+
+def net():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 64))
+
+
+def of(module, name, **settings):
+    """Makes an optimizer of a package that may not be there."""
+
+    def make(model):
+        found = getattr(pytest.importorskip(module), name)
+        matrices = [p for p in model.parameters() if p.ndim == 2]
+        return found(matrices if name == "Muon" else model.parameters(), **settings)
+
+    return make
+
+
+OPTIMIZERS = {
+    "SGD": of("torch.optim", "SGD", lr=0.001, momentum=0.9),
+    "AdamW": of("torch.optim", "AdamW", lr=0.01, foreach=False),
+    "AdamW, foreach": of("torch.optim", "AdamW", lr=0.01, foreach=True),
+    "AdamW, fused": of("torch.optim", "AdamW", lr=0.01, fused=True),
+    "Adafactor": of("torch.optim", "Adafactor", lr=0.01),
+    "Muon": of("torch.optim", "Muon", lr=0.01),
+    "LBFGS": of("torch.optim", "LBFGS", lr=0.1, max_iter=3),
+    "AdamW, schedule-free": of("schedulefree", "AdamWScheduleFree", lr=0.01),
+    "AdamW, 8 bits": of("torchao.optim", "AdamW8bit", lr=0.01),
+    "AdamW, 4 bits": of("torchao.optim", "AdamW4bit", lr=0.01),
+    "Lion": of("pytorch_optimizer", "Lion", lr=0.01),
+    "CAME": of("pytorch_optimizer", "CAME", lr=0.01),
+}
+
+
+def step(model, optimizer, t):
+    """A step on inputs that only the step's number decides."""
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(t))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = 10.0 * model(x).square().sum()
+        loss.backward()
+        return loss
+
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return optimizer.step(closure)
+    closure()
+    return optimizer.step()
+
+
+def copies(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_same(one, other):
+    for (name, x), y in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(x, y), (name, (x - y).abs().max())
+
+
+def pulled_by_hand(model, optimizer, stars, p):
+    """What follows a step: `recadam_core.pull` of all that it stepped."""
+    mine = {x for group in optimizer.param_groups for x in group["params"]}
+    for name, x in model.named_parameters():
+        if x in mine:
+            for weight in (x.data, optimizer.state[x].get("z")):
+                if weight is not None:
+                    weight.copy_(apply(weight, pull(weight, stars[name], p)))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_is_the_optimizers_and_then_the_pull_to_the_bit(name):
+    model, twin = net(), net()
+    optimizer, other = OPTIMIZERS[name](model), OPTIMIZERS[name](twin)
+    stars = copies(model)
+    handle = anchor(optimizer, pull=0.3)
+    for t in range(5):
+        step(model, optimizer, t)
+        step(twin, other, t)
+        pulled_by_hand(twin, other, stars, 0.3)
+        assert_same(model, twin)
+    assert handle.drift().distance > 0
+    assert type(optimizer) is type(other)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_checkpoint_resumes_on_the_uninterrupted_path_and_without_the_pull_too(name):
+    model = net()
+    optimizer, stars = OPTIMIZERS[name](model), copies(model)
+    handle = anchor(optimizer, stars, names=model.named_parameters(), pull=0.3, annealing=SIGMOID)
+    for t in range(3):
+        step(model, optimizer, t)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    for t in range(3, 6):
+        step(model, optimizer, t)
+
+    def loaded():  # anew for each: torch's optimizers step the very tensors that they load
+        file.seek(0)
+        return torch.load(file, weights_only=True)
+
+    saved = loaded()
+    assert not any("anchor" in key for state in saved["optimizer"]["state"].values() for key in state)
+    again = net()
+    resumed = OPTIMIZERS[name](again)
+    anchor(resumed, stars, names=again.named_parameters(), pull=0.3, annealing=SIGMOID)
+    again.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    for t in range(3, 6):
+        step(again, resumed, t)
+    assert_same(again, model)
+    assert [group["anchor_step"] for group in resumed.param_groups] == [6]
+    # Without us.
+    handle.remove()
+    plain, twin = net(), net()
+    for some, says in ((plain, True), (twin, False)):
+        saved = loaded()
+        for group in saved["optimizer"]["param_groups"]:
+            for key in () if says else [key for key in group if key.startswith("anchor_")]:
+                del group[key]
+        some.load_state_dict(saved["model"])
+        alone = OPTIMIZERS[name](some)
+        alone.load_state_dict(saved["optimizer"])
+        step(some, alone, 3)
+    assert_same(plain, twin)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_anchors_are_a_reference_model_in_the_weights_place(name):
+    model = net()
+    optimizer = OPTIMIZERS[name](model)
+    x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(99))
+    before = model(x).detach()
+    handle = anchor(optimizer)
+    step(model, optimizer, 0)
+    tuned, places = model(x).detach(), [p.data_ptr() for p in model.parameters()]
+    with handle.at_anchors(), handle.at_anchors():
+        assert torch.equal(model(x), before)
+        with pytest.raises(RecAdamError, match="the weights are at their anchors; step after the context"):
+            optimizer.step()
+    assert torch.equal(model(x), tuned)
+    assert not torch.equal(tuned, before)
+    assert [p.data_ptr() for p in model.parameters()] == places
+    with pytest.raises(ZeroDivisionError), handle.at_anchors():
+        raise ZeroDivisionError
+    assert torch.equal(model(x), tuned)
+
+
+@pytest.mark.parametrize("kind", ["dtype", "transposed"])
+def test_anchors_of_another_kind_are_copied_into_the_weights_place(kind):
+    model = nn.Linear(3, 3, bias=False)
+    star = torch.ones(3, 3, dtype=torch.bfloat16) if kind == "dtype" else torch.ones(3, 3).t()
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    handle = anchor(optimizer, {"weight": star})
+    tuned = model.weight.detach().clone()
+    with handle.at_anchors():
+        assert model.weight.dtype == torch.float32
+        assert torch.equal(model.weight, torch.ones(3, 3))
+    assert torch.equal(model.weight, tuned)
+    assert torch.equal(handle.interpolate(0.0)["weight"], torch.ones(3, 3))
+
+
+def test_the_pull_follows_the_schedule_of_each_group_and_a_rate_of_zero_moves_nothing():
+    w, v = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [w], "lr": 0.5}, {"params": [v], "lr": 0.1}])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: (0.0, 0.5, 1.0, 0.25)[t])
+    anchor(optimizer, pull=1.0)
+    for x in (w, v):
+        x.grad = torch.zeros(1)
+    optimizer.step()
+    schedule.step()
+    w.data += 1.0
+    v.data += 1.0
+    for part in (0.5, 1.0, 0.25):
+        before = w.item()
+        optimizer.step()
+        assert w.item() == pytest.approx(before / (1 + part), rel=1e-6)
+        assert v.item() == w.item()
+        schedule.last_epoch < 3 and schedule.step()
+
+
+def test_without_a_schedulers_word_the_peak_is_the_highest_rate_so_far():
+    w = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([w], lr=0.0)
+    handle = anchor(optimizer, pull=1.0)
+    w.grad = torch.zeros(1)
+    optimizer.step()
+    w.data += 1.0
+    shares = []
+    for lr in (0.0, 0.1, 0.2, 0.1):
+        optimizer.param_groups[0]["lr"] = lr
+        before = w.item()
+        optimizer.step()
+        shares.append(1 - w.item() / before)
+    assert shares == pytest.approx([0.0, 0.5, 0.5, 1 / 3], rel=1e-5)
+    assert handle.drift().distance == pytest.approx(w.item())
+
+
+def test_an_optimizer_without_a_rate_is_pulled_alike_in_every_step():
+    class Signs(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                p.data -= p.grad.sign()
+
+    w = nn.Parameter(torch.zeros(2))
+    optimizer = Signs([w])
+    anchor(optimizer, pull=1.0)
+    w.grad = torch.tensor([1.0, 0.0])
+    for expected in (-0.5, -0.75, -0.875):
+        optimizer.step()
+        assert w.tolist() == [expected, 0.0]
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_task_weight_scales_the_rate_for_its_step_alone(tensor):
+    w = nn.Parameter(torch.zeros(1))
+    rate = torch.tensor(0.5) if tensor else 0.5
+    optimizer = torch.optim.SGD([w], lr=rate)
+    anchor(optimizer, pull=0.0, annealing=Linear(t0=4))
+    w.grad = torch.ones(1)
+    for t, total in enumerate((0.125, 0.375, 0.75, 1.25, 1.75), start=1):
+        optimizer.step()
+        assert w.item() == -total, t
+        assert float(optimizer.param_groups[0]["lr"]) == 0.5
+    assert optimizer.param_groups[0]["lr"] is rate or not tensor
+
+
+def test_a_step_that_raises_leaves_the_rate_as_it_was():
+    w = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([w], lr=0.5)
+    handle = anchor(optimizer, annealing=Constant(0.5, 1.0))
+
+    def closure():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(closure)
+    assert optimizer.state_dict()["param_groups"][0]["lr"] == 0.5
+    w.grad = torch.ones(1)
+    optimizer.step()
+    assert w.item() == pytest.approx(-0.25 / 1.1)
+    with handle.at_anchors():
+        assert w.item() == 0.0
+
+
+def test_within_a_step_the_anchors_do_not_take_the_weights_place():
+    w = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([("w", w)], lr=0.5)
+    handle = anchor(optimizer, {"w": torch.zeros(1)})
+
+    def closure():
+        with handle.at_anchors():
+            return w.sum()
+
+    with pytest.raises(RecAdamError, match="the optimizer is within a step; call it before or after"):
+        optimizer.step(closure)
+    with handle.at_anchors():
+        assert w.item() == 0.0
+
+
+@pytest.mark.parametrize("lr", [-0.1, float("nan"), "0.1"])
+def test_a_rate_that_is_none_is_refused_before_the_optimizer_steps(lr):
+    w = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([w], lr=0.5)
+    anchor(optimizer)
+    w.grad = torch.ones(1)
+    optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises(RecAdamError, match=r"^anchor: lr is .*; give a"):
+        optimizer.step()
+    assert w.item() == 1.0
+
+
+def test_an_infinite_gradient_under_a_scaler_moves_nothing():
+    for name in ("AdamW, fused", "SGD"):
+        model = net()
+        optimizer = OPTIMIZERS[name](model)
+        handle = anchor(optimizer, pull=0.3)
+        step(model, optimizer, 0)
+        before = copies(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        optimizer.zero_grad()
+        scaler.scale(model(torch.full((1, WIDTH), torch.inf)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert all(torch.equal(x, before[n]) for n, x in model.named_parameters())
+        assert optimizer.param_groups[0]["anchor_step"] == 1
+        optimizer.zero_grad()
+        scaler.scale(model(torch.ones(1, WIDTH)).sum()).backward()
+        scaler.step(optimizer)
+        assert not any(torch.equal(x, before[n]) for n, x in model.named_parameters())
+        assert handle.drift().distance > 0
+
+
+def test_what_is_frozen_stays_and_what_is_thawed_or_added_is_pulled_from_where_it_was():
+    model = net()
+    late = nn.Parameter(torch.full((2,), 3.0))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    anchor(optimizer, pull=1e9)
+    step(model, optimizer, 0)
+    before = copies(model)
+    model[0].weight.data += 1.0  # by somebody else
+    step(model, optimizer, 1)
+    moved = copies(model)
+    assert torch.equal(moved["0.weight"], before["0.weight"] + 1.0)
+    assert torch.allclose(moved["2.weight"], before["2.weight"], atol=1e-5)
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": [late]})
+    step(model, optimizer, 2)
+    assert torch.allclose(model[0].weight, before["0.weight"], atol=1e-5)
+    late.grad = torch.ones(2)
+    optimizer.step()
+    assert torch.allclose(late, torch.full((2,), 3.0), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_are_pulled_in_float32_at_least_and_rounded_once(dtype):
+    theta, star = torch.randn(50).to(dtype), torch.randn(50).to(dtype)
+    w = nn.Parameter(theta.clone())
+    optimizer = torch.optim.SGD([("w", w)], lr=0.1)
+    anchor(optimizer, {"w": star}, pull=0.3)
+    w.grad = torch.zeros_like(w)
+    optimizer.step()
+    assert torch.equal(w, apply(theta, pull(theta, star, 0.3)))
+
+
+def test_an_importance_weighs_the_pull():
+    w = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([("w", w)], lr=0.1)
+    anchor(optimizer, {"w": torch.zeros(3)}, pull=1.0, importance={"w": torch.tensor([0.0, 0.5, 1.0])})
+    w.grad = torch.zeros(3)
+    optimizer.step()
+    assert w.tolist() == [1.0, 0.75, 0.5]
+
+
+def test_what_has_no_anchor_is_not_pulled():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    anchors = Anchors.of(model, new=["2.*"])
+    anchor(optimizer, anchors, names=model.named_parameters(), pull=1e9)
+    before = copies(model)
+    step(model, optimizer, 0)
+    after = copies(model)
+    assert [torch.allclose(after[n], before[n], atol=1e-5) for n in after] == [True, True, False, False]
+
+
+def test_what_a_wrapper_broadcasts_before_the_first_step_is_the_anchor():
+    w = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    handle = anchor(optimizer, pull=1.0)
+    w.data += 5.0
+    w.grad = torch.zeros(2)
+    with pytest.warns(UserWarning, match=r"'params\[0\]' was overwritten after it was called"):
+        optimizer.step()
+    assert (w.tolist(), handle.drift().distance) == ([5.0, 5.0], 0.0)
+
+
+def test_other_anchors_are_told_by_their_hash_and_nothing_is_changed():
+    model = net()
+    optimizer = OPTIMIZERS["AdamW"](model)
+    anchor(optimizer)
+    step(model, optimizer, 0)
+    saved = optimizer.state_dict()
+    tuned = net()
+    tuned.load_state_dict(model.state_dict())
+    late = OPTIMIZERS["AdamW"](tuned)
+    anchor(late)  # after the tuned weights were loaded
+    with pytest.raises(
+        RecAdamError, match="group 0 was pulled towards other anchors; give those as anchors="
+    ):
+        late.load_state_dict(saved)
+    assert late.state_dict()["state"] == {}
+    plain = OPTIMIZERS["AdamW"](net()).state_dict()
+    with pytest.warns(UserWarning, match="saved without the pull"):
+        late.load_state_dict(plain)
+    assert late.param_groups[0]["anchor_step"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"pull": float("nan")}, "anchor: pull is nan; give a finite number >= 0"),
+        ({"pull": -1.0}, r"anchor: pull is -1.0; give a"),
+        ({"pull": "0.1"}, "anchor: pull is '0.1'; give a"),
+        ({"pull": True}, "anchor: pull is True; give a"),
+        ({"annealing": 0.5}, "annealing"),
+        ({"anchors": {"w": torch.zeros(3)}}, r"'w' has shape \(3,\), its parameter \(2,\)"),
+        ({"anchors": {"v": torch.zeros(2)}}, "'v' matches no parameter"),
+        ({"anchors": {"w": torch.full((2,), torch.nan)}}, "'w' holds NaN or infinity"),
+        ({"anchors": [torch.zeros(2)]}, "anchors: list; give a dict of arrays by parameter name"),
+        ({"names": [1, 2]}, r"names is \[1, 2\]; give model.named_parameters\(\)"),
+        ({"names": nn.Linear(2, 2).named_parameters()}, r"parameter 0 of shape \(2,\) has no name in names"),
+        ({"importance": {"w": torch.full((2,), 2.0)}}, r"importance"),
+    ],
+    ids=lambda x: None if isinstance(x, dict) else x[:20],
+)
+def test_what_cannot_be_a_pull_is_refused_in_one_line_and_leaves_the_optimizer_alone(settings, says):
+    w = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([("w", w)], lr=0.1)
+    before = [list(group) for group in optimizer.param_groups]
+    with pytest.raises(RecAdamError, match=says) as raised:
+        anchor(optimizer, **settings)
+    assert "\n" not in str(raised.value)
+    assert [list(group) for group in optimizer.param_groups] == before
+    anchor(optimizer).remove()
+    assert [list(group) for group in optimizer.param_groups] == before
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_anchors_by_name_need_names():
+    w = nn.Parameter(torch.ones(2))
+    with pytest.raises(RecAdamError, match=r"matched by name; give names=model.named_parameters\(\)"):
+        anchor(torch.optim.SGD([w], lr=0.1), {"w": torch.zeros(2)})
+
+
+def test_two_handles_and_a_pull_around_recadam_are_refused():
+    w = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    handle = anchor(optimizer)
+    with pytest.raises(RecAdamError, match=r"pulls already; call remove\(\) of the other handle"):
+        anchor(optimizer)
+    handle.remove()
+    anchor(optimizer)
+    with pytest.raises(RecAdamError, match="RecAdam pulls by itself"):
+        anchor(RecAdam([w]))
+    with pytest.raises(RecAdamError, match=r"the optimizer is 3; give a torch.optim.Optimizer"):
+        anchor(3)
+
+
+def test_parameters_that_were_replaced_are_refused_before_anything_is_written():
+    w = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    anchor(optimizer)
+    other = nn.Parameter(torch.ones(3))
+    other.grad = torch.ones(3)
+    optimizer.param_groups[0]["params"] = [other]
+    with pytest.raises(
+        RecAdamError, match=r"parameter 0 of shape \(2,\) was replaced by others after anchor\(\) was called"
+    ):
+        optimizer.step()
+    assert other.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_step_is_compiled_around_the_pull():
+    model, twin = net(), net()
+    optimizer, other = OPTIMIZERS["AdamW"](model), OPTIMIZERS["AdamW"](twin)
+    anchor(optimizer, pull=0.3), anchor(other, pull=0.3)
+    compiled = torch.compile(optimizer.step)
+    for t in range(3):
+        step(twin, other, t)
+        optimizer.zero_grad()
+        x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(t))
+        (10.0 * model(x).square().sum()).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiled()
+    for x, y in zip(model.parameters(), twin.parameters(), strict=True):
+        np.testing.assert_allclose(x.detach(), y.detach(), atol=1e-5)
