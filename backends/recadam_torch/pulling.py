@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 import weakref
@@ -463,7 +464,16 @@ class AnchorPull:
         """
         views = [self._view(group) for group in self._optimizer.param_groups]
         pairs = [(name, p) for view in views for name, p in named(view) if p in self._states]
-        return drift_of(pairs, self._states, {})
+        drift = drift_of(pairs, self._states, {})
+        shares = map(float, self._shares or [math.nan] * len(views))
+        rates = {
+            p: math.inf if share == 1 else share / (1 - share)  # the p of p/(1 + p)
+            for view, share in zip(views, shares, strict=False)
+            for p in view["params"]
+        }
+        each = {name: drift.parameters[name]._replace(rate=rates.get(p, math.nan)) for name, p in pairs}
+        rate = next((x.rate for x in each.values()), math.nan)
+        return drift._replace(rate=rate, parameters=each)
 
     @torch.no_grad()
     def interpolate(self, alpha: float) -> dict[str, Tensor]:

@@ -101,6 +101,7 @@ def test_a_step_is_the_optimizers_and_then_the_pull_to_the_bit(name):
         pulled_by_hand(twin, other, stars, 0.3)
         assert_same(model, twin)
     assert handle.drift().distance > 0
+    assert handle.drift().rate == pytest.approx(0.3)
     assert type(optimizer) is type(other)
 
 
