@@ -18,6 +18,7 @@ from recadam_core.importance import check_importance
 
 from .anchors import PLACES, from_file, hashes_of, no_hash, rows_of, take_hashes
 from .matching import bare
+from .memory import wide_dtype
 from .settings import FLAGS, FROM, check_parameter, named, policy_of, settled
 from .shards import is_sharded, local
 
@@ -26,7 +27,7 @@ __all__ = ["Entry", "blank", "checked", "resumed", "states_of"]
 
 def blank(p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
     """The state of a parameter that has not been stepped, but for its anchor."""
-    dtype = torch.promote_types(p.dtype, torch.float32)
+    dtype = wide_dtype(p)
     return {
         "step": torch.zeros((), dtype=torch.float32, device=p.device if group["capturable"] else "cpu"),
         "exp_avg": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
@@ -303,7 +304,7 @@ def _moments(where: str, group: Mapping[str, Any], entry: Entry) -> dict[str, An
         if key == "importance":
             check_importance(name, x, p.shape)
         if key in ("exp_avg", "exp_avg_sq"):
-            state[key] = x.detach().to(p.device, torch.promote_types(x.dtype, torch.float32), copy=True)
+            state[key] = x.detach().to(p.device, wide_dtype(x), copy=True)
         elif key == "step":
             state[key] = x.detach().to(p.device if group["capturable"] else "cpu", torch.float32, copy=True)
         elif isinstance(x, Tensor):  # in its own dtype: the base class would round it to the parameter's

@@ -137,7 +137,7 @@ def weights_between(
                 if anchor.shape != p.shape:
                     raise reshaped(name, p, "anchor", anchor)
                 mine, star = local(new), local(anchor).to(p.device)
-                wide = torch.promote_types(p.dtype, torch.float32)
+                wide = wide_dtype(p)
                 if alpha != 1:  # at the ends exactly, whatever is at the other
                     part = alpha * mine.to(wide) if alpha else 0.0
                     mine.copy_((1 - alpha) * star.to(wide) + part)

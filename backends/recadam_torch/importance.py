@@ -14,6 +14,7 @@ from recadam_core.errors import shown
 from recadam_core.importance import check_importance, check_weighable
 
 from .matching import check_made
+from .memory import wide_dtype
 from .settings import named
 from .shards import like, part_of
 
@@ -51,8 +52,7 @@ def importance_of(
     """
     params = _by_name(params)
     sums = {  # at least float32: squares leave the range of float16
-        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
-        for name, p in params.items()
+        name: torch.zeros_like(p, dtype=wide_dtype(p), requires_grad=False) for name, p in params.items()
     }
     wanted = {name: p for name, p in params.items() if p.requires_grad}
     for batch, loss in enumerate(_tensors(losses, "losses")):
@@ -112,7 +112,7 @@ def feature_importance(
     generator = torch.Generator("cpu").manual_seed(seed)  # on the host: the same u on every device
 
     def projected(rows: Tensor) -> Tensor:
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        rows = rows.to(wide_dtype(rows))
         # Of float32 whatever the default is: the same u in every program, too.
         u = torch.randn(rows.shape, generator=generator, dtype=torch.float32, device="cpu")
         return (rows * u.to(rows)).sum()

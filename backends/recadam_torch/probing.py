@@ -11,6 +11,8 @@ from torch import nn
 from recadam_core import RecAdamError
 from recadam_core.errors import check_number
 
+from .memory import wide_dtype
+
 __all__ = ["probe_head"]
 
 
@@ -62,7 +64,7 @@ def probe_head(head: nn.Module, features: Any, labels: Any, inverse_strength: fl
         raise RecAdamError(
             "probe_head: the features or labels are no arrays of real numbers; number the classes from 0"
         ) from None
-    x = rows.to(torch.promote_types(rows.dtype, torch.float32)).numpy()  # numpy has no bfloat16
+    x = rows.to(wide_dtype(rows)).numpy()  # numpy has no bfloat16
     if x.ndim != 2 or y.shape != x.shape[:1] or x.shape[1] != head.in_features:
         raise RecAdamError(
             f"probe_head: features of shape {x.shape} and labels of shape {y.shape} for a head of "

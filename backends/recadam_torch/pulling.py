@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -43,8 +42,6 @@ STEP, PEAK, HASH, SOURCE = KEYS = ("anchor_step", "anchor_peak", "anchor_hash", 
 
 AVERAGED = "z"
 """The entry of a schedule-free optimizer's state that is a weight, too: the parameter is a mean of such."""
-
-_handles: weakref.WeakKeyDictionary[Optimizer, AnchorPull] = weakref.WeakKeyDictionary()
 
 
 def anchor(
@@ -107,7 +104,8 @@ def anchor(
 
     if isinstance(optimizer, RecAdam):
         raise RecAdamError("anchor: RecAdam pulls by itself; give it anchors=..., or another optimizer")
-    if optimizer in _handles:
+    hooks = optimizer._optimizer_step_post_hooks.values()
+    if any(isinstance(getattr(hook, "__self__", None), AnchorPull) for hook in hooks):
         raise RecAdamError("anchor: this optimizer pulls already; call remove() of the other handle first")
     return AnchorPull(optimizer, anchors, pull, annealing, importance, names)
 
@@ -150,14 +148,15 @@ class AnchorPull:
         self._entries = ("", AVERAGED) if averages else ("",)
         self._order = [list(group["params"]) for group in optimizer.param_groups]
         self._flat = False  # whether DeepSpeed steps parts of its own in the weights' place
-        self._passed: dict[Tensor, set[Tensor]] = {}  # parameters by those that have taken their places
         groups = [self._view(group) for group in optimizer.param_groups]
         if anchors is not None:
             self._check_names(groups, anchors)
         made = [self._made(group) for group in groups]
         take_hashes([s for states in made for s in states.values() if is_sharded(s["anchor"])])
         for states in made:
-            self._put(states)
+            self._states.update(states)
+        if anchors is None:
+            self._copies = {p: state["anchor"] for p, state in self._states.items()}
         self._put_keys()
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
@@ -166,7 +165,6 @@ class AnchorPull:
             optimizer.register_load_state_dict_pre_hook(self._loading),
             optimizer.register_load_state_dict_post_hook(self._put_keys),
         ]
-        _handles[optimizer] = self
 
     # What is pulled where to.
 
@@ -210,11 +208,6 @@ class AnchorPull:
         weigh(group, [states.get(p, {}) for p in group["params"]], self._importance)
         return states
 
-    def _put(self, states: Mapping[Tensor, dict[str, Any]]) -> None:
-        self._states.update(states)
-        if self._anchors is None:
-            self._copies.update({p: state["anchor"] for p, state in states.items()})
-
     def _put_keys(self, _: Any = None) -> None:
         """Let every group have the numbers of the pull."""
         source = self._anchors.source.path if isinstance(self._anchors, Anchors) else ""
@@ -230,7 +223,6 @@ class AnchorPull:
     @torch.no_grad()
     def _before(self, *_: Any) -> None:
         """The hook before a step: all is checked, and a task weight scales the learning rate."""
-        self._put_back_rates()
         if self._elsewhere:
             raise RecAdamError("anchor: the weights are at their anchors; step after the context has ended")
         self._settle(first=True)
@@ -337,10 +329,12 @@ class AnchorPull:
         """Give the states of parameters that are gone to those in their places; anchor what is new."""
         current, before = ({*chain.from_iterable(some)} for some in (order, self._order))
         states: dict[Tensor, dict[str, Any]] = {}
+        passed: dict[Tensor, Tensor] = {}  # parameters whose places others have taken, by those
         for old, params in zip(self._order, order, strict=False):
             lost = {p: i for i, p in enumerate(old) if p not in current}
             if is_flat_part(params, list(lost)):
                 states.update(self._flattened(params[0], list(lost)))
+                before.add(params[0])
                 continue
             for p, i in lost.items():
                 if i >= len(params) or params[i] in before or params[i].shape != p.shape:
@@ -348,26 +342,25 @@ class AnchorPull:
                         f"anchor: the optimizer's parameter {i} of shape {tuple(p.shape)} was replaced by "
                         "others after anchor() was called; call it after the model is wrapped"
                     )
+                passed[params[i]] = p
                 self._pass_on(params[i], [p])
                 if p in self._states:
                     state = self._states[p]
                     parts = {key: state[key] for key in ("anchor", "importance") if key in state}
                     states[params[i]] = {**state, **{key: part_of(x, params[i]) for key, x in parts.items()}}
         for view in map(self._view, self._optimizer.param_groups):
-            some = [pair for pair in named(view) if pair[1] not in before and pair[1] not in states]
-            some = [(name, p) for name, p in some if p not in self._passed]
+            seen = before | {*states, *passed}
+            some = [(name, p) for name, p in named(view) if p not in seen]
             if some:
                 more = {"param_names": [name for name, _ in some]} if "param_names" in view else {}
                 states.update(self._made({**view, "params": [p for _, p in some], **more}))
-        copied = {
-            p: states[p]["anchor"] for p, old in self._passed.items() if p in states and old & {*self._copies}
-        }
+        copied = {new: states[new]["anchor"] for new, old in passed.items() if old in self._copies}
         self._copies = {p: star for p, star in {**self._copies, **copied}.items() if p in current}
         kept = {p: state for p, state in self._states.items() if p in current}
         self._states, self._order = {**kept, **states}, order
 
     def _pass_on(self, new: Tensor, old: list[Tensor]) -> None:
-        self._passed[new] = {*old}
+        """Give a parameter the name of those in whose place it is."""
         if self._names is not None:
             self._names[new] = " and ".join(self._names[p] for p in old[:2])
 
@@ -556,7 +549,6 @@ class AnchorPull:
         for group in self._optimizer.param_groups:
             for key in KEYS:
                 group.pop(key, None)
-        _handles.pop(self._optimizer, None)
 
 
 def _by_parameter(names: Any) -> dict[Tensor, str] | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from recadam_core import Coefficients, Hyperparameters, Moments, RecAdamError, apply, coefficients, update
 from recadam_core.errors import shown
 
-from .memory import is_writable, reshaped
+from .memory import is_writable, reshaped, wide_dtype
 from .rounding import key_of, noise, round_, widened
 from .shards import in_memory, is_sharded
 
@@ -246,7 +246,7 @@ def _traced(work: Work) -> Coefficients:
     t = torch.stack(work.steps) + 1
     t = t.to(torch.float32 if t.device.type == "mps" else torch.float64)  # which has no other
     m, count = work.ms[0], len(work.steps)
-    dtype = torch.promote_types(m.dtype, torch.float32)
+    dtype = wide_dtype(m)
     c = coefficients(t, work.hp, work.lr, work.anchored, xp=torch)
     return Coefficients(*(x.to(m.device, dtype).expand(count) if isinstance(x, Tensor) else x for x in c))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -450,6 +452,15 @@ def test_two_handles_and_a_pull_around_recadam_are_refused():
         anchor(RecAdam([w]))
     with pytest.raises(RecAdamError, match=r"the optimizer is 3; give a torch.optim.Optimizer"):
         anchor(3)
+
+
+def test_an_optimizer_that_nobody_holds_is_freed_with_its_anchors():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    anchor(optimizer)
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
 
 
 def test_parameters_that_were_replaced_are_refused_before_anything_is_written():
