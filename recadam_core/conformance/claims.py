@@ -134,7 +134,7 @@ def claims(backend: Backend, variant: Variant, level: str, golden: Path | None =
         >>> numpy = get_backend("numpy")
         >>> [claim.name for claim in claims(numpy, numpy.capabilities.variants[0], "exact")]
         ['exact float32', 'denormals float32', 'weighed float32', 'exact float64', 'denormals float64',
-        'weighed float64', 'pull float64', 'pull float32', 'pull float16']
+        'weighed float64', 'pull float32', 'pull float64', 'pull float16']
     """
     if level not in LEVELS:
         raise unknown("level", level, LEVELS)
