@@ -96,4 +96,6 @@ def check_importance(name: str, importance: Any, shape: Any) -> None:
     except TypeError:
         fits = True  # traced: there is no value to look at
     if not fits:
-        raise RecAdamError(f"importance of {name!r} leaves [0, 1]; scale it, and set the strength by gamma")
+        raise RecAdamError(
+            f"importance of {name!r} leaves [0, 1]; scale it; the pull's strength is set apart"
+        )

@@ -11,6 +11,7 @@ params = optax.apply_updates(params, updates)
 from .anchors import load_anchor, release
 from .backend import FLAG, JaxBackend, backend
 from .importance import feature_importance, importance_of
+from .pulling import AnchorPullState, add_anchor_pull
 from .transformation import (
     HostCoefficients,
     RecAdamState,
@@ -23,10 +24,12 @@ from .transformation import (
 
 __all__ = [
     "FLAG",
+    "AnchorPullState",
     "HostCoefficients",
     "JaxBackend",
     "RecAdamState",
     "Released",
+    "add_anchor_pull",
     "backend",
     "feature_importance",
     "from_hyperparameters",

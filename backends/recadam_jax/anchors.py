@@ -16,10 +16,12 @@ from recadam_core import Annealing, RecAdamError, release_step
 from recadam_core.errors import shown
 
 from .placement import place
-from .state import RecAdamState, Released
+from .state import AnchorPullState, RecAdamState, Released
 from .trees import Parameters, paths
 
 __all__ = ["load_anchor", "release"]
+
+OURS = RecAdamState, AnchorPullState
 
 
 def load_anchor(
@@ -104,7 +106,7 @@ def release(state: Any, annealing: Annealing) -> Any:
     the state has another structure.
 
     Args:
-        state: of a transformation with `recadam` in it, anywhere.
+        state: of a transformation with `recadam` or `add_anchor_pull` in it, anywhere.
         annealing: its annealing, which says when the recall weight is zero for good.
 
     Returns:
@@ -114,7 +116,7 @@ def release(state: Any, annealing: Annealing) -> Any:
 
     Raises:
         RecAdamError: when the anchors will be read again, naming the step from which they are not; when there
-            is no state of `recadam`.
+            is no state of theirs.
 
     Example:
         >>> import jax.numpy as jnp
@@ -129,7 +131,7 @@ def release(state: Any, annealing: Annealing) -> Any:
 
     def without(part: Any) -> Any:
         nonlocal seen
-        if not isinstance(part, RecAdamState):
+        if not isinstance(part, OURS):
             return part
         seen += 1
         if last is None:
@@ -146,7 +148,7 @@ def release(state: Any, annealing: Annealing) -> Any:
                 )
         return part._replace(anchor=jax.tree.map(lambda _: Released(), part.anchor), importance=None)
 
-    released = jax.tree.map(without, state, is_leaf=lambda x: isinstance(x, RecAdamState))
+    released = jax.tree.map(without, state, is_leaf=lambda x: isinstance(x, OURS))
     if not seen:
         raise RecAdamError("release: this state has no part of recadam; give the optimizer's state")
     return released

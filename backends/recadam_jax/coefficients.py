@@ -30,10 +30,12 @@ from .placement import is_traced
 __all__ = [
     "HostCoefficients",
     "annealing_of",
+    "check_pull",
     "check_strength",
     "host_coefficients",
     "never_ends",
     "of_step",
+    "rate_of",
     "taken",
 ]
 
@@ -138,14 +140,14 @@ def taken(name: str, count: Any) -> jax.Array:
     return steps
 
 
-def _rate(name: str, learning_rate: Any, count: Any) -> Any:
-    """The learning rate of a step."""
-    if not callable(learning_rate):
-        return learning_rate
-    rate = learning_rate(count)
-    if hasattr(rate, "dtype"):
+def rate_of(name: str, rate: Any, count: Any, what: str = "learning rate") -> Any:
+    """The number of a step, of a number or a schedule."""
+    if not callable(rate):
         return rate
-    return check_number(name, "the schedule's learning rate", rate, low=0.0)
+    number = rate(count)
+    return (
+        number if hasattr(number, "dtype") else check_number(name, f"the schedule's {what}", number, low=0.0)
+    )
 
 
 def of_step(
@@ -154,7 +156,7 @@ def of_step(
     """A step's coefficients by whether a parameter is anchored: the host's, or traced."""
     if on_host is None:
         t = optax.safe_increment(count).astype(jax.dtypes.canonicalize_dtype(jnp.float64))
-        lr = _rate(name, learning_rate, count)
+        lr = rate_of(name, learning_rate, count)
         by_anchored = {a: coefficients(t, hp, lr, a, xp=jnp) for a in (True, False)}
         for c in by_anchored.values():
             _check(name, t, c, hp.form)
@@ -199,12 +201,10 @@ def check_strength(name: str, hp: Hyperparameters, learning_rate: Any, anchored:
     largest = float(np.finfo(jax.dtypes.canonicalize_dtype(jnp.float64)).max)
     try:
         check_number(name, "eps", hp.eps, low=0.0, high=largest)
-        last = min(release_step(hp.annealing) or 10_000, 2**31 - 2)
-        steps = sorted({*map(int, np.linspace(1, last, 100)), *map(int, np.geomspace(1, last, 100))})
         with jax.ensure_compile_time_eval():
-            for t in steps:
+            for t in _some_steps(hp.annealing):
                 where = f"{name}, step {t}"
-                rate = _rate(where, learning_rate, jnp.asarray(t - 1))
+                rate = rate_of(where, learning_rate, jnp.asarray(t - 1))
                 rate = float(check_number(where, "the learning rate", rate, low=0.0, high=largest))
                 recall = float(annealed_weights(hp.annealing, t)[1]) if anchored else 0.0
                 pull = rate * float(hp.gamma) * recall if recall else 0.0  # however strong
@@ -214,3 +214,26 @@ def check_strength(name: str, hp: Hyperparameters, learning_rate: Any, anchored:
     for size in (lambda x: x[0], lambda x: x[1], lambda x: x[0] + x[1]):
         pull, decay, where = max(strengths, key=size)
         check_stable(pull, decay, hp.form, where)
+
+
+def check_pull(name: str, pull: Any, annealing: Any, learning_rate: Any) -> float:
+    """The highest learning rate at the steps at which `check_strength` looks; numbers there are checked."""
+    peak = 0.0
+    try:
+        with jax.ensure_compile_time_eval():
+            for t in _some_steps(annealing):
+                where, count = f"{name}, step {t}", jnp.asarray(t - 1)
+                annealed_weights(annealing, t)
+                check_number(where, "the pull", rate_of(where, pull, count, "pull"), low=0.0)
+                if learning_rate is not None:
+                    rate = rate_of(where, learning_rate, count)
+                    peak = max(peak, float(check_number(where, "the learning rate", rate, low=0.0)))
+    except jax.errors.JAXTypeError:
+        pass  # traced settings
+    return peak
+
+
+def _some_steps(annealing: Any) -> list[int]:
+    """Up to 200 steps, evenly over the annealing and thinner after it."""
+    last = min(release_step(annealing) or 10_000, 2**31 - 2)
+    return sorted({*map(int, np.linspace(1, last, 100)), *map(int, np.geomspace(1, last, 100))})

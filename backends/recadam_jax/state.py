@@ -17,7 +17,7 @@ from recadam_core.importance import check_importance
 from .placement import as_array, is_traced, placed, portable, zeros_like
 from .trees import Parameters, check_leaf, is_wide
 
-__all__ = ["Anchoring", "RecAdamState", "Released"]
+__all__ = ["AnchorPullState", "Anchoring", "RecAdamState", "Released"]
 
 
 class Released(NamedTuple):
@@ -45,6 +45,21 @@ class RecAdamState(NamedTuple):
     importance: Any = None  # of each anchor, its shape, in [0, 1]; None for 1 everywhere
 
 
+class AnchorPullState(NamedTuple):
+    """State of `add_anchor_pull`.
+
+    Example:
+        >>> from recadam_jax import add_anchor_pull
+        >>> add_anchor_pull(0.1).init(jnp.ones(2)).anchor.shape
+        (2,)
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # shape (), int32: steps taken
+    peak: jax.Array  # shape (), float: the highest learning rate that is known; 0 without one
+    anchor: optax.Params  # pretrained values, the parameters' shapes; None for new heads, or Released()
+    importance: Any = None  # of each anchor, its shape, in [0, 1]; None for 1 everywhere
+
+
 @dataclass(frozen=True)
 class Anchoring:
     """What the state holds, and how: arguments of `recadam`."""
@@ -65,14 +80,28 @@ class Anchoring:
                 wide = False
             if not wide:
                 raise RecAdamError(
-                    f"recadam: {name} is {shown(dtype)}; give a floating dtype of 16 to 64 bits"
+                    f"recadam_jax: {name} is {shown(dtype)}; give a floating dtype of 16 to 64 bits"
                 )
         memory = self.anchor_memory
         if not (memory is None or (isinstance(memory, str) and memory in ("device", "pinned_host"))):
-            raise RecAdamError(f"recadam: anchor_memory is {shown(memory)}; give 'pinned_host' or 'device'")
+            raise RecAdamError(
+                f"recadam_jax: anchor_memory is {shown(memory)}; give 'pinned_host' or 'device'"
+            )
 
     def init(self, params: Any) -> RecAdamState:
-        """The state before the first step."""
+        """The state of `recadam` before the first step."""
+        ours, anchor, importance = self.anchored(params)
+        moments = [zeros_like(p) for p in ours.leaves]
+        return RecAdamState(
+            count=jnp.zeros([], jnp.int32),
+            mu=ours.unflatten([m if self.mu_dtype is None else m.astype(self.mu_dtype) for m, _ in moments]),
+            nu=ours.unflatten([v for _, v in moments]),
+            anchor=anchor,
+            importance=importance,
+        )
+
+    def anchored(self, params: Any) -> tuple[Parameters, Any, Any]:
+        """The parameters, checked, and the trees of their anchors and of the importances."""
         ours = Parameters(params)
         ours.leaves = [
             p if isinstance(p, jax.ShapeDtypeStruct) and is_wide(p.dtype) else as_array("parameter", path, p)
@@ -80,14 +109,7 @@ class Anchoring:
         ]
         stars = self._anchors(ours)
         weights = self._importances(ours, stars)
-        moments = [zeros_like(p) for p in ours.leaves]
-        return RecAdamState(
-            count=jnp.zeros([], jnp.int32),
-            mu=ours.unflatten([m if self.mu_dtype is None else m.astype(self.mu_dtype) for m, _ in moments]),
-            nu=ours.unflatten([v for _, v in moments]),
-            anchor=ours.unflatten(stars),
-            importance=None if weights is None else ours.unflatten(weights),
-        )
+        return ours, ours.unflatten(stars), None if weights is None else ours.unflatten(weights)
 
     def _anchors(self, ours: Parameters) -> list[Any]:
         """An anchor or None for each parameter, checked and copied."""

@@ -15,18 +15,16 @@ from recadam_core import Hyperparameters, Moments, RecAdamError, update
 from recadam_core.errors import shown, unknown
 from recadam_core.importance import check_weighable
 
+from .beside import check_called, check_released, laid
 from .coefficients import (
     HostCoefficients,
     annealing_of,
     check_strength,
     host_coefficients,
-    never_ends,
     of_step,
     taken,
 )
-from .placement import as_array, fetched, is_traced, typed
 from .state import Anchoring, RecAdamState, Released
-from .trees import Parameters
 
 __all__ = [
     "HostCoefficients",
@@ -218,18 +216,6 @@ def _static(where: str, bias_correction: Any) -> Any:
     )
 
 
-def _beside(what: str, path: str, x: Any, p: Any) -> Any:
-    """What a step reads beside a parameter, checked."""
-    if x is None and what in ("anchor", "importance"):
-        return None
-    if isinstance(x, Released):
-        return p  # the recall weight is zero: the same operations on what is there, so the same bits
-    x = fetched(as_array(what, path, x, p))
-    if x.shape != p.shape:
-        raise RecAdamError(f"{what} {path!r} has shape {x.shape}, its parameter {p.shape}; give equal shapes")
-    return x if what == "gradient" else typed(x, p)
-
-
 def _transformation(
     name: str, hp: Hyperparameters, learning_rate: Any, anchoring: Anchoring
 ) -> optax.GradientTransformationExtraArgs:
@@ -251,48 +237,30 @@ def _transformation(
         coefficients: HostCoefficients | None = None,
         **_: Any,
     ) -> tuple[Any, RecAdamState]:
-        if params is None:
-            raise RecAdamError(f"{name}: update needs the parameters; call update(grads, state, params)")
-        if not isinstance(state, RecAdamState):
-            raise RecAdamError(f"{name}: the state is a {type(state).__name__}; give what init returned")
+        check_called(name, params, state, RecAdamState)
         if coefficients is not None and learning_rate is None:
             raise RecAdamError(f"{name}: coefficients hold the learning rate; give them to recadam")
-        ours = Parameters(params)
-        ours.leaves = thetas = [fetched(as_array("parameter", path, p)) for path, p in ours.each()]
-        parts = {
-            "gradient": ours.beside(updates, "gradients"),
-            "first moment": ours.beside(state.mu, "the state's mu"),
-            "second moment": ours.beside(state.nu, "the state's nu"),
-            "anchor": ours.beside(state.anchor, "the state's anchor"),
-            "importance": [None] * len(thetas)
-            if state.importance is None
-            else ours.beside(state.importance, "the state's importance"),
+        trees = {
+            "gradient": updates,
+            "first moment": state.mu,
+            "second moment": state.nu,
+            "anchor": state.anchor,
+            "importance": state.importance,
         }
-        released = any(isinstance(star, Released) for star in parts["anchor"])
+        ours, parts, released = laid(name, params, trees, hp.annealing)
         if state.importance is not None:
             check_weighable(hp.form)
-        if released and never_ends(hp.annealing):
-            raise RecAdamError(
-                f"{name}: the anchors are released, and {hp.annealing!r} reads them in every step"
-            )
-        parts = {
-            what: [_beside(what, path, x, theta) for path, theta, x in ours.each(leaves)]
-            for what, leaves in parts.items()
-        }
         count = taken(name, state.count)
         by_anchored = of_step(name, hp, learning_rate, count, coefficients)
-        pull = by_anchored[True].pull
-        if released and not is_traced(pull) and pull > 0:
-            raise RecAdamError(
-                f"{name}, step {int(count) + 1}: the anchors are released, and {hp.annealing!r} still "
-                "reads them"
-            )
+        if released:
+            check_released(name, hp.annealing, count, by_anchored[True].pull)
         new = []
-        for theta, grad, m, v, star, weight in zip(thetas, *parts.values(), strict=True):
+        for theta, grad, m, v, star, weight in zip(ours.leaves, *parts.values(), strict=True):
             c = by_anchored[star is not None]
             new.append(update(theta, grad, Moments(m, v), star, c, weight))
         deltas = [delta if learning_rate is not None else -delta for delta, _ in new]
-        return ours.unflatten([d.astype(p.dtype) for d, p in zip(deltas, thetas, strict=True)]), RecAdamState(
+        deltas = [delta.astype(p.dtype) for delta, p in zip(deltas, ours.leaves, strict=True)]
+        return ours.unflatten(deltas), RecAdamState(
             count=optax.safe_increment(count),
             mu=ours.unflatten([s.m for _, s in new]),
             nu=ours.unflatten([s.v for _, s in new]),

@@ -66,7 +66,13 @@ def test_without_an_index_it_is_said_what_to_copy_where(folder):
     shutil.copy(MAKEFILE.with_name("pyproject.toml"), folder)
     (folder / "constraints.txt").write_text("")
     told = make(
-        folder, "demo", PIP_NO_INDEX="1", PIP_CONFIG_FILE=os.devnull, PIP_FIND_LINKS="", HOME="/home/me"
+        folder,
+        "demo",
+        PIP_NO_INDEX="1",
+        PIP_CONFIG_FILE=os.devnull,
+        PIP_FIND_LINKS="",
+        HOME="/home/me",
+        RECADAM_CACHE="",
     )
     assert told.returncode == 2
     for words in (

@@ -1,4 +1,4 @@
-"""Where `recadam_jax.recadam` is put, and what then holds; as a script it prints the table."""
+"""Where `recadam` and `add_anchor_pull` are put, and what then holds; as a script it prints the table."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from recadam_core import Hyperparameters, Linear, Sigmoid
+from recadam_core import Hyperparameters, Linear, Sigmoid, apply, pull
 from recadam_jax import (
     Released,
+    add_anchor_pull,
     from_hyperparameters,
     host_coefficients,
     recadam,
@@ -76,6 +77,22 @@ class Optax:
     def again(self, state, params):
         """A new loop that goes on from there."""
         return type(self)(lambda: self.tx, state=state, params=params)
+
+
+class ByHand(Optax):
+    """After each step of the base optimizer the specification's pull."""
+
+    def __init__(self, make):
+        super().__init__(make)
+        self.anchors = self.params
+
+    def step(self, t):
+        task, recall = ANNEALING.weights(t + 1)
+        grads = jax.grad(loss)(self.params, ROWS[t])
+        updates, self.state = self.tx.update(grads, self.state, self.params)
+        stepped = optax.apply_updates(self.params, jax.tree.map(lambda u: task * u, updates))
+        home = lambda theta, star: apply(theta, pull(theta, star, PULL * recall))  # noqa: E731
+        self.params = jax.tree.map(home, stepped, self.anchors)
 
 
 class Net(nnx.Module):
@@ -175,11 +192,30 @@ class Case(NamedTuple):
     name: str
     make: Callable[..., optax.GradientTransformation]
     loop: type = Optax
-    own_path: bool = False  # whether it is meant to walk another path than recadam alone
+    own_path: bool = False  # whether it is meant to walk another path than in a loop of one's own
+    base: Callable[..., optax.GradientTransformation] | None = None  # around which the pull goes
 
 
 alone = partial(from_hyperparameters, HP)
 LABELS = {"first": "a", "second": "b"}
+PULL = 0.5
+adamw, sgd = partial(optax.adamw, 1e-2), partial(optax.sgd, 1e-1)
+
+
+def pulled(base):
+    """It, and last in the chain the pull."""
+    return optax.chain(base(), add_anchor_pull(PULL, annealing=ANNEALING))
+
+
+def freed(base):
+    return optax.contrib.schedule_free(base, 1e-1)
+
+
+def around(base, name, wrap=lambda tx: tx, loop=Optax):
+    """The case of the pull around an optimizer, in a wrapper."""
+    return Case(f"`add_anchor_pull` after {name}", lambda: wrap(pulled(base)), loop, base=base)
+
+
 CASES = [
     Case("alone", alone),
     Case("`chain` after `clip_by_global_norm`", lambda: optax.chain(optax.clip_by_global_norm(1e9), alone())),
@@ -210,6 +246,30 @@ CASES = [
     Case("`schedule_free`", lambda: optax.contrib.schedule_free(alone(), 1e-2), own_path=True),
     Case("`flax.nnx.Optimizer`", alone, Nnx),
     Case("equinox, filtered", alone, Equinox),
+    around(adamw, "`adamw`"),
+    around(sgd, "`sgd`"),
+    around(partial(optax.lion, 1e-3), "`lion`"),
+    around(partial(optax.adafactor, 1e-2), "`adafactor`"),
+    around(partial(optax.contrib.muon, 1e-2), "`muon`"),
+    Case(
+        "`add_anchor_pull` after `sgd`, both in `schedule_free`",
+        lambda: freed(pulled(sgd)),
+        own_path=True,
+        base=lambda: freed(sgd()),
+    ),
+    around(adamw, "`adamw`, both in `masked`", lambda tx: optax.masked(tx, True)),
+    around(adamw, "`adamw`, both in `partition`", lambda tx: optax.partition({"a": tx, "b": tx}, LABELS)),
+    around(adamw, "`adamw`, both in `apply_if_finite`", lambda tx: optax.apply_if_finite(tx, 3)),
+    around(
+        adamw, "`adamw`, both in `MultiSteps`", lambda tx: optax.MultiSteps(tx, 1).gradient_transformation()
+    ),
+    Case(
+        "`add_anchor_pull` by `inject_hyperparams`",
+        lambda: optax.chain(adamw(), optax.inject_hyperparams(add_anchor_pull)(PULL, ANNEALING)),
+        base=adamw,
+    ),
+    around(adamw, "`adamw` in `flax.nnx.Optimizer`", loop=Nnx),
+    around(adamw, "`adamw` in equinox, filtered", loop=Equinox),
 ]
 
 
@@ -238,7 +298,8 @@ def _same(a, b, atol=0.0):
 def same_path(case):
     if case.own_path:
         raise Missing("its own")
-    return _same(_whole(case), _whole(CASES[0]), atol=2e-6)
+    by_hand = _whole(CASES[0]) if case.base is None else _end(case, range(STEPS), ByHand(case.base))
+    return _same(_whole(case), by_hand, atol=2e-6)
 
 
 def compiled_once(case):
@@ -256,7 +317,7 @@ def keeps_dtypes(case):
 def takes_extra_arguments(case):
     """What nobody knows is left alone; coefficients of the host arrive."""
     _end(case, range(2), unknown=jnp.ones(()))
-    if "scale_by_recadam" in case.name:
+    if "scale_by_recadam" in case.name or case.base:
         raise Missing("(d)")
     given = host_coefficients(1, HP.replace(lr=0.0, gamma=0.0))
     start = case.loop(case.make)
@@ -264,17 +325,23 @@ def takes_extra_arguments(case):
 
 
 def finds_anchors(case):
-    """`tree_map_params` meets the anchors, the moments too."""
+    """`tree_map_params` meets the anchors, and the rest of the state too."""
     if case.loop is Nnx:
         raise Missing("(b)")
     if "flatten" in case.name:
         raise Missing("(a)")
     run = case.loop(case.make)
+    count = len(jax.tree.leaves(run.params))
+    kept = "MultiSteps" in case.name  # gradients
+    if case.base is None:
+        return _met(run) == (3 + (kept or "schedule_free" in case.name)) * count
+    return _met(run) == _met(case.loop(case.base)) + (1 + kept) * count
+
+
+def _met(run):
     met = []
     optax.tree_utils.tree_map_params(run.tx, met.append, run.state, is_leaf=lambda x: x is None)
-    count = len(jax.tree.leaves(run.params))
-    kept = [x for x in met if isinstance(x, jax.Array)]
-    return len(kept) == (4 if case.name in ("`schedule_free`", "`MultiSteps` of one") else 3) * count
+    return sum(isinstance(x, jax.Array) for x in met)
 
 
 def resumes(case):

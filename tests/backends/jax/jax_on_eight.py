@@ -21,7 +21,15 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
 from recadam_core import Hyperparameters, Linear
-from recadam_jax import FLAG, from_hyperparameters, host_coefficients, load_anchor, recadam, release
+from recadam_jax import (
+    FLAG,
+    add_anchor_pull,
+    from_hyperparameters,
+    host_coefficients,
+    load_anchor,
+    recadam,
+    release,
+)
 
 HP = Hyperparameters(lr=1e-2, gamma=20.0, weight_decay=0.1, annealing=Linear(t0=8))
 SHAPES = {"encoder": {"kernel": (16, 24), "bias": (24,)}, "head": {"kernel": (24, 8)}}
@@ -51,6 +59,13 @@ def shardings(layout, kind=AxisType.Auto):
 
 def make(**kept):
     return from_hyperparameters(HP, anchor={"encoder": draw(1)["encoder"], "head": None}, **kept)
+
+
+def pulled(**kept):
+    """The pull around another optimizer."""
+    anchor = {"encoder": draw(1)["encoder"], "head": None}
+    pull = add_anchor_pull(0.5, HP.annealing, optax.linear_schedule(1e-2, 0.0, 20), anchor=anchor, **kept)
+    return optax.chain(optax.adam(1e-2), pull)
 
 
 def trained(tx, params, state=None, steps=range(12)):
@@ -85,6 +100,12 @@ def alone():
     return trained(make(), jax.tree.map(jnp.asarray, draw(0)))
 
 
+@pytest.fixture(scope="module")
+def pulled_alone():
+    """The same, of the pull around another optimizer."""
+    return trained(pulled(), jax.tree.map(jnp.asarray, draw(0)))
+
+
 def test_there_are_eight_devices():
     assert jax.device_count() == 8
 
@@ -115,6 +136,45 @@ def test_no_device_holds_or_fetches_more_than_its_part(layout, jit):
     grads = jax.device_put(draw(1), places)
     compiled = jax.jit(tx.update, donate_argnums=(0, 1)).lower(grads, state, params).compile()
     assert COLLECTIVE.findall(compiled.as_text()) == []
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_pull_around_another_optimizer_is_that_on_one_device(layout, kind, pulled_alone):
+    places = shardings(layout, kind)
+    params, state = trained(pulled(), jax.device_put(draw(0), places))
+    assert_equal(params, pulled_alone[0])
+    assert_equal(state, pulled_alone[1])
+    assert_laid_out(params, places)
+    assert_laid_out(state[1].anchor["encoder"], places["encoder"])
+
+
+@pytest.mark.parametrize("memory", [None, "pinned_host"])
+def test_the_pull_around_another_optimizer_moves_nothing_between_devices(memory, pulled_alone):
+    places = shardings("both")
+    importance = {"encoder": jax.tree.map(np.ones_like, draw(2)["encoder"]), "head": None}
+    tx = pulled(anchor_memory=memory, importance=importance)
+    params, state = trained(tx, jax.device_put(draw(0), places))
+    assert_equal(params, pulled_alone[0])
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves((state[1].anchor, state[1].importance))}
+    assert kinds == {HOST if memory else "device"}
+    update = jax.jit(tx.update).lower(jax.device_put(draw(1), places), state, params)
+    assert COLLECTIVE.findall(update.compile().as_text()) == []
+
+
+def test_the_pull_around_another_optimizer_is_restored_into_another_layout(tmp_path, pulled_alone):
+    tx = pulled()
+    params, state = trained(tx, jax.device_put(draw(0), shardings("tensor")), steps=range(5))
+    there = jax.device_put(draw(0), shardings("fsdp"))
+    like = {"params": there, "state": tx.init(there)}
+    everywhere = NamedSharding(shardings("fsdp")["encoder"]["bias"].mesh, P())
+    like = jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, everywhere), like)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", {"params": params, "state": state})
+        checkpointer.wait_until_finished()
+        saved = checkpointer.restore(tmp_path / "state", like)
+    assert_laid_out(saved["state"][1].anchor["encoder"], shardings("fsdp")["encoder"])
+    assert_equal(trained(tx, saved["params"], saved["state"], range(5, 12))[0], pulled_alone[0])
 
 
 def test_the_pattern_knows_a_collective():

@@ -541,12 +541,12 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
             lambda: recadam(1e-5).update({"a": {"w": None}}, recadam(1e-5).init(PARAMS), PARAMS),
             "gradient 'a/w' is None; give floating arrays of 16 to 64 bits, or freeze the parameter",
         ),
-        (lambda: recadam(1e-5, mu_dtype=jnp.int32), "recadam: mu_dtype is"),
-        (lambda: recadam(1e-5, anchor_dtype=jnp.int8), "recadam: anchor_dtype is"),
-        (lambda: recadam(1e-5, anchor_memory="disk"), "recadam: anchor_memory is 'disk'; give 'pinned"),
-        (lambda: recadam(1e-5, anchor_memory=np.ones(2)), "recadam: anchor_memory is array([1., 1.]); give"),
-        (lambda: recadam(1e-5, anchor_memory=10**5000), "recadam: anchor_memory is a int that cannot be"),
-        (lambda: recadam(1e-5, anchor_memory=["device"]), "recadam: anchor_memory is ['device']; give"),
+        (lambda: recadam(1e-5, mu_dtype=jnp.int32), "recadam_jax: mu_dtype is"),
+        (lambda: recadam(1e-5, anchor_dtype=jnp.int8), "recadam_jax: anchor_dtype is"),
+        (lambda: recadam(1e-5, anchor_memory="disk"), "recadam_jax: anchor_memory is 'disk'; give 'pinned"),
+        (lambda: recadam(1e-5, anchor_memory=np.ones(2)), "recadam_jax: anchor_memory is array([1., 1.])"),
+        (lambda: recadam(1e-5, anchor_memory=10**5000), "recadam_jax: anchor_memory is a int that cannot be"),
+        (lambda: recadam(1e-5, anchor_memory=["device"]), "recadam_jax: anchor_memory is ['device']; give"),
         (
             lambda: from_hyperparameters(Hyperparameters(), anchr=PARAMS),
             "unknown argument of from_hyperparameters: 'anchr': did you mean 'anchor'?",
@@ -629,7 +629,7 @@ PARAMS = {"a": {"w": jnp.ones(2)}}
             lambda: recadam(1e-4, anchor={"a": {"w": jnp.full(2, 1e5)}}, anchor_dtype="float16").init(PARAMS),
             "anchor 'a/w' has values beyond float16; give another anchor_dtype",
         ),
-        (lambda: recadam(1e-4, anchor_dtype="float99"), "recadam: anchor_dtype is 'float99'; give a"),
+        (lambda: recadam(1e-4, anchor_dtype="float99"), "recadam_jax: anchor_dtype is 'float99'; give a"),
         (
             lambda: recadam(lambda count: None).init(PARAMS),
             "recadam, step 1: the schedule's learning rate is None; give a finite number >= 0",
@@ -1034,7 +1034,7 @@ def test_a_dtype_that_others_cannot_be_promoted_to_is_refused_at_once(name, dtyp
 @pytest.mark.parametrize("dtype", [{}, 5, "whole", [1], True, 10**5000, int], ids=type)
 @pytest.mark.parametrize("name", ["mu_dtype", "anchor_dtype"])
 def test_what_is_no_dtype_is_refused_at_once(name, dtype):
-    with pytest.raises(RecAdamError, match=f"recadam: {name} is ") as caught:
+    with pytest.raises(RecAdamError, match=f"recadam_jax: {name} is ") as caught:
         recadam(1e-5, **{name: dtype})
     assert "\n" not in str(caught.value)
 

@@ -30,7 +30,7 @@ def started(command, devices, flags=FLAG):
 @pytest.mark.parametrize(
     ("flags", "which", "count"),
     [
-        pytest.param(FLAG, "", 44, marks=pytest.mark.heavy),
+        pytest.param(FLAG, "", 55, marks=pytest.mark.heavy),
         pytest.param("", "sharded_run or scan or shard_map", 10, marks=pytest.mark.heavy),
         (FLAG, "anchor_goes and Explicit and not host or shapes_with", 2),
     ],
