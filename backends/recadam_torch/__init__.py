@@ -15,6 +15,7 @@ from .matching import Coverage
 from .optimizer import RecAdam
 from .probing import probe_head
 from .pulling import AnchorPull, anchor
+from .reference import reference
 
 __all__ = [
     "AnchorPull",
@@ -32,4 +33,5 @@ __all__ = [
     "lora_anchors",
     "param_groups",
     "probe_head",
+    "reference",
 ]

@@ -6,6 +6,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,18 @@ class Anchors(Mapping[str, Tensor]):
             warnings.warn(text, CoverageWarning, stacklevel=2)
         return anchors
 
+    def with_new(self, parameters: Iterable[tuple[str, Tensor]]) -> Anchors:
+        """The same, and parameters of other modules, which have no anchor: those of a loss, say.
+
+        Example:
+            >>> both = Anchors.of(nn.Linear(2, 1)).with_new([("loss.scale", torch.ones(1))])
+            >>> both.match("loss.scale").status
+            'new'
+        """
+        more = tuple(Match(name, tuple(p.shape), p.numel(), "new") for name, p in parameters)
+        coverage = replace(self.coverage, matches=(*self.coverage.matches, *more))
+        return Anchors(self.source, coverage, self.dtype, self.place)
+
     def match(self, name: str) -> Match:
         """What was found for a parameter, under its name or what a wrapper made of it.
 
@@ -211,6 +224,12 @@ class Anchors(Mapping[str, Tensor]):
                 "make them from the model as it is"
             )
         return placed(self.source, match.stored, p, self.dtype, self.place)
+
+
+def check_new(where: str, anchors: Any, new: Any) -> None:
+    """Raise where new parameters are named beside anchors that were matched already."""
+    if isinstance(anchors, Anchors) and new:
+        raise RecAdamError(f"{where}: new and Anchors are both given; say new to Anchors.of")
 
 
 def lora_anchors(model: nn.Module) -> dict[str, Tensor]:

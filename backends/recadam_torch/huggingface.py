@@ -1,9 +1,10 @@
-"""RecAdam in Hugging Face's Trainer: a factory of the optimizer, and a callback that logs what it does."""
+"""Hugging Face's Trainer and its kin: RecAdam by a factory, the pull around any optimizer by a callback."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from transformers import TrainerCallback
 
 from recadam_core import RecAdamError
 
-from .anchors import Anchors
+from .anchors import Anchors, check_new
 from .groups import param_groups
 from .optimizer import RecAdam
+from .pulling import AnchorPull, check_settings
+from .starts import Start
 
-__all__ = ["RecAdamCallback", "RecAdamFactory"]
+__all__ = ["AnchorCallback", "RecAdamCallback", "RecAdamFactory"]
 
 
 class RecAdamFactory:
@@ -51,8 +54,7 @@ class RecAdamFactory:
                 "RecAdamFactory: anchors is None, and Trainer may have loaded a checkpoint into the model "
                 "by now; name the pretrained weights, or give Anchors.of(model, new=[...]), taken before"
             )
-        if isinstance(anchors, Anchors) and new:
-            raise RecAdamError("RecAdamFactory: new and Anchors are both given; say new to Anchors.of")
+        check_new("RecAdamFactory", anchors, new)
         if not isinstance(anchors, Anchors):
             anchors = Anchors.of(model, anchors, new=new)
         groups = param_groups(
@@ -65,20 +67,38 @@ class RecAdamFactory:
         return RecAdam(groups, **settings)
 
 
-class RecAdamCallback(TrainerCallback):
+class _Logged(TrainerCallback):
+    """A callback whose figures are in every log of the training loss."""
+
+    @classmethod
+    def add_to(cls, trainer: Any, *args: Any, **settings: Any) -> Any:
+        """Put one before the trainer's other callbacks, so that all of them report its figures."""
+        callback = cls(*args, **settings)
+        trainer.callback_handler.callbacks.insert(0, callback)
+        return callback
+
+    def figures(self, optimizer: Any) -> dict[str, float]:
+        """The figures by name; none when they are not of this optimizer."""
+        raise NotImplementedError
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Trainer's hook."""
+        if logs is None or "loss" not in logs:
+            return  # an evaluation's
+        with torch.no_grad():
+            figures = self.figures(kwargs.get("optimizer"))
+        logs.update(figures)
+        if state.log_history:
+            state.log_history[-1].update(figures)
+
+
+class RecAdamCallback(_Logged):
     """Adds to every log: both weights, lr * gamma, the pull's share and the distance to the anchors.
 
     Example:
         >>> RecAdamCallback().figures(RecAdam(nn.Linear(2, 1).named_parameters()))["recadam/distance"]
         0.0
     """
-
-    @classmethod
-    def add_to(cls, trainer: Any) -> RecAdamCallback:
-        """Put one before the trainer's other callbacks, so that all of them report its figures."""
-        callback = cls()
-        trainer.callback_handler.callbacks.insert(0, callback)
-        return callback
 
     def figures(self, optimizer: Any) -> dict[str, float]:
         """The figures by name; none when the optimizer is another."""
@@ -107,15 +127,73 @@ class RecAdamCallback(TrainerCallback):
             stacklevel=2,
         )
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Trainer's hook."""
-        if logs is None or "loss" not in logs:
-            return  # an evaluation's
-        with torch.no_grad():
-            figures = self.figures(kwargs.get("optimizer"))
-        logs.update(figures)
-        if state.log_history:
-            state.log_history[-1].update(figures)
+
+class AnchorCallback(_Logged):
+    r"""Lets whatever optimizer Trainer makes pull towards the pretrained weights: `anchor` in one line.
+
+    For Trainer and what is made of it: TRL's trainers, sentence-transformers'. When training starts, the
+    anchors are the file that the model names, if the model is still what it holds; otherwise the weights as
+    they are, which are written beside the checkpoints, once, for a run that is resumed. Of LoRA the product
+    is anchored at zero, where it starts.
+
+    Args:
+        pull: as in `anchor`.
+        anchors: where the pretrained weights are: as in `Anchors.of`, or `Anchors`. None as said above.
+        new: names of new parameters, or patterns as "classifier.*": these are not pulled.
+        annealing: as in `anchor`.
+        importance: as in `anchor`.
+
+    Raises:
+        RecAdamError: for a value outside its range, at once; when training starts, as `anchor` and
+            `Anchors.of` do, and when the anchors of a run that is resumed are not found.
+
+    Example:
+        >>> callback = AnchorCallback(pull=0.1)  # trainer.add_callback(callback)
+        >>> callback.handle is None  # until training starts; then it is what `anchor` returns
+        True
+    """
+
+    def __init__(
+        self,
+        pull: float = 0.1,
+        anchors: str | Path | Mapping[str, Tensor] | None = None,
+        *,
+        new: Iterable[str] = (),
+        annealing: Any = None,
+        importance: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        check_settings(pull, annealing)
+        check_new("AnchorCallback", anchors, new)
+        self.handle: AnchorPull | None = None
+        self._anchors, self._new = anchors, new
+        self._settings = {"pull": pull, "annealing": annealing, "importance": importance}
+
+    def at_anchors(self) -> AbstractContextManager[None]:
+        """As the handle's: the model with its pretrained weights; as it is, before training starts."""
+        return nullcontext() if self.handle is None else self.handle.at_anchors()
+
+    def figures(self, optimizer: Any) -> dict[str, float]:
+        """The distance to the anchors, and the weight of the last step's pull."""
+        if self.handle is None:
+            return {}
+        drift = self.handle.drift()
+        return {"anchor/distance": drift.distance, "anchor/pull": drift.rate}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer's hook: the optimizer is made, and a checkpoint to resume from is loaded."""
+        optimizer, before = kwargs["optimizer"], self.handle
+        start = Start(kwargs["model"], optimizer, Path(args.output_dir), self._new, self._settings)
+        if before is not None and before.is_of(optimizer):
+            return  # trained on
+        if self._anchors is not None:
+            self.handle = start.given(self._anchors)
+        elif before is not None and start.is_of(before):  # begun anew, as with batches that fit
+            self.handle = start.given(before.anchors)
+        elif state.global_step:
+            self.handle = start.again(state.global_step)
+        else:
+            keeps = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
+            self.handle = start.first(keeps, writes=state.is_world_process_zero)
 
 
 def _unwrapped(optimizer: Any) -> RecAdam | None:

@@ -278,22 +278,26 @@ def more_rows(old: tuple[int, ...], now: tuple[int, ...]) -> bool:
 def _keys(name: str, to_drop: set[str], to_add: set[str]) -> Iterator[list[str]]:
     """The stored names that a parameter may have, the likeliest first."""
     yield [name]
-    first, _, rest = name.partition(".")
-    yield [rest] if first in to_drop and rest else []
+    yield [rest for first, rest in _splits(name) if first in to_drop]
     yield [f"{prefix}.{name}" for prefix in sorted(to_add)]
 
 
 def _prefixes(names: Iterable[str], others: set[str]) -> set[str]:
-    """First parts of names without which most of the names that have them are among the others.
+    """Beginnings of names without which most of the names that have them are among the others.
 
-    A base model's, that is; not a head's, one of whose names may agree by chance.
+    A base model's, as `bert` or `0.auto_model`; not a head's, one of whose names may agree by chance.
     """
     rests: dict[str, list[bool]] = {}
     for name in names:
-        first, dot, rest = name.partition(".")
-        if dot:
+        for first, rest in _splits(name):
             rests.setdefault(first, []).append(rest in others)
     return {first for first, among in rests.items() if sum(among) * 2 > len(among)}
+
+
+def _splits(name: str) -> list[tuple[str, str]]:
+    """Where a name may be parted into a base model's prefix, of up to three parts, and the rest."""
+    parts = name.split(".")
+    return [(".".join(parts[:i]), ".".join(parts[i:])) for i in range(1, min(4, len(parts)))]
 
 
 def _renamed(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from operator import is_
@@ -96,10 +96,7 @@ def anchor(
 
     Source: arXiv 2004.12651, Algorithm 1, line 12; Parikh and Boyd, Proximal algorithms, 2014, section 1.1.
     """
-    while not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_post_hooks"):
-        if not hasattr(optimizer, "optimizer"):
-            raise RecAdamError(f"anchor: the optimizer is {shown(optimizer)}; give a torch.optim.Optimizer")
-        optimizer = optimizer.optimizer  # of accelerate's wrapper, DeepSpeed's, ...
+    optimizer = unwrapped(optimizer)
     from .optimizer import RecAdam
 
     if isinstance(optimizer, RecAdam):
@@ -108,6 +105,25 @@ def anchor(
     if any(isinstance(getattr(hook, "__self__", None), AnchorPull) for hook in hooks):
         raise RecAdamError("anchor: this optimizer pulls already; call remove() of the other handle first")
     return AnchorPull(optimizer, anchors, pull, annealing, importance, names)
+
+
+def unwrapped(optimizer: Any) -> Optimizer:
+    """The optimizer in wrappers: of accelerate, DeepSpeed and others."""
+    while not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        if not hasattr(optimizer, "optimizer"):
+            raise RecAdamError(f"anchor: the optimizer is {shown(optimizer)}; give a torch.optim.Optimizer")
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def check_settings(pull: Any, annealing: Any) -> tuple[float, Any]:
+    """The settings of a pull, checked."""
+    pull = check_number("anchor", "pull", pull, low=0.0)
+    if isinstance(annealing, Mapping):
+        annealing = annealing_from_dict(annealing)
+    annealing = Constant(1.0, 1.0) if annealing is None else annealing
+    Hyperparameters(annealing=annealing)  # which refuses what is none
+    return pull, annealing
 
 
 class AnchorPull:
@@ -130,11 +146,7 @@ class AnchorPull:
         importance: Mapping[str, Tensor] | None,
         names: Iterable[tuple[str, Tensor]] | None,
     ) -> None:
-        self.pull: float = check_number("anchor", "pull", pull, low=0.0)
-        if isinstance(annealing, Mapping):
-            annealing = annealing_from_dict(annealing)
-        self.annealing: Any = Constant(1.0, 1.0) if annealing is None else annealing
-        Hyperparameters(annealing=self.annealing)  # which refuses what is none
+        self.pull, self.annealing = check_settings(pull, annealing)
         self._optimizer, self._anchors, self._importance = optimizer, anchors, importance
         self._names = _by_parameter(names)
         self._states: dict[Tensor, dict[str, Any]] = {}
@@ -155,6 +167,7 @@ class AnchorPull:
         take_hashes([s for states in made for s in states.values() if is_sharded(s["anchor"])])
         for states in made:
             self._states.update(states)
+        self._check_said(optimizer.param_groups, "anchor")  # by a state that was loaded before
         if anchors is None:
             self._copies = {p: state["anchor"] for p, state in self._states.items()}
         self._put_keys()
@@ -233,7 +246,11 @@ class AnchorPull:
         self._had_gradient = {p for p in self._states if p.grad is not None}
         for group, (peak, _), (task, _) in zip(groups, found, weights, strict=True):
             group[PEAK] = peak
-            if task != 1.0 and group.get("lr") is not None:
+            if (
+                task != 1.0
+                and group.get("lr") is not None
+                and not self._states.keys().isdisjoint(group["params"])
+            ):
                 rate = group["lr"]
                 self._rates.append((group, rate.clone() if isinstance(rate, Tensor) else rate))
                 group["lr"] = rate.mul_(task) if isinstance(rate, Tensor) else rate * task
@@ -403,8 +420,13 @@ class AnchorPull:
     def _saving(self, *_: Any) -> None:
         """The hook before a state is saved: each group says the hash of its anchors."""
         self._settle(first=False)
+        self.said()
+
+    def said(self) -> list[dict[str, Any]]:
+        """The optimizer's groups, with what a checkpoint is to know of the pull."""
         for group, number in zip(self._optimizer.param_groups, self._hashes(), strict=True):
             group[HASH] = number
+        return self._optimizer.param_groups
 
     def _hashes(self) -> list[int]:
         """A number for each group's anchors, which others would not have."""
@@ -426,20 +448,48 @@ class AnchorPull:
             )
             return
         self._settle(first=False)
-        hashes = self._hashes()
-        for index, group in enumerate(groups):
-            check_number("load_state_dict", STEP, group.get(STEP), low=0.0)
-            check_number("load_state_dict", PEAK, group.get(PEAK), low=0.0)
-            if group[HASH] != hashes[index]:
-                source = f" (from {group[SOURCE]})" if group.get(SOURCE) else ""
-                raise RecAdamError(
-                    f"load_state_dict: group {index} was pulled towards other anchors{source}; give those as "
-                    "anchors=..., or call anchor() before the tuned weights are loaded"
-                )
+        self._check_said(groups, "load_state_dict")
         if any(group[STEP] for group in groups):  # else accelerate loads what it has just saved
             self._copies.clear()  # what is loaded with it may be tuned
 
+    def _check_said(self, groups: Sequence[Mapping[str, Any]], where: str) -> None:
+        """Raise unless what the groups of a state say of a pull, if anything, is true of this one."""
+        if not any(group.get(HASH) for group in groups):
+            return
+        for index, (group, number) in enumerate(zip(groups, self._hashes(), strict=True)):
+            check_number(where, STEP, group.get(STEP), low=0.0)
+            check_number(where, PEAK, group.get(PEAK), low=0.0)
+            if group.get(HASH) != number:
+                source = f" (from {group[SOURCE]})" if group.get(SOURCE) else ""
+                raise RecAdamError(
+                    f"{where}: group {index} was pulled towards other anchors{source}; give those as "
+                    "anchors=..., or call anchor() before the tuned weights are loaded"
+                )
+
     # What a user asks.
+
+    def is_of(self, optimizer: Any) -> bool:
+        """Whether it pulls this optimizer's parameters, or did before `remove`."""
+        return unwrapped(optimizer) is self._optimizer
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The parameters that are pulled."""
+        return list(self._states)
+
+    @property
+    def anchors(self) -> dict[str, Tensor]:
+        """The anchors by parameter name, as they are kept: to be saved, if a checkpoint is to have them.
+
+        Raises:
+            RecAdamError: when a parameter has no name.
+
+        Example:
+            >>> w = torch.nn.Parameter(torch.ones(2))
+            >>> anchor(torch.optim.SGD([("w", w)], lr=0.1)).anchors
+            {'w': tensor([1., 1.])}
+        """
+        return {name: self._states[p]["anchor"] for name, p in self._named("anchors") if p in self._states}
 
     @torch.no_grad()
     def drift(self) -> Drift:
@@ -492,14 +542,20 @@ class AnchorPull:
 
         Source: arXiv 2109.01903, eq. (1).
         """
+        pairs = self._named("interpolate")
+        states = {p: self._states.get(p, {}) for _, p in pairs}
+        views = map(self._view, self._optimizer.param_groups)
+        between = weights_between(views, states, (), alpha, None)
+        return {name: between[p] for name, p in pairs}
+
+    def _named(self, where: str) -> list[tuple[str, Tensor]]:
+        """The optimizer's parameters, each with a name of its own."""
+        self._check_whole(where)
         views = [self._view(group) for group in self._optimizer.param_groups]
         pairs = list(chain.from_iterable(map(named, views)))
         if not all("param_names" in view for view in views) or len(dict(pairs)) < len(pairs):
-            raise RecAdamError("interpolate: parameters need names, each its own; give names to anchor()")
-        states = {p: self._states.get(p, {}) for _, p in pairs}
-        self._check_whole("interpolate")
-        between = weights_between(views, states, (), alpha, None)
-        return {name: between[p] for name, p in pairs}
+            raise RecAdamError(f"{where}: parameters need names, each its own; give names to anchor()")
+        return pairs
 
     @contextmanager
     def at_anchors(self) -> Iterator[None]:

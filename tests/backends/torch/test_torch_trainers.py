@@ -65,11 +65,13 @@ class NoDropout(transformers.Trainer):
         return super().training_step(model, *arguments, **keywords)
 
 
-def trainer(folder, model, kind=NoDropout, steps=12, save_only_model=False, **more):
+def trainer(
+    folder, model, kind=NoDropout, steps=12, save_only_model=False, save="steps", optim="adamw_torch", **more
+):
     args = transformers.TrainingArguments(
         str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=4,
         save_steps=6, report_to=[], disable_tqdm=True, seed=3, use_cpu=True, save_total_limit=3,
-        save_only_model=save_only_model,
+        save_only_model=save_only_model, save_strategy=save, optim=optim,
     )  # fmt: skip
     return kind(model, args, train_dataset=ROWS, **more)
 
