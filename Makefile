@@ -24,11 +24,12 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) 
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-heavy versions conformance support lint format docs bench asv asv-quick clean
+.PHONY: help install demo test test-heavy test-torchao versions conformance support lint format docs bench asv asv-quick clean
 
 help:
 	@echo "make demo         run the main job: RecAdam beside AdamW on three frameworks, with a report"
 	@echo "make test         run the tests (make test-heavy: those that take minutes)"
+	@echo "make test-torchao runs those of the pull around its 8-bit and 4-bit optimizers"
 	@echo "make versions     try the wheel on every Python, over the newest and the lowest libraries: docs/versions.md"
 	@echo "make conformance  hold every backend to its claims (make support: rewrite docs/support.md)"
 	@echo "make lint         ruff and mypy;  make format: reformat"
@@ -86,6 +87,11 @@ test: $(VENV)/.development
 
 test-heavy: $(VENV)/.development
 	$(THREADS) $(BIN)/python -m pytest -n auto -m heavy $(PYTEST_FLAGS)
+
+# torchao lies apart: transformers imports it where it is installed, and then every process prints what it misses.
+test-torchao: $(VENV)/.development
+	@$(PIP) --no-deps --upgrade --target $(VENV)/torchao torchao==0.18.0
+	$(THREADS) PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest -k table -rN tests/backends/torch/test_torch_pull.py
 
 versions: $(VENV)/.development
 	@$(if $(PYTHONS),,rm -f runs/versions/3.*-newest.json runs/versions/3.*-lowest.json)

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from recadam_harness.archives import model_folder
-from recadam_harness.tasks.movie_reviews import read_reviews, tokenize
+from recadam_harness.tasks.movie_reviews import read_bbc, read_reviews, tokenize
 
 LENGTH = 32
 
@@ -37,6 +37,22 @@ def load(train: int = 512, test: int = 500) -> tuple[Path, PreTrainedModel, Revi
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
     return folder, model, Reviews(folder, 2000, train), Reviews(folder, 0, test)
+
+
+def headlines(folder: Path, count: int = 256) -> list[dict[str, Any]]:
+    """Headlines of the news, of which no review speaks: what the encoder is to know afterwards, too."""
+    titles, _ = read_bbc(count)
+    rows = tokenize(folder, titles, LENGTH)
+    ids, mask = torch.tensor(rows["ids"]), torch.tensor(rows["mask"]).long()
+    parts = zip(ids.split(64), mask.split(64), strict=True)
+    return [{"input_ids": some, "attention_mask": kept} for some, kept in parts]
+
+
+def sentence_embeddings(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
+    """The means of the encoder's last hidden states."""
+    hidden = model.base_model(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    return (hidden * mask).sum(1) / mask.sum(1)
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ def check_importance(name: str, importance: Any, shape: Any) -> None:
         Traceback (most recent call last):
         ...
         recadam_core.errors.RecAdamError: importance of 'w' leaves [0, 1]; scale it, and set the strength by
-        gamma
+        gamma or pull
     """
     what = fault(importance).partition(";")[0]
     if not what and tuple(importance.shape) != tuple(shape):
@@ -97,5 +97,5 @@ def check_importance(name: str, importance: Any, shape: Any) -> None:
         fits = True  # traced: there is no value to look at
     if not fits:
         raise RecAdamError(
-            f"importance of {name!r} leaves [0, 1]; scale it; the pull's strength is set apart"
+            f"importance of {name!r} leaves [0, 1]; scale it, and set the strength by gamma or pull"
         )

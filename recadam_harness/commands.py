@@ -35,6 +35,7 @@ from .tasks import TASKS, get_task
 
 __all__ = ["app"]
 
+FREE = [name for name, archive in ARCHIVES.items() if not archive.terms]
 app = typer.Typer()
 
 
@@ -247,11 +248,11 @@ def demo(
 @app.command("fetch")
 def fetch_command(
     names: Annotated[
-        list[str] | None, typer.Argument(help=f"What to fetch [default: {' '.join(ARCHIVES)}].")
+        list[str] | None, typer.Argument(help=f"What to fetch [default: {' '.join(FREE)}].")
     ] = None,
 ) -> None:
     """Fetch models and data into the cache folder, or check those that are there."""
-    for name, path in fetch_all(names or ARCHIVES).items():
+    for name, path in fetch_all(names or FREE).items():
         print(f"{name}: {path}")
 
 

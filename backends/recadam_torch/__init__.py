@@ -8,6 +8,7 @@ optimizer = RecAdam(model.named_parameters(), lr=2e-5)     # anchored where the 
 from .anchors import Anchors, CoverageWarning, lora_anchors
 from .backend import TorchBackend, backend
 from .drift import Drift
+from .forgetting import Forgetting, Forgotten
 from .groups import param_groups
 from .importance import feature_importance, importance_of
 from .kernels import kernel_
@@ -23,6 +24,8 @@ __all__ = [
     "Coverage",
     "CoverageWarning",
     "Drift",
+    "Forgetting",
+    "Forgotten",
     "RecAdam",
     "TorchBackend",
     "anchor",

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from recadam_core import RecAdamError
+from recadam_core import DriftBudget, RecAdamError
 
 from .anchors import Anchors, check_new
+from .drift import Drift
+from .forgetting import Watch
 from .groups import param_groups
 from .optimizer import RecAdam
 from .pulling import AnchorPull, check_settings
+from .reference import Several
 from .starts import Start
 
 __all__ = ["AnchorCallback", "RecAdamCallback", "RecAdamFactory"]
@@ -142,6 +145,10 @@ class AnchorCallback(_Logged):
         new: names of new parameters, or patterns as "classifier.*": these are not pulled.
         annealing: as in `anchor`.
         importance: as in `anchor`.
+        probe: texts or batches on which forgetting is measured, as in `Forgetting`; its figure is logged.
+        every: steps between two measurements.
+        budget: of the figure, which the pull's strength then holds: a number, or a `DriftBudget`.
+        stop_at: the figure at which training ends.
 
     Raises:
         RecAdamError: for a value outside its range, at once; when training starts, as `anchor` and
@@ -161,23 +168,32 @@ class AnchorCallback(_Logged):
         new: Iterable[str] = (),
         annealing: Any = None,
         importance: Mapping[str, Tensor] | None = None,
+        probe: Iterable[Any] | None = None,
+        every: int = 50,
+        budget: float | DriftBudget | None = None,
+        stop_at: float | None = None,
     ) -> None:
         check_settings(pull, annealing)
         check_new("AnchorCallback", anchors, new)
         self.handle: AnchorPull | None = None
         self._anchors, self._new = anchors, new
         self._settings = {"pull": pull, "annealing": annealing, "importance": importance}
+        self.watch = Watch(probe, every, budget, stop_at, pull)
 
     def at_anchors(self) -> AbstractContextManager[None]:
         """As the handle's: the model with its pretrained weights; as it is, before training starts."""
         return nullcontext() if self.handle is None else self.handle.at_anchors()
+
+    def drift(self) -> Drift:
+        """As the handle's."""
+        return Several([] if self.handle is None else [self.handle]).drift()
 
     def figures(self, optimizer: Any) -> dict[str, float]:
         """The distance to the anchors, and the weight of the last step's pull."""
         if self.handle is None:
             return {}
         drift = self.handle.drift()
-        return {"anchor/distance": drift.distance, "anchor/pull": drift.rate}
+        return {"anchor/distance": drift.distance, "anchor/pull": drift.rate, **self.watch.figures()}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer's hook: the optimizer is made, and a checkpoint to resume from is loaded."""
@@ -194,6 +210,12 @@ class AnchorCallback(_Logged):
         else:
             keeps = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
             self.handle = start.first(keeps, writes=state.is_world_process_zero)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer's hook: measures forgetting, if it is time."""
+        handle, tokenizer = self.handle, kwargs.get("processing_class")
+        if handle and self.watch.look(kwargs["model"], [handle], tokenizer, state.global_step):
+            control.should_training_stop = control.should_log = True
 
 
 def _unwrapped(optimizer: Any) -> RecAdam | None:

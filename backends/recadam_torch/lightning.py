@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from recadam_core import RecAdamError
+from recadam_core import DriftBudget, RecAdamError
 
 from .anchors import Anchors, check_new
+from .drift import Drift
+from .forgetting import Watch
 from .pulling import AnchorPull, anchor, check_settings
+from .reference import Several
 
 __all__ = ["AnchorCallback"]
 
@@ -31,6 +34,10 @@ class AnchorCallback(Callback):
         new: names of new parameters, or patterns as "head.*": these are not pulled.
         annealing: as in `anchor`.
         importance: as in `anchor`.
+        probe: batches on which forgetting is measured, as in `Forgetting`; its figure is logged.
+        every: steps between two measurements.
+        budget: of the figure, which the pull's strength then holds: a number, or a `DriftBudget`.
+        stop_at: the figure at which training ends.
 
     Raises:
         RecAdamError: for a value outside its range, at once; when `fit` begins, as `anchor` and `Anchors.of`
@@ -50,15 +57,20 @@ class AnchorCallback(Callback):
         new: Iterable[str] = (),
         annealing: Any = None,
         importance: Mapping[str, Tensor] | None = None,
+        probe: Iterable[Any] | None = None,
+        every: int = 50,
+        budget: float | DriftBudget | None = None,
+        stop_at: float | None = None,
     ) -> None:
         check_settings(pull, annealing)
         check_new("AnchorCallback", anchors, new)
         self.handles: list[AnchorPull] = []
         self._given, self._new = anchors, new
         self._settings = {"pull": pull, "annealing": annealing, "importance": importance}
+        self.watch = Watch(probe, every, budget, stop_at, pull)
         self._anchors: Anchors | None = None
         self._module: Any = lambda: None
-        self._logged = 0
+        self._seen = 0
 
     def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
         """Lightning's hook: the module is as it was made."""
@@ -92,18 +104,24 @@ class AnchorCallback(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Lightning's hook: the figures go where the module's own do, as often."""
         steps = trainer.global_step // max(1, len(trainer.optimizers))
-        if steps % trainer.log_every_n_steps or steps == self._logged:
+        if steps == self._seen:
             return
-        self._logged = steps
+        self._seen = steps
+        if self.watch.look(pl_module, self.handles, None, steps):
+            trainer.should_stop = True
+        if steps % trainer.log_every_n_steps:
+            return
+        for name, figure in self.watch.figures().items():
+            pl_module.log(name, figure)
         for number, handle in enumerate(self.handles):
             drift, which = handle.drift(), f"_{number}" if number else ""
             pl_module.log(f"anchor/distance{which}", drift.distance)
             pl_module.log(f"anchor/pull{which}", drift.rate)
 
-    @contextmanager
-    def at_anchors(self) -> Iterator[None]:
+    def at_anchors(self) -> AbstractContextManager[None]:
         """As the handles': the module with its pretrained weights; as it is, before training starts."""
-        with ExitStack() as stack:
-            for handle in self.handles:
-                stack.enter_context(handle.at_anchors())
-            yield
+        return Several(self.handles).at_anchors()
+
+    def drift(self) -> Drift:
+        """As the handles'."""
+        return Several(self.handles).drift()

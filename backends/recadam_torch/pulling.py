@@ -37,7 +37,9 @@ from .zero import is_flat_part, joined
 
 __all__ = ["AnchorPull", "anchor"]
 
-STEP, PEAK, HASH, SOURCE = KEYS = ("anchor_step", "anchor_peak", "anchor_hash", "anchor_source")
+STEP, PEAK, HASH, SOURCE, STRENGTH = KEYS = (
+    "anchor_step", "anchor_peak", "anchor_hash", "anchor_source", "anchor_strength"
+)  # fmt: skip
 """What a group of the optimizer says of the pull, and with it a checkpoint."""
 
 AVERAGED = "z"
@@ -225,7 +227,7 @@ class AnchorPull:
         """Let every group have the numbers of the pull."""
         source = self._anchors.source.path if isinstance(self._anchors, Anchors) else ""
         for group in self._optimizer.param_groups:
-            for key, value in zip(KEYS, (0, 0.0, 0, source), strict=True):
+            for key, value in zip(KEYS, (0, 0.0, 0, source, 1.0), strict=True):
                 group.setdefault(key, value)
 
     # A step.
@@ -285,15 +287,16 @@ class AnchorPull:
         Numbers; or on the device, where the learning rate is.
         """
         lr: Any = group.get("lr")
+        pull = self.pull * check_number("anchor", STRENGTH, group[STRENGTH], low=0.0)
         known = [group[PEAK], *(group[key] for key in ("initial_lr", "max_lr") if group.get(key) is not None)]
         if isinstance(lr, Tensor) and lr.device.type != "cpu":
             peak = torch.stack([torch.as_tensor(x).to(lr) for x in (*known, lr)]).amax()
-            p = torch.where(lr > 0, scheduled(self.pull, recall, lr, peak), 0.0)
+            p = torch.where(lr > 0, scheduled(pull, recall, lr, peak), 0.0)
             return peak, proximal(p, torch)[1]
         if lr is not None:
             lr = check_number("anchor", "lr", lr, low=0.0)
         highest = max(float(x) for x in (*known, lr or 0.0))
-        weight = check_number("anchor", "pull", scheduled(self.pull, recall, lr, highest), low=0.0)
+        weight = check_number("anchor", "pull", scheduled(pull, recall, lr, highest), low=0.0)
         return highest, proximal(weight)[1]
 
     def _alike(self, group: Mapping[str, Any]) -> dict[Any, list[Tensor]]:
@@ -459,6 +462,7 @@ class AnchorPull:
         for index, (group, number) in enumerate(zip(groups, self._hashes(), strict=True)):
             check_number(where, STEP, group.get(STEP), low=0.0)
             check_number(where, PEAK, group.get(PEAK), low=0.0)
+            check_number(where, STRENGTH, group.get(STRENGTH, 1.0), low=0.0)
             if group.get(HASH) != number:
                 source = f" (from {group[SOURCE]})" if group.get(SOURCE) else ""
                 raise RecAdamError(
@@ -467,6 +471,18 @@ class AnchorPull:
                 )
 
     # What a user asks.
+
+    @property
+    def strength(self) -> float:
+        """What the pull is multiplied by, 1 at first: for control in mid-run. Checkpoints have it."""
+        strength: float = self._optimizer.param_groups[0][STRENGTH]
+        return strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        value = check_number("anchor", "strength", value, low=0.0)
+        for group in self._optimizer.param_groups:
+            group[STRENGTH] = value
 
     def is_of(self, optimizer: Any) -> bool:
         """Whether it pulls this optimizer's parameters, or did before `remove`."""

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
+from recadam_core import RecAdamError
+from recadam_core.errors import shown
+
+from .drift import Drift
 from .matching import check_module
 
-__all__ = ["reference"]
+__all__ = ["evaluating", "reference", "together"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -23,7 +29,7 @@ class HasAnchors(Protocol):
         """The model with its pretrained weights, for as long as the context lasts."""
 
 
-def reference(model: Model, anchored: HasAnchors) -> Model:
+def reference(model: Model, anchored: HasAnchors | Sequence[HasAnchors]) -> Model:
     """The model as it was before it was tuned: a reference for DPO or distillation that needs no memory.
 
     It shares everything with the model. When it is called, in evaluation mode and without gradients, the
@@ -32,7 +38,7 @@ def reference(model: Model, anchored: HasAnchors) -> Model:
     Args:
         model: the model that is trained.
         anchored: what knows its anchors and has `at_anchors`: the handle of `anchor`, a `RecAdam`, or an
-            `AnchorCallback`, before training starts, too.
+            `AnchorCallback`, before training starts, too; or a list, of a model with several optimizers.
 
     Returns:
         A module of the model's class, to be called and not to be trained, saved or sharded.
@@ -52,19 +58,65 @@ def reference(model: Model, anchored: HasAnchors) -> Model:
     Source: the reference policy of arXiv 2305.18290, eq. (7).
     """
     check_module("reference", model)
+    known = together("reference", anchored)
     twin = copy.copy(model)
     kind: Any = type(model)
 
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
-        was = [module for module in self.modules() if module.training]
-        for module in was:
-            module.training = False
-        try:
-            with torch.no_grad(), anchored.at_anchors():
-                return kind.__call__(self, *args, **kwargs)
-        finally:
-            for module in was:
-                module.training = True
+        with torch.no_grad(), evaluating(self), known.at_anchors():
+            return kind.__call__(self, *args, **kwargs)
 
     twin.__class__ = type(kind.__name__, (kind,), {"__call__": called, "__module__": kind.__module__})
     return twin
+
+
+def together(where: str, anchored: Any) -> Any:
+    """What has `at_anchors`, made of several if it is a list of such."""
+    several = anchored if isinstance(anchored, (list, tuple)) else [anchored]
+    if not several or not all(hasattr(one, "at_anchors") for one in several):
+        raise RecAdamError(f"{where}: {shown(anchored)} has no at_anchors; give what anchor() returns")
+    return several[0] if len(several) == 1 else Several(several)
+
+
+class Several:
+    """What knows the anchors of one optimizer's parameters, and of another's.
+
+    Example:
+        >>> from recadam_torch import anchor
+        >>> layers = [nn.Linear(1, 1), nn.Linear(1, 1)]
+        >>> handles = [anchor(torch.optim.SGD(layer.parameters(), lr=0.1)) for layer in layers]
+        >>> Several(handles).drift().distance
+        0.0
+    """
+
+    def __init__(self, several: Sequence[Any]) -> None:
+        self._several = several
+
+    @contextmanager
+    def at_anchors(self) -> Iterator[None]:
+        """All at their anchors."""
+        with ExitStack() as stack:
+            for one in self._several:
+                stack.enter_context(one.at_anchors())
+            yield
+
+    def drift(self) -> Drift:
+        """The drift of all together, of which only the distance is one number, and of each parameter."""
+        drifts = [one.drift() for one in self._several]
+        parameters = {name: x for drift in drifts for name, x in drift.parameters.items()}
+        distance = math.hypot(*(drift.distance for drift in drifts))
+        unknown = dict.fromkeys(("relative", "pull_share", "task", "recall", "rate"), math.nan)
+        return Drift(name="", distance=distance, parameters=parameters, **unknown)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and each module as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

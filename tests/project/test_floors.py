@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.tree
+DEFINED = re.compile(r"^def (test_\w+)", re.M)
 SCRIPT = Path(__file__).parents[2] / "docs" / "floors.py"
 
 
@@ -19,6 +21,14 @@ def floors():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_every_test_that_is_called_light_is_there():
+    tests = Path(__file__).parents[1]
+    listed = re.findall(r'^    "(test_\w+)": \d+,$', (tests / "conftest.py").read_text("utf-8"), re.M)
+    there = {name for path in tests.rglob("test_*.py") for name in DEFINED.findall(path.read_text("utf-8"))}
+    assert len(listed) > 30
+    assert set(listed) <= there
 
 
 def test_no_import_leads_up(floors):

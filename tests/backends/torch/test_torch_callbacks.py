@@ -29,6 +29,7 @@ spec.loader.exec_module(trainers)
 tiny, trainer, equal, lora = trainers.tiny, trainers.trainer, trainers.equal, trainers.lora
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the trainers' own
+HEAVY = pytest.mark.heavy
 BERT = transformers.BertForSequenceClassification
 
 
@@ -76,7 +77,11 @@ def test_one_line_does_what_anchor_does_in_a_loop(tmp_path):
     assert not equal(one, plain)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor", "adamw_torch_fused"])
+OTHERS = ("sgd", "adafactor", "adamw_torch_fused")
+OPTIMIZERS = ["adamw_torch", *(pytest.param(name, marks=HEAVY) for name in OTHERS)]
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
 @pytest.mark.parametrize("named", [True, False])
 def test_a_run_that_is_resumed_goes_on_bit_for_bit(tmp_path, folder, named, optim):
     make = (lambda: BERT.from_pretrained(folder)) if named else tiny
@@ -109,6 +114,7 @@ def test_its_figures_are_in_the_logs(tmp_path):
     assert logged[-1]["anchor/distance"] == pytest.approx(callback.handle.drift().distance)
 
 
+@HEAVY
 def test_a_checkpoint_of_the_model_alone_is_resumed_to_the_same_anchors(tmp_path, folder):
     for i, make in enumerate((tiny, lambda: BERT.from_pretrained(folder))):
         where = tmp_path / str(i)
@@ -121,6 +127,7 @@ def test_a_checkpoint_of_the_model_alone_is_resumed_to_the_same_anchors(tmp_path
         assert [group["anchor_step"] for group in second.optimizer.param_groups] == [8, 8]
 
 
+@HEAVY
 def test_tuned_weights_are_never_taken_for_the_pretrained(tmp_path, folder):
     trained(tmp_path / "run", BERT.from_pretrained(folder))
     tuned = tmp_path / "run" / "checkpoint-6"
@@ -134,6 +141,7 @@ def test_tuned_weights_are_never_taken_for_the_pretrained(tmp_path, folder):
     assert again.state.global_step == 12
 
 
+@HEAVY
 def test_two_runs_in_one_folder_keep_their_own_anchors(tmp_path):
     trained(tmp_path, tiny(0), steps=6)
     shutil.move(tmp_path / "checkpoint-6", tmp_path / "first-6")
@@ -144,6 +152,7 @@ def test_two_runs_in_one_folder_keep_their_own_anchors(tmp_path):
         assert at(tiny(seed), callback.handle.anchors)
 
 
+@HEAVY
 def test_a_model_that_is_no_longer_what_it_names_is_anchored_where_it_is(tmp_path, folder):
     model = BERT.from_pretrained(folder)
     with torch.no_grad():
@@ -154,6 +163,7 @@ def test_a_model_that_is_no_longer_what_it_names_is_anchored_where_it_is(tmp_pat
     assert len(kept(tmp_path / "run")) == 1
 
 
+@HEAVY
 def test_a_head_that_the_file_has_not_is_new(tmp_path, folder):
     tiny().bert.save_pretrained(folder)
     model = BERT.from_pretrained(folder)
@@ -174,6 +184,7 @@ def test_without_checkpoints_nothing_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@HEAVY
 def test_lora_is_anchored_at_a_product_of_zero(tmp_path):
     model = lora()
     zeros = lora_anchors(model)
@@ -191,6 +202,7 @@ def test_lora_is_anchored_at_a_product_of_zero(tmp_path):
     assert all(torch.equal(x, whole[name]) for name, x in again.state_dict().items())
 
 
+@HEAVY
 def test_a_trainer_that_trains_twice_keeps_the_first_anchors(tmp_path):
     made, callback = trained(tmp_path, tiny())
     made.train()
@@ -304,7 +316,7 @@ def trl_trained(kind, folder, model, callback, start=None, peft=None, **more):
     return made
 
 
-@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+@pytest.mark.parametrize("kind", ["SFT", pytest.param("DPO", marks=HEAVY)])
 def test_a_trainer_of_trl_resumes_bit_for_bit(kind, tmp_path):
     whole, resumed = decoder(), decoder()
     for model, start in ((whole, None), (resumed, str(tmp_path / "checkpoint-4"))):
@@ -318,6 +330,7 @@ def test_a_trainer_of_trl_resumes_bit_for_bit(kind, tmp_path):
     assert equal(whole, resumed)
 
 
+@HEAVY
 def test_dpo_with_the_anchors_as_its_reference_is_dpo_with_a_second_model(tmp_path):
     one, other, callback = decoder(), decoder(), AnchorCallback(pull=0.2)
     trl_trained("DPO", tmp_path, one, callback, ref_model=reference(one, callback))
@@ -325,6 +338,7 @@ def test_dpo_with_the_anchors_as_its_reference_is_dpo_with_a_second_model(tmp_pa
     assert equal(one, other)
 
 
+@HEAVY
 def test_lora_in_a_trainer_of_trl(tmp_path):
     peft = pytest.importorskip("peft")
     callback = AnchorCallback(pull=0.5)
@@ -338,7 +352,7 @@ def test_lora_in_a_trainer_of_trl(tmp_path):
 # sentence-transformers, on a real encoder.
 
 
-@pytest.mark.heavy
+@HEAVY
 def test_sentence_transformers_are_anchored_to_the_file_of_their_encoder(tmp_path):
     st = pytest.importorskip("sentence_transformers")
     from datasets import Dataset
@@ -440,6 +454,7 @@ def test_lightning_is_pulled_and_resumed_bit_for_bit(tmp_path):
         lightning_fit(tmp_path, of_lightning(), 4, module=tuned, **more)
 
 
+@HEAVY
 def test_lightning_with_two_optimizers_and_twice(tmp_path):
     callback = of_lightning(new=[])
     with callback.at_anchors():  # before it starts
