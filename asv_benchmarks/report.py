@@ -47,8 +47,10 @@ TARGETS = (
     ("RecAdam, bfloat16 anchors, over torch AdamW fused", "RecAdam, bfloat16 anchors", PEER, 1.15),
     ("RecAdam, anchors freed, over torch AdamW fused", "RecAdam, anchors freed", PEER, 1.05),
     ("RecAdam, importance, over torch AdamW fused", "RecAdam, importance", PEER, 1.35),
+    ("AdamW fused, pulled, over torch AdamW fused", "AdamW fused, pulled", PEER, 1.5),
     ("RecAdam over the loop", "RecAdam", "loop", 0.25),
     ("JAX RecAdam over optax AdamW", "JAX RecAdam", "optax AdamW", 1.12),
+    ("optax AdamW, pulled, over optax AdamW", "optax AdamW, pulled", "optax AdamW", 1.2),
 )
 
 

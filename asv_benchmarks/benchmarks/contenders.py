@@ -46,6 +46,15 @@ class Torch:
 
         return torch.optim.AdamW(self.params, lr=1e-5, **flags).step
 
+    def pulled(self):
+        import torch
+
+        from recadam_torch import anchor
+
+        optimizer = torch.optim.AdamW(self.named, lr=1e-5, fused=True)
+        self.handle = anchor(optimizer, {name: p.detach() for name, p in self.named}, pull=1e-3)
+        return optimizer.step
+
     def pytorch_optimizer(self):
         from pytorch_optimizer import AdamW
 
@@ -144,7 +153,8 @@ def compilations(shapes):
         state = jax.eval_shape(tx.init, params)
         return _train(tx).lower(params, state, params).compile
 
-    return {"optax AdamW": program(_optax_adamw), "JAX RecAdam": program(_jax_recadam)}
+    makers = {"optax AdamW": _optax_adamw, "JAX RecAdam": _jax_recadam, "optax AdamW, pulled": _optax_pulled}
+    return {name: program(make) for name, make in makers.items()}
 
 
 def compiling(shapes, rounds):
@@ -168,6 +178,14 @@ def _optax_adamw():
     import optax
 
     return optax.adamw(1e-5)
+
+
+def _optax_pulled():
+    import optax
+
+    from recadam_jax import add_anchor_pull
+
+    return optax.chain(optax.adamw(1e-5), add_anchor_pull(1e-3))
 
 
 def _bfloat16():
@@ -196,6 +214,9 @@ TORCH = {
     "RecAdam, importance": Contender(
         "a pull weighted by an importance", 36, lambda t: t.recadam(fused="numba", weighed=True), ("numba",)
     ),
+    "AdamW fused, pulled": Contender(
+        "anchor(torch.optim.AdamW(fused=True))", 40, lambda t: t.pulled(), ("numba",)
+    ),
     "RecAdam compiled": Contender(
         'RecAdam(fused="compiled")',
         32,
@@ -219,6 +240,9 @@ NUMPY = {
 JAX = {
     "optax AdamW": Contender("optax.adamw, jitted and donated", 28, lambda s: jax_step(s, _optax_adamw)),
     "JAX RecAdam": Contender("recadam_jax.recadam, the same", 32, lambda s: jax_step(s, _jax_recadam)),
+    "optax AdamW, pulled": Contender(
+        "chain(adamw, add_anchor_pull), the same", 32, lambda s: jax_step(s, _optax_pulled)
+    ),
 }
 """Steps over arrays of their own: each maker takes shapes."""
 

@@ -34,6 +34,8 @@ def run(*words, **variables):
         ["lora.py"],
         ["recipe.py"],
         ["recipe.py", "--plain"],
+        ["anchor_trainer.py"],
+        ["anchor_muon.py"],
         ["jax_nnx.py"],
         ["jax_equinox.py"],
     ],
@@ -44,6 +46,34 @@ def test_an_example_ends_with_its_accuracy(words):
     last = run(EXAMPLES / script, "--steps", 8, *options).strip().splitlines()[-1]
     found = re.search(r"test accuracy: (0\.\d{3})$", last)
     assert 0.4 < float(found[1]) < 0.9
+
+
+def test_the_example_of_sentences_finds_what_it_found():
+    pytest.importorskip("sentence_transformers")
+    before, after = run(EXAMPLES / "sentences.py", "--steps", 4).strip().splitlines()[-2:]
+    pattern = r"(before|after): finds (0\.\d{3}) of posts, (0\.\d{3}) of SNLI, (0\.\d{3}) of news"
+    figures = [[float(x) for x in re.search(pattern, line).groups()[1:]] for line in (before, after)]
+    assert all(abs(x - y) < 0.05 for x, y in zip(*figures, strict=True))
+
+
+@pytest.mark.skipif("RECADAM_GEMMA" not in os.environ, reason="asks for --accept-gemma-terms")
+@pytest.mark.parametrize("words", [["sft.py"], ["dpo.py"], ["dpo.py", "--second-model"]], ids=" ".join)
+def test_an_example_with_a_decoder(words):
+    pytest.importorskip("trl")
+    script, *options = words
+    printed = run(EXAMPLES / script, "--steps", 3, "--accept-gemma-terms", *options).strip().splitlines()
+    assert re.search(r"test accuracy: 0\.\d{3}$", printed[-1])
+
+
+@pytest.mark.parametrize("name", ["axolotl", "swift"])
+def test_the_plugin_of_a_trainers_trainer(name):
+    pytest.importorskip(name)
+    code = {
+        "axolotl": "from axolotl.utils.dict import DictDefault; import axolotl_anchor as a; "
+        "(c,) = a.AnchorPlugin().add_callbacks_post_trainer(DictDefault(anchor_pull=0.5), None)",
+        "swift": "import swift_anchor as a; c = a.callbacks_map['anchor'](None, None)",
+    }[name]
+    assert run("-c", f"{code}; print(type(c).__name__)", PYTHONPATH=str(EXAMPLES)).strip() == "AnchorCallback"
 
 
 def test_the_example_on_two_processes():
