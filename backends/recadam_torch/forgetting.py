@@ -47,10 +47,9 @@ class Forgetting:
     r"""Measures what a model has forgotten: its answers now against those of its anchors, on a few batches.
 
     Math:
-        For logits, of a decoder's tokens or a classifier's rows, the mean of
-        $\mathrm{KL}(p_{\theta^*} \,\|\, p_\theta) = \sum_y p_{\theta^*}(y) (\log p_{\theta^*}(y) - \log
-        p_\theta(y))$ in nats; for embeddings the mean of $\cos(f_{\theta^*}(x), f_\theta(x))$. What is padded
-        does not count.
+        For logits, of a decoder's tokens or a classifier's rows, the mean in nats of the divergence
+        $\sum_y p_{\theta^*}(y)\,(\log p_{\theta^*}(y) - \log p_\theta(y))$; for embeddings the mean of
+        $\cos(f_{\theta^*}(x), f_\theta(x))$. What is padded does not count.
 
     A measurement is two forward passes over the probe, in evaluation mode and without gradients, and needs no
     second model. In several processes each measures the probe that it was given.

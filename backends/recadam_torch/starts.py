@@ -115,7 +115,8 @@ class Start:
         """The handle, at a step that no state of the optimizer told."""
         if not said:
             warnings.warn(
-                f"AnchorCallback: step {step} is resumed without the optimizer's state (save_only_model?)",
+                f"AnchorCallback: step {step} is resumed, and the checkpoint says nothing of a pull "
+                "(save_only_model, or a run without it)",
                 stacklevel=2,
             )
             for group in self._groups:
