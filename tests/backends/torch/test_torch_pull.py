@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import importlib.util
 import re
+import subprocess
+import sys
+import time
 import warnings
 import weakref
 from pathlib import Path
@@ -344,3 +347,33 @@ def test_a_step_is_compiled_around_the_pull():
             compiled()
     for x, y in zip(model.parameters(), twin.parameters(), strict=True):
         np.testing.assert_allclose(x.detach(), y.detach(), atol=1e-5)
+
+
+@pytest.mark.heavy
+def test_a_loop_that_is_killed_ends_where_the_uninterrupted_one_does(tmp_path):
+    """Killed three times, wherever it happened to be, and started again by the same line."""
+    ends = []
+    for kills in (0, 3):
+        folder = tmp_path / str(kills)
+        folder.mkdir()
+        command = [sys.executable, HERE / "pulled_worker.py", folder, "60"]
+        for until in (*range(10, 10 + 15 * kills, 15), None):
+            with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as process:
+                began = int(process.stdout.readline().split()[1])
+                assert began == 0 or kills
+                while until is not None and _step(folder / "latest.pt") < until:
+                    time.sleep(0.01)
+                if until is not None:
+                    process.kill()
+            assert process.returncode == (0 if until is None else -9)
+        ends.append(torch.load(folder / "latest.pt", weights_only=True))
+    assert [end["step"] for end in ends] == [60, 60]
+    assert all(torch.equal(x, ends[1]["model"][name]) for name, x in ends[0]["model"].items())
+    for i in range(2):
+        groups = [end[f"o{i}"]["param_groups"] for end in ends]
+        assert groups[0] == groups[1]
+        assert groups[0][0]["anchor_step"] == 60
+
+
+def _step(path):
+    return torch.load(path, weights_only=True)["step"] if path.exists() else 0
