@@ -16,9 +16,10 @@ from recadam_core import RecAdamError
 from recadam_core.files import replacing
 
 from .anchors import Anchors, CoverageWarning
+from .matching import matched
 from .pulling import HASH, STEP, AnchorPull, anchor, unwrapped
 from .shards import is_sharded, local
-from .sources import open_source
+from .sources import Tensors, open_source
 
 __all__ = ["Start"]
 
@@ -73,7 +74,7 @@ class Start:
             if handle.drift().distance == 0:
                 return handle
             handle.remove()  # the model is no longer what it was loaded as
-        handle = self._pulled(self._found(self._trained, *self._random()))
+        handle = self._pulled(self._here())
         if keeps:
             try:
                 self._keep(handle, writes)
@@ -123,12 +124,19 @@ class Start:
                 group[STEP] = step
         return handle
 
-    def _found(self, source: Any, *new: str) -> Anchors:
-        return Anchors.of(self._model, source, new=(*self._new, *new))
+    def _found(self, source: Any) -> Anchors:
+        return Anchors.of(self._model, source, new=self._new)
 
-    def _pulled(self, found: Anchors) -> AnchorPull:
+    def _pulled(self, found: Mapping[str, Tensor]) -> AnchorPull:
         names = [*self._model.named_parameters(), *self._others]
-        return anchor(self._optimizer, found.with_new(self._others), names=names, **self._settings)
+        if isinstance(found, Anchors):
+            found = found.with_new(self._others)
+        return anchor(self._optimizer, found, names=names, **self._settings)
+
+    def _here(self) -> dict[str, Tensor]:
+        """The parameters themselves, but for the new ones: what copies them copies each process's part."""
+        coverage = matched(self._model, Tensors(self._trained), (*self._new, *self._random()))
+        return {match.parameter: self._trained[match.parameter] for match in coverage.having("anchored")}
 
     def _named(self) -> Anchors | None:
         """The weights that the model was loaded from, in the dtype that it has; None if it names none."""

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from recadam_core import Sigmoid
 from recadam_torch import Anchors, RecAdam, anchor, param_groups
+from recadam_torch.starts import Start
 
 SETTINGS = {"lr": 1e-2, "gamma": 10.0, "annealing": Sigmoid(k=0.3, t0=15)}
 
@@ -53,6 +54,12 @@ def make(model, option):
     """From the file, or as the model is."""
     if "pulled" in option:  # another optimizer, with the pull around it
         optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-2)
+        if "started" in option:  # as a trainer's callback does it
+            settings = {"pull": 0.3, "annealing": SETTINGS["annealing"], "importance": None}
+            start = Start(model, optimizer, Path(option["started"]), (), settings)
+            first = not dist.is_initialized() or dist.get_rank() == 0
+            optimizer.handle = start.again(5) if "start" in option else start.first(True, writes=first)
+            return optimizer
         anchors = Anchors.of(model, option["anchors"]) if "anchors" in option else None
         optimizer.handle = anchor(optimizer, anchors, pull=0.3, annealing=SETTINGS["annealing"])
         return optimizer

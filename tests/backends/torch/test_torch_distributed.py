@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 FOLDERS = itertools.count()
@@ -230,6 +230,21 @@ def test_a_checkpoint_of_two_processes_that_are_pulled_is_resumed_by_one(launch,
     launch("fsdp2", pulled=1, stop=5, checkpoint=tmp_path / "saved")
     (process,) = launch("single", 1, pulled=1, start=5, load=tmp_path / "saved")
     assert_pulled(process, pulled)
+
+
+@pytest.mark.heavy
+def test_the_anchors_that_a_first_start_has_written_serve_any_number_of_processes(launch, pulled, tmp_path):
+    """As a trainer's callback writes them, of sharded parameters too."""
+    more = {"pulled": 1, "started": tmp_path / "run"}
+    launch("fsdp2", stop=5, checkpoint=tmp_path / "saved", **more)
+    (kept,) = (tmp_path / "run").iterdir()
+    assert {n: x.shape for n, x in load_file(kept).items()} == {
+        n: x.shape for n, x in pulled["reference"].items()
+    }
+    assert all(torch.equal(x, pulled["reference"][name]) for name, x in load_file(kept).items())
+    for case, count in (("fsdp2", 2), ("single", 1)):
+        for process in launch(case, count, start=5, load=tmp_path / "saved", **more):
+            assert_pulled(process, pulled)
 
 
 @pytest.mark.heavy
