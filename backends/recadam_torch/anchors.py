@@ -227,7 +227,9 @@ class Anchors(Mapping[str, Tensor]):
 
 
 def check_new(where: str, anchors: Any, new: Any) -> None:
-    """Raise where new parameters are named beside anchors that were matched already."""
+    """Raise for what can be no anchors, and where new parameters are named beside such as were matched."""
+    if not (anchors is None or isinstance(anchors, (str, Path, Mapping, nn.Module))):
+        raise RecAdamError(f"{where}: anchors is {shown(anchors)}; give a path, a state dict or Anchors")
     if isinstance(anchors, Anchors) and new:
         raise RecAdamError(f"{where}: new and Anchors are both given; say new to Anchors.of")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from recadam_core import DriftBudget, RecAdamError
 from recadam_core.errors import check_number, check_whole, shown
 
 from .matching import check_module
-from .reference import evaluating, together
+from .reference import evaluating, together, warn_of_others
 
 __all__ = ["Forgetting", "Forgotten", "Watch"]
 
@@ -98,19 +99,36 @@ class Forgetting:
         check_module("Forgetting", model)
         self.model, self.anchored = model, together("Forgetting", anchored)
         self._outputs, self._embeddings = outputs, embeddings
-        self._batches = _batches(model, probe, tokenizer, length)
+        warn_of_others("Forgetting", model, anchored)
+        self._batches = _batches(model, check_probe("Forgetting", probe), tokenizer, length)
 
     def __call__(self) -> Forgotten:
         """Measure now."""
+        return self._measured(self._batches)
+
+    def check(self) -> None:
+        """Raise what a measurement would raise, by its first batch."""
+        self._measured(self._batches[:1])
+
+    def _measured(self, batches: list[Any]) -> Forgotten:
         total, count, kind = 0.0, 0.0, ""
         with torch.no_grad(), evaluating(self.model):
             device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-            for number, batch in enumerate(self._batches):
-                batch = _moved(batch, device)
-                with self.anchored.at_anchors():
-                    kind, before = self._said(batch)
-                _, now = self._said(batch)
-                mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            for number, batch in enumerate(batches):
+                try:
+                    batch = _moved(batch, device)
+                    with self.anchored.at_anchors():
+                        kind, before = self._said(batch)
+                    _, now = self._said(batch)
+                except RecAdamError:
+                    raise
+                except Exception as error:  # whatever a model raises at what it does not take
+                    told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                    raise RecAdamError(
+                        f"Forgetting: the model does not take batch {number} of the probe ({told}); give "
+                        "batches as it takes them"
+                    ) from error
+                mask = self._counted(batch)
                 some, of = _divergence(before, now, mask) if kind == "kl" else _cosine(before, now)
                 if not math.isfinite(some):
                     raise RecAdamError(f"Forgetting: batch {number} of the probe gives {some}; leave it out")
@@ -120,6 +138,16 @@ class Forgetting:
         mean = total / count
         distance = self.anchored.drift().distance if hasattr(self.anchored, "drift") else math.nan
         return Forgotten(*((mean, math.nan) if kind == "kl" else (math.nan, mean)), distance)
+
+    def _counted(self, batch: Any) -> Tensor | None:
+        """Which of the tokens that the model speaks of are not padding."""
+        if not isinstance(batch, Mapping):
+            return None
+        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            mask: Tensor | None = batch.get("attention_mask")
+            return mask
+        labels, mask = batch.get("labels"), batch.get("decoder_attention_mask")
+        return labels != -100 if mask is None and labels is not None else mask
 
     def _said(self, batch: Any) -> tuple[str, Tensor]:
         """What the model says of a batch, and whether that is logits."""
@@ -148,13 +176,18 @@ class Forgetting:
         return "cosine", (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
-def _batches(model: nn.Module, probe: Any, tokenizer: Any, length: int) -> list[Any]:
-    """The probe as a list of batches."""
+def check_probe(where: str, probe: Any) -> list[Any]:
+    """The probe as a list, if it can be one."""
     if isinstance(probe, (str, Mapping, Tensor)) or not isinstance(probe, Iterable):
-        raise RecAdamError(f"Forgetting: the probe is {shown(probe)}; give a list of batches, or of texts")
+        raise RecAdamError(f"{where}: the probe is {shown(probe)}; give a list of batches, or of texts")
     items = list(probe)
     if not items:
-        raise RecAdamError("Forgetting: the probe is empty; give batches or texts")
+        raise RecAdamError(f"{where}: the probe is empty; give batches or texts")
+    return items
+
+
+def _batches(model: nn.Module, items: list[Any], tokenizer: Any, length: int) -> list[Any]:
+    """The probe as a list of batches."""
     texts = [isinstance(item, str) for item in items]
     if not any(texts):
         return items
@@ -181,7 +214,7 @@ def _moved(x: Any, device: torch.device) -> Any:
         return x.to(device)
     if isinstance(x, Mapping):
         return {key: _moved(value, device) for key, value in x.items()}
-    return type(x)(_moved(value, device) for value in x) if isinstance(x, (tuple, list)) else x
+    return [_moved(value, device) for value in x] if isinstance(x, (tuple, list)) else x
 
 
 def _checked(x: Any) -> Tensor:
@@ -244,19 +277,30 @@ class Watch:
         if budget is not None and not isinstance(budget, DriftBudget):
             figure = check_number("AnchorCallback", "budget", budget, low=0.0, open_low=True)
             budget = DriftBudget(figure, low=pull / 16, high=pull * 64)
-        self.probe = None if probe is None else list(probe)
+        self.probe = None if probe is None else check_probe("AnchorCallback", probe)
         self.budget, self.stop_at = budget, stop_at
         self.last: Forgotten | None = None
         self._meter: Forgetting | None = None
+
+    def begin(self, model: nn.Module, handles: list[Any], tokenizer: Any, steps: float) -> None:
+        """When training starts: what a measurement would raise is raised now."""
+        if self.probe is None:
+            return
+        if steps < self.every:
+            warnings.warn(
+                f"AnchorCallback: it measures every {self.every} steps of {steps:.0f}; give a lower every",
+                stacklevel=3,
+            )
+        self._meter = Forgetting(model, handles, self.probe, tokenizer=tokenizer)
+        self._meter.check()
 
     def look(self, model: nn.Module, handles: list[Any], tokenizer: Any, step: int) -> bool:
         """Measure if it is time; whether training has to end."""
         if self.probe is None or step % self.every:
             return False
-        if self._meter is None or self._meter.model is not model:
-            self._meter = Forgetting(model, handles, self.probe, tokenizer=tokenizer)
-        self._meter.anchored = together("Forgetting", handles)
-        self.last = self._meter()
+        if self._meter is None:
+            self.begin(model, handles, tokenizer, math.inf)
+        self.last = self._meter()  # type: ignore[misc]  # made above
         if self.budget is not None:
             for handle in handles:
                 handle.strength = self.budget(handle.pull * handle.strength, self.last.figure) / handle.pull

@@ -197,8 +197,14 @@ class AnchorCallback(_Logged):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer's hook: the optimizer is made, and a checkpoint to resume from is loaded."""
-        optimizer, before = kwargs["optimizer"], self.handle
-        start = Start(kwargs["model"], optimizer, Path(args.output_dir), self._new, self._settings)
+        self._begin(args, state, kwargs["model"], kwargs["optimizer"])
+        tokenizer = kwargs.get("processing_class")
+        self.watch.begin(kwargs["model"], [self.handle], tokenizer, state.max_steps - state.global_step)
+
+    def _begin(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> None:
+        """Let there be a handle of this optimizer."""
+        before = self.handle
+        start = Start(model, optimizer, Path(args.output_dir), self._new, self._settings)
         if before is not None and before.is_of(optimizer):
             return  # trained on
         if self._anchors is not None:
@@ -208,14 +214,19 @@ class AnchorCallback(_Logged):
         elif state.global_step:
             self.handle = start.again(state.global_step)
         else:
-            keeps = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
-            self.handle = start.first(keeps, writes=state.is_world_process_zero)
+            self.handle = start.first(_saves(args), writes=state.is_world_process_zero)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer's hook: measures forgetting, if it is time."""
         handle, tokenizer = self.handle, kwargs.get("processing_class")
         if handle and self.watch.look(kwargs["model"], [handle], tokenizer, state.global_step):
             control.should_training_stop = control.should_log = True
+            control.should_save = control.should_save or _saves(args)
+
+
+def _saves(args: Any) -> bool:
+    """Whether there will be checkpoints."""
+    return str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
 
 
 def _unwrapped(optimizer: Any) -> RecAdam | None:

@@ -100,6 +100,7 @@ class AnchorCallback(Callback):
                 names = pl_module.named_parameters()
                 self.handles.append(anchor(optimizer, self._anchors, names=names, **self._settings))
         self._anchors = None  # each handle has its copies
+        self.watch.begin(pl_module, self.handles, None, trainer.estimated_stepping_batches)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Lightning's hook: the figures go where the module's own do, as often."""

@@ -18,7 +18,20 @@ from recadam_core import RecAdamError
 
 from .sources import Source
 
-__all__ = ["Coverage", "Match", "bare", "check_made", "check_module", "matched", "more_rows", "some_of"]
+__all__ = [
+    "MODULE",
+    "Coverage",
+    "Match",
+    "bare",
+    "check_made",
+    "check_module",
+    "matched",
+    "more_rows",
+    "some_of",
+]
+
+MODULE = ".modules_to_save."
+"""What the names have in them of parameters that peft trains whole, beside its adapters."""
 
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
 _OLD_NORMS = {"gamma": "weight", "beta": "bias"}
@@ -89,7 +102,7 @@ class Coverage:
     def surprises(self) -> list[Match]:
         """Parameters without an anchor that nobody called new."""
         lacking = self.having("new", "shape", "ambiguous")
-        return [m for m in lacking if not any(fnmatch.fnmatch(m.parameter, p) for p in self.expected_new)]
+        return [m for m in lacking if not _called(m.parameter, self.expected_new)]
 
     def __str__(self) -> str:
         anchored = self.having("anchored")
@@ -149,6 +162,18 @@ def bare(name: str) -> str:
     return name.removeprefix("base_model.model.")  # peft's
 
 
+def _called(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a pattern means this parameter, by its name or by what it is without wrappers."""
+    names = {name, bare(name), _whole(bare(name))}
+    return any(fnmatch.fnmatch(each, pattern) for pattern in patterns for each in names)
+
+
+def _whole(name: str) -> str:
+    """A parameter's name in the model that peft has wrapped."""
+    first, part, rest = name.partition(MODULE)
+    return f"{first}.{rest.partition('.')[2]}" if part else name
+
+
 def _renaming(model: nn.Module) -> Callable[[str], str]:
     """How transformers renames what is stored when it loads a checkpoint of older names into this model."""
     library = sys.modules.get("transformers")
@@ -189,9 +214,11 @@ def matched(model: nn.Module, source: Source, patterns: tuple[str, ...]) -> Cove
         names.setdefault(id(p), []).append(name)
     for of, saved in _saved_by_peft(model).items():
         names[of] += saved
+    for name, p in model.named_parameters():
+        names[id(p)] += [_whole(name)] if MODULE in name else []
     parameters = {name: (names[id(p)], p) for name, p in model.named_parameters()}
     for pattern in patterns:
-        if not fnmatch.filter(parameters, pattern):
+        if not any(_called(name, [pattern]) for name in parameters):
             near = difflib.get_close_matches(pattern, parameters, n=1)
             hint = f"the nearest is {near[0]!r}" if near else "see model.named_parameters()"
             raise RecAdamError(f"anchors: new={pattern!r} matches no parameter; {hint}")
@@ -206,7 +233,7 @@ def matched(model: nn.Module, source: Source, patterns: tuple[str, ...]) -> Cove
     matches, taken = [], set()
     for name, (aliases, p) in parameters.items():
         match = Match(name, tuple(p.shape), p.numel(), "new")
-        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+        if _called(name, patterns):
             matches.append(match)
             continue
         candidates = [alias for alias in aliases if alias in exact][:1]
@@ -259,7 +286,7 @@ def matched(model: nn.Module, source: Source, patterns: tuple[str, ...]) -> Cove
                 matches[i] = matches[i]._replace(status="ambiguous", stored="", note=note)
     lacking = [m.parameter for m in matches if m.status == "new"]
     for i, match in enumerate(matches):
-        if match.status == "new" and not any(fnmatch.fnmatch(match.parameter, p) for p in patterns):
+        if match.status == "new" and not _called(match.parameter, patterns):
             near = difflib.get_close_matches(match.parameter, [n for n in source if n not in taken], n=1)
             matches[i] = match._replace(note=f"nearest in the source: {near[0]}" if near else "")
     unused = {}

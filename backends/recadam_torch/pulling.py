@@ -475,18 +475,25 @@ class AnchorPull:
     @property
     def strength(self) -> float:
         """What the pull is multiplied by, 1 at first: for control in mid-run. Checkpoints have it."""
-        strength: float = self._optimizer.param_groups[0][STRENGTH]
+        strength: float = self._optimizer.param_groups[0].get(STRENGTH, 1.0)
         return strength
 
     @strength.setter
     def strength(self, value: float) -> None:
         value = check_number("anchor", "strength", value, low=0.0)
+        if STRENGTH not in self._optimizer.param_groups[0]:
+            raise RecAdamError("anchor: the pull was removed and has no strength; call anchor() again")
         for group in self._optimizer.param_groups:
             group[STRENGTH] = value
 
     def is_of(self, optimizer: Any) -> bool:
         """Whether it pulls this optimizer's parameters, or did before `remove`."""
         return unwrapped(optimizer) is self._optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups."""
+        return self._optimizer.param_groups
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -579,8 +586,8 @@ class AnchorPull:
 
         Anchors of the parameters' dtype and device take their place, so that nothing is copied. Of sharded
         parameters the contents are exchanged, part by part. For others the weights are kept where the anchor
-        is, on the host perhaps. What has no anchor stays as it is. No gradient should flow back in the
-        context through what was computed before it.
+        is, on the host perhaps. What has no anchor stays as it is, as buffers do. In the context load no
+        weights, and let no gradient flow back through what was computed before it.
 
         Raises:
             RecAdamError: within a step, or while a CUDA graph is captured.

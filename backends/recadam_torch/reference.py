@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol, TypeVar
@@ -15,9 +16,9 @@ from recadam_core import RecAdamError
 from recadam_core.errors import shown
 
 from .drift import Drift
-from .matching import check_module
+from .matching import check_module, some_of
 
-__all__ = ["evaluating", "reference", "together"]
+__all__ = ["evaluating", "reference", "together", "warn_of_others"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -59,6 +60,7 @@ def reference(model: Model, anchored: HasAnchors | Sequence[HasAnchors]) -> Mode
     """
     check_module("reference", model)
     known = together("reference", anchored)
+    warn_of_others("reference", model, anchored)
     twin = copy.copy(model)
     kind: Any = type(model)
 
@@ -66,7 +68,12 @@ def reference(model: Model, anchored: HasAnchors | Sequence[HasAnchors]) -> Mode
         with torch.no_grad(), evaluating(self), known.at_anchors():
             return kind.__call__(self, *args, **kwargs)
 
-    twin.__class__ = type(kind.__name__, (kind,), {"__call__": called, "__module__": kind.__module__})
+    def itself(self: Any, *_: Any, **__: Any) -> Any:
+        return self  # or what is asked of the reference would be done to the model
+
+    methods = dict.fromkeys(("train", "eval", "requires_grad_", "_apply"), itself)
+    methods |= {"__call__": called, "__module__": kind.__module__}
+    twin.__class__ = type(kind.__name__, (kind,), methods)
     return twin
 
 
@@ -76,6 +83,28 @@ def together(where: str, anchored: Any) -> Any:
     if not several or not all(hasattr(one, "at_anchors") for one in several):
         raise RecAdamError(f"{where}: {shown(anchored)} has no at_anchors; give what anchor() returns")
     return several[0] if len(several) == 1 else Several(several)
+
+
+def warn_of_others(where: str, model: nn.Module, anchored: Any) -> None:
+    """Warn of what in the model is not at its anchors when it should be."""
+    several = anchored if isinstance(anchored, (list, tuple)) else [anchored]
+    groups = [getattr(one, "param_groups", None) for one in several]
+    stepped = {p for some in groups for group in some or () for p in group["params"]}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    others = [name for name, p in trained.items() if p not in stepped]
+    if all(some is not None for some in groups) and others and len(others) < len(trained):
+        warnings.warn(
+            f"{where}: {some_of(others)} are stepped by an optimizer that is not among these, and stay as "
+            "they are; give a list of all handles",
+            stacklevel=3,
+        )
+    for name, module in model.named_modules():
+        if getattr(module, "running_mean", None) is not None:
+            warnings.warn(
+                f"{where}: the running statistics of {name!r} have no anchors, and stay as they are",
+                stacklevel=3,
+            )
+            return
 
 
 class Several:

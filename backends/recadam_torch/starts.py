@@ -16,10 +16,10 @@ from recadam_core import RecAdamError
 from recadam_core.files import replacing
 
 from .anchors import Anchors, CoverageWarning
-from .matching import matched
+from .matching import MODULE, matched, some_of
 from .pulling import HASH, STEP, AnchorPull, anchor, unwrapped
 from .shards import is_sharded, local
-from .sources import Tensors, open_source
+from .sources import Source, Tensors, open_source
 
 __all__ = ["Start"]
 
@@ -69,12 +69,13 @@ class Start:
     def first(self, keeps: bool, writes: bool) -> AnchorPull:
         """The pull towards where the model is: the file that it names, if it is there; or kept in one."""
         named = self._named()
-        if named is not None:
-            handle = self._pulled(named)
-            if handle.drift().distance == 0:
-                return handle
+        handle = None if named is None else self._pulled(named)
+        if handle is not None and handle.drift().distance != 0:
             handle.remove()  # the model is no longer what it was loaded as
-        handle = self._pulled(self._here())
+            handle = None
+        # Checkpoints of the run's own folder are overwritten, or make room for others.
+        keeps = keeps and (handle is None or self._is_of_a_run(named))
+        handle = self._pulled(self._here()) if handle is None else handle
         if keeps:
             try:
                 self._keep(handle, writes)
@@ -90,42 +91,62 @@ class Start:
         """The pull of a run that is resumed, towards what its first start was."""
         said = [group for group in self._groups if group.get(HASH)]
         kept = sorted(self._folder.glob(KEPT.replace("{:016x}", "*")))
+        named = self._named()
+        if not said:
+            return self._unsaid(step, kept, named)
         meant = self._folder / KEPT.format(_together(said))
-        kept.sort(key=lambda path: path != meant)
-        refusal = ""
-        for path in kept if said or len(kept) == 1 else []:
+        for path in sorted(kept, key=lambda path: path != meant):
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", CoverageWarning)  # what it has not was new then
-                    handle = self._pulled(self._found(path))
+                return self._pulled(self._kept(path))
             except RecAdamError as error:
-                refusal = str(error)
-            else:
-                return self._counted(handle, step, said)
-        named = None if len(kept) > 1 and not said else self._named()
+                if path == meant:
+                    raise RecAdamError(
+                        f"AnchorCallback: {path}: damaged, it does not hold what its name says; restore it, "
+                        "or give anchors=..."
+                    ) from error
         if named is not None:
-            return self._counted(self._pulled(named), step, said)
-        if refusal:
-            raise RecAdamError(refusal)
-        raise RecAdamError(
-            f"AnchorCallback: step {step} is resumed and its anchors are not found: the model names no file "
-            f"on this machine, {self._folder} has {len(kept) or 'no'} {KEPT[:16]}*; give anchors=..."
+            return self._pulled(named)
+        raise self._not_found(step, kept)
+
+    def _unsaid(self, step: int, kept: list[Path], named: Anchors | None) -> AnchorPull:
+        """The same, from a checkpoint that does not say what it was pulled to: if there is no choice."""
+        if self._is_of_a_run(named):
+            named = None  # tuned weights
+        if len(kept) + (named is not None) != 1:
+            raise self._not_found(step, kept, named)
+        found = self._kept(kept[0]) if named is None else named
+        handle = self._pulled(found)
+        warnings.warn(
+            f"AnchorCallback: step {step} is resumed, and the checkpoint says nothing of a pull "
+            f"(save_only_model, or a run without it); anchored to {found.source.path}",
+            stacklevel=2,
+        )
+        for group in self._groups:
+            group[STEP] = step
+        return handle
+
+    def _not_found(self, step: int, kept: list[Path], named: Anchors | None = None) -> RecAdamError:
+        there = [str(path) for path in kept] + ([named.source.path] if named is not None else [])
+        what = f"one of {some_of(there)}" if there else "no weights but tuned ones are there"
+        return RecAdamError(
+            f"AnchorCallback: step {step} is resumed and nothing says which its anchors are ({what}); "
+            "give anchors=..."
         )
 
-    def _counted(self, handle: AnchorPull, step: int, said: list[Any]) -> AnchorPull:
-        """The handle, at a step that no state of the optimizer told."""
-        if not said:
-            warnings.warn(
-                f"AnchorCallback: step {step} is resumed, and the checkpoint says nothing of a pull "
-                "(save_only_model, or a run without it)",
-                stacklevel=2,
-            )
-            for group in self._groups:
-                group[STEP] = step
-        return handle
+    def _is_of_a_run(self, named: Anchors | None) -> bool:
+        """Whether what the model names is a checkpoint of this run or another."""
+        if named is None:
+            return False
+        folder = Path(named.source.path).parent
+        return folder.is_relative_to(self._folder.resolve()) or (folder / "trainer_state.json").exists()
 
     def _found(self, source: Any) -> Anchors:
         return Anchors.of(self._model, source, new=self._new)
+
+    def _kept(self, path: Path) -> Anchors:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CoverageWarning)  # what it has not was new then
+            return self._found(path)
 
     def _pulled(self, found: Mapping[str, Tensor]) -> AnchorPull:
         names = [*self._model.named_parameters(), *self._others]
@@ -135,20 +156,40 @@ class Start:
 
     def _here(self) -> dict[str, Tensor]:
         """The parameters themselves, but for the new ones: what copies them copies each process's part."""
-        coverage = matched(self._model, Tensors(self._trained), (*self._new, *self._random()))
-        return {match.parameter: self._trained[match.parameter] for match in coverage.having("anchored")}
+        new = (*self._new, *self._random())
+        coverage = matched(self._model, Tensors(self._trained), new)
+        here = {match.parameter for match in coverage.having("anchored")}
+        file = self._file() if any(MODULE in name for name in self._trained) else None
+        if file is not None:  # of what peft trains whole, the file that it is from knows what is new
+            known = matched(self._model, file, new)
+            heads = [m.parameter for m in known.surprises if MODULE in m.parameter]
+            if heads:
+                warnings.warn(
+                    f"anchors: no anchor for {some_of(heads)}; name them in new=[...] if they are new",
+                    CoverageWarning,
+                    stacklevel=2,
+                )
+            here -= set(heads)
+        return {name: p for name, p in self._trained.items() if name in here}
 
     def _named(self) -> Anchors | None:
         """The weights that the model was loaded from, in the dtype that it has; None if it names none."""
         if any(LORA.search(name) for name in self._trained):
             return None  # of them none is trained
-        names = {getattr(module, "name_or_path", "") for module in self._model.modules()} - {"", None}
-        if len(names) != 1:
-            return None
+        source = self._file()
         dtypes = Counter(p.dtype for p in self._trained.values() if p.is_floating_point())
+        if source is None or not dtypes:
+            return None
         try:
-            source = open_source(_on_this_machine(names.pop()))
             return Anchors.of(self._model, source.path, new=self._new, dtype=dtypes.most_common(1)[0][0])
+        except RecAdamError:
+            return None
+
+    def _file(self) -> Source | None:
+        """The file that the model names, if it is on this machine."""
+        names = {getattr(module, "name_or_path", "") for module in self._model.modules()} - {"", None}
+        try:
+            return open_source(_on_this_machine(names.pop())) if len(names) == 1 else None
         except RecAdamError:
             return None
 
@@ -167,7 +208,7 @@ class Start:
             full: Tensor = sharded.full_tensor() if is_sharded(star) else star
             if writes:
                 whole[name] = full.detach().cpu().contiguous()
-        if writes and not path.exists():
+        if writes:
             with replacing(path) as beside:
                 save_file(whole, beside)
 

@@ -38,7 +38,7 @@ def trained(folder, model, callback=None, start=None, **more):
     callback = callback or AnchorCallback(pull=0.5)
     made = trainer(folder, model, **more)
     made.add_callback(callback)
-    made.train(resume_from_checkpoint=str(folder / start) if start else None)
+    made.train(resume_from_checkpoint=str(folder / start) if start else None)  # an absolute one is itself
     return made, callback
 
 
@@ -133,7 +133,7 @@ def test_tuned_weights_are_never_taken_for_the_pretrained(tmp_path, folder):
     tuned = tmp_path / "run" / "checkpoint-6"
     with pytest.raises(RecAdamError, match=r"anchor: group 0 was pulled towards other anchors \(from .*pret"):
         trained(tmp_path / "run", BERT.from_pretrained(tuned), start="checkpoint-6")
-    with pytest.raises(RecAdamError, match="step 6 is resumed and its anchors are not found: the model name"):
+    with pytest.raises(RecAdamError, match="step 6 is resumed and nothing says which its anchors are"):
         trained(tmp_path / "run", tiny(), start="checkpoint-6")
     given = AnchorCallback(pull=0.5, anchors=folder)
     again, callback = trained(tmp_path / "run", BERT.from_pretrained(tuned), given, start="checkpoint-6")
@@ -185,6 +185,67 @@ def test_without_checkpoints_nothing_is_written(tmp_path):
 
 
 @HEAVY
+def test_a_checkpoint_that_says_nothing_is_never_anchored_to_tuned_weights(tmp_path, folder):
+    where = tmp_path / "run"
+    trained(where, BERT.from_pretrained(folder), save_only_model=True)
+    tuned = where / "checkpoint-6"
+    with pytest.raises(RecAdamError, match=r"nothing says which its anchors are \(no weights but tuned ones"):
+        trained(where, BERT.from_pretrained(tuned), start="checkpoint-6", save_only_model=True)
+    # Where another run has kept its own there is a choice, which is the user's.
+    trained(where, tiny(7), steps=4)
+    with pytest.raises(RecAdamError, match=r"\(one of .*_recadam_anchors-.*, .*pretrained/model.safetensors"):
+        trained(where, BERT.from_pretrained(folder), start="checkpoint-6", save_only_model=True)
+    with pytest.warns(UserWarning, match="says nothing of a pull"):
+        trained(tmp_path / "again", BERT.from_pretrained(folder), start=str(tuned), save_only_model=True)
+
+
+@HEAVY
+def test_a_second_stage_keeps_what_it_started_from(tmp_path):
+    """Its own checkpoints overwrite the one that the model names, or make room for others."""
+    trainer(tmp_path, tiny()).train()
+    stage = BERT.from_pretrained(tmp_path / "checkpoint-12")
+    began = copy.deepcopy(stage)
+    trained(tmp_path, stage)
+    assert len(kept(tmp_path)) == 1
+    for model in (BERT.from_pretrained(tmp_path / "checkpoint-12"), tiny(4)):
+        _, callback = trained(tmp_path, model, start="checkpoint-6")
+        assert at(began, callback.handle.anchors)
+
+
+@HEAVY
+def test_a_file_of_kept_anchors_that_is_damaged_is_told_and_written_anew(tmp_path):
+    trained(tmp_path, tiny())
+    (name,) = kept(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    for damaged in (whole[:-100], whole[:-1] + bytes([whole[-1] ^ 1])):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(RecAdamError, match=f"{name}: damaged, it does not hold what its name says; rest"):
+            trained(tmp_path, tiny(3), start="checkpoint-6")
+    trained(tmp_path, tiny())
+    assert (tmp_path / name).read_bytes() == whole
+    trained(tmp_path, tiny(3), start="checkpoint-6")
+
+
+@HEAVY
+def test_what_peft_trains_whole_is_new_if_the_base_has_it_not(tmp_path, folder):
+    peft = pytest.importorskip("peft")
+    tiny().bert.save_pretrained(folder)
+
+    def make(**options):
+        config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], **options)
+        return peft.get_peft_model(BERT.from_pretrained(folder), config)
+
+    with pytest.warns(CoverageWarning, match=r"no anchor for .*classifier.modules_to_save.default.weight"):
+        _, callback = trained(tmp_path / "a", make())
+    assert all("lora_B" in name for name in callback.handle.anchors)
+    model = make(modules_to_save=["classifier", "pooler"])
+    _, callback = trained(tmp_path / "b", model, AnchorCallback(new=["classifier.*"]))
+    rest = [name for name in callback.handle.anchors if "lora_B" not in name]
+    assert len(rest) == 2
+    assert all("pooler.dense.modules_to_save" in name or "pooler.modules_to_save" in name for name in rest)
+
+
+@HEAVY
 def test_lora_is_anchored_at_a_product_of_zero(tmp_path):
     model = lora()
     zeros = lora_anchors(model)
@@ -223,6 +284,11 @@ def test_a_trainer_that_trains_twice_keeps_the_first_anchors(tmp_path):
         ({"pull": "0.1"}, "anchor: pull is '0.1'"),
         ({"annealing": "sigmoid"}, "Hyperparameters: annealing is 'sigmoid'"),
         ({"anchors": Anchors.of(nn.Linear(1, 1)), "new": ["a"]}, "AnchorCallback: new and Anchors are both"),
+        ({"anchors": 5}, "AnchorCallback: anchors is 5; give a path, a state dict or Anchors"),
+        ({"probe": "a text"}, "AnchorCallback: the probe is 'a text'; give a list"),
+        ({"probe": {"input_ids": torch.ones(1)}}, "AnchorCallback: the probe is {"),
+        ({"probe": []}, "AnchorCallback: the probe is empty"),
+        ({"probe": 5}, "AnchorCallback: the probe is 5"),
     ],
 )
 def test_a_wrong_setting_is_refused_at_once(settings, message):
@@ -496,6 +562,33 @@ def test_a_reference_is_the_model_as_it_was():
     assert all(a is b for a, b in zip(frozen.parameters(), model.parameters(), strict=True))
     with pytest.raises(RecAdamError, match="reference: the model is a int; give the module"):
         reference(5, optimizer)
+
+
+def test_what_is_done_to_a_reference_is_not_done_to_the_model():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    frozen = reference(model, anchor(torch.optim.SGD(model.parameters(), lr=0.1)))
+    for done in (frozen.eval(), frozen.requires_grad_(False), frozen.half(), frozen.to(torch.float64)):
+        assert done is frozen
+    assert model.training
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    assert not frozen(torch.ones(2)).requires_grad
+
+
+def test_a_reference_by_one_of_two_optimizers_is_warned_of():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    handles = [anchor(torch.optim.SGD(part.parameters(), lr=0.1)) for part in model]
+    with pytest.warns(UserWarning, match=r"reference: 1.weight, 1.bias are stepped by an optimizer that is"):
+        reference(model, handles[0])
+    both = reference(model, handles)
+    before = model(torch.ones(2)).detach()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    assert torch.equal(both(torch.ones(2)), before)
+    normed = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    handle = anchor(torch.optim.SGD(normed.parameters(), lr=0.1))
+    with pytest.warns(UserWarning, match="the running statistics of '1' have no anchors"):
+        reference(normed, handle)
 
 
 def test_a_reference_that_raises_leaves_the_model_as_it_was():

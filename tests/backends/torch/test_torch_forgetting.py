@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -185,6 +186,45 @@ def test_what_tells_nothing_is_refused_in_one_line(make, message):
     assert model.training
 
 
+def test_of_an_encoder_decoder_the_decoders_tokens_count():
+    class Answers(Speaks):
+        config = SimpleNamespace(is_encoder_decoder=True)
+
+        def forward(self, input_ids, attention_mask=None, labels=None, decoder_attention_mask=None):
+            return super().forward(labels.clamp(min=0))
+
+    model = Answers()
+    handle = moved(model)
+    ids, mask = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 0, 0]])
+    labels = torch.tensor([[4, 5, -100]])
+    batches = [
+        {"input_ids": ids, "attention_mask": mask, "labels": labels[:, :2]},
+        {"input_ids": ids, "attention_mask": mask, "labels": labels},
+        {
+            "input_ids": ids,
+            "labels": torch.tensor([[4, 5, 9]]),
+            "decoder_attention_mask": torch.tensor([[1, 1, 0]]),
+        },
+    ]
+    found = [Forgetting(model, handle, [batch])().kl for batch in batches]
+    assert found[0] > 0.01
+    assert found[1:] == pytest.approx(found[:1] * 2, rel=1e-5)
+
+
+def test_a_batch_that_the_model_does_not_take_is_said_in_one_line():
+    model = Speaks()
+    handle = moved(model)
+    for batch in ({"ids": torch.ones(1)}, [1, 2, 3], (torch.ones(1, 2),)):
+        with pytest.raises(
+            RecAdamError, match="Forgetting: the model does not take batch 0 of the prob"
+        ) as e:
+            Forgetting(model, handle, [batch])()
+        assert "\n" not in str(e.value)
+    pair = namedtuple("Pair", "input_ids attention_mask")
+    given = pair(BATCHES[1]["input_ids"], BATCHES[1]["attention_mask"])
+    assert Forgetting(model, handle, [given])().kl > 0
+
+
 def test_a_model_whose_output_has_nothing_to_compare():
     model = Speaks()
     handle = moved(model)
@@ -214,6 +254,11 @@ def test_the_strength_multiplies_the_pull_and_is_saved():
     del state["param_groups"][0]["anchor_strength"]  # of an older version
     other.load_state_dict(state)
     assert again.strength == 1.0
+    handle.remove()
+    assert handle.strength == 1.0
+    with pytest.raises(RecAdamError, match="anchor: the pull was removed and has no strength"):
+        handle.strength = 2.0
+    assert "anchor_strength" not in optimizer.param_groups[0]
     for wrong in (-1, math.nan, "2", None):
         with pytest.raises(RecAdamError, match="anchor: strength is"):
             handle.strength = wrong
@@ -253,7 +298,14 @@ def test_trainer_logs_it_holds_it_and_stops_by_it(tmp_path):
     assert callbacks.equal(whole, resumed)
     assert again.handle.strength == held.handle.strength
 
+    with pytest.warns(UserWarning, match="AnchorCallback: it measures every 50 steps of 12; give a lower"):
+        run("d", callbacks.AnchorCallback(probe=TEXTS))
+    wrong = callbacks.AnchorCallback(probe=[{"ids": torch.ones(1)}])
+    with pytest.raises(RecAdamError, match="the model does not take batch 0 of the probe"):
+        run("e", wrong)
+
     made, _, logged = run("c", make(stop_at=free / 4))
+    assert (tmp_path / "c" / f"checkpoint-{made.state.global_step}").is_dir()
     assert made.state.global_step < 12
     assert logged[-1]["step"] == made.state.global_step
     assert logged[-1]["anchor/kl"] >= free / 4
