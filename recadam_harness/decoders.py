@@ -101,7 +101,13 @@ class Vocabulary:
 
     def __call__(self, texts: Iterable[str]) -> list[list[int]]:
         """The texts' tokens, in the new numbers, with the one that begins a text."""
-        return [[self._new[i] for i in row] for row in self._whole(texts)]
+        rows = self._whole(texts)
+        for row in rows:
+            for i in row:
+                if i not in self._new:
+                    word = self._tokenizer.decode([i])
+                    raise RecAdamError(f"Vocabulary: {word!r} is in none of its texts; make it of these, too")
+        return [[self._new[i] for i in row] for row in rows]
 
     def new(self, old: int) -> int | None:
         """A token's new number; None for one that no text has."""

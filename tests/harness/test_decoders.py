@@ -93,5 +93,5 @@ def test_a_model_with_the_vocabulary_of_some_texts_says_what_the_whole_one_says(
     assert model.config.vocab_size == 7
     assert model.config.pad_token_id == 0
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    with pytest.raises(KeyError):
+    with pytest.raises(RecAdamError, match="Vocabulary: 'w5' is in none of its texts"):
         vocabulary(["w5"])
