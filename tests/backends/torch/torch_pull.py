@@ -276,7 +276,12 @@ def cell(name, check):
 def table():
     lines = ["| optimizer | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name in OPTIMIZERS:
-        lines.append(f"| {name} | " + " | ".join(cell(name, check) for check in COLUMNS.values()) + " |")
+        try:
+            cells = [cell(name, check) for check in COLUMNS.values()]
+        except ModuleNotFoundError as error:
+            print(f"{name}: needs {error.name}", file=sys.stderr)
+            continue
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
