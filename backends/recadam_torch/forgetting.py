@@ -294,13 +294,11 @@ class Watch:
         self._meter = Forgetting(model, handles, self.probe, tokenizer=tokenizer)
         self._meter.check()
 
-    def look(self, model: nn.Module, handles: list[Any], tokenizer: Any, step: int) -> bool:
+    def look(self, handles: list[Any], step: int) -> bool:
         """Measure if it is time; whether training has to end."""
-        if self.probe is None or step % self.every:
+        if self._meter is None or step % self.every:
             return False
-        if self._meter is None:
-            self.begin(model, handles, tokenizer, math.inf)
-        self.last = self._meter()  # type: ignore[misc]  # made above
+        self.last = self._meter()
         if self.budget is not None:
             for handle in handles:
                 handle.strength = self.budget(handle.pull * handle.strength, self.last.figure) / handle.pull

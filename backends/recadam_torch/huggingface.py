@@ -204,9 +204,9 @@ class AnchorCallback(_Logged):
     def _begin(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> None:
         """Let there be a handle of this optimizer."""
         before = self.handle
-        start = Start(model, optimizer, Path(args.output_dir), self._new, self._settings)
         if before is not None and before.is_of(optimizer):
             return  # trained on
+        start = Start(model, optimizer, Path(args.output_dir), self._new, self._settings)
         if self._anchors is not None:
             self.handle = start.given(self._anchors)
         elif before is not None and start.is_of(before):  # begun anew, as with batches that fit
@@ -218,8 +218,7 @@ class AnchorCallback(_Logged):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer's hook: measures forgetting, if it is time."""
-        handle, tokenizer = self.handle, kwargs.get("processing_class")
-        if handle and self.watch.look(kwargs["model"], [handle], tokenizer, state.global_step):
+        if self.watch.look([self.handle], state.global_step):
             control.should_training_stop = control.should_log = True
             control.should_save = control.should_save or _saves(args)
 

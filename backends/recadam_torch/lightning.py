@@ -108,7 +108,7 @@ class AnchorCallback(Callback):
         if steps == self._seen:
             return
         self._seen = steps
-        if self.watch.look(pl_module, self.handles, None, steps):
+        if self.watch.look(self.handles, steps):
             trainer.should_stop = True
         if steps % trainer.log_every_n_steps:
             return

@@ -91,9 +91,8 @@ class Start:
         """The pull of a run that is resumed, towards what its first start was."""
         said = [group for group in self._groups if group.get(HASH)]
         kept = sorted(self._folder.glob(KEPT.replace("{:016x}", "*")))
-        named = self._named()
         if not said:
-            return self._unsaid(step, kept, named)
+            return self._unsaid(step, kept, self._named())
         meant = self._folder / KEPT.format(_together(said))
         for path in sorted(kept, key=lambda path: path != meant):
             try:
@@ -104,6 +103,7 @@ class Start:
                         f"AnchorCallback: {path}: damaged, it does not hold what its name says; restore it, "
                         "or give anchors=..."
                     ) from error
+        named = self._named()
         if named is not None:
             return self._pulled(named)
         raise self._not_found(step, kept)
