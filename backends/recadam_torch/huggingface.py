@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from recadam_core import DriftBudget, RecAdamError
+from recadam_core import RecAdamError
 
 from .anchors import Anchors, check_new
-from .drift import Drift
-from .forgetting import Watch
+from .callbacks import Anchoring
 from .groups import param_groups
 from .optimizer import RecAdam
-from .pulling import AnchorPull, check_settings
-from .reference import Several
+from .pulling import AnchorPull
 from .starts import Start
 
 __all__ = ["AnchorCallback", "RecAdamCallback", "RecAdamFactory"]
@@ -131,7 +128,7 @@ class RecAdamCallback(_Logged):
         )
 
 
-class AnchorCallback(_Logged):
+class AnchorCallback(Anchoring, _Logged):
     r"""Lets whatever optimizer Trainer makes pull towards the pretrained weights: `anchor` in one line.
 
     For Trainer and what is made of it: TRL's trainers, sentence-transformers'. When training starts, the
@@ -160,33 +157,10 @@ class AnchorCallback(_Logged):
         True
     """
 
-    def __init__(
-        self,
-        pull: float = 0.1,
-        anchors: str | Path | Mapping[str, Tensor] | None = None,
-        *,
-        new: Iterable[str] = (),
-        annealing: Any = None,
-        importance: Mapping[str, Tensor] | None = None,
-        probe: Iterable[Any] | None = None,
-        every: int = 50,
-        budget: float | DriftBudget | None = None,
-        stop_at: float | None = None,
-    ) -> None:
-        check_settings(pull, annealing)
-        check_new("AnchorCallback", anchors, new)
-        self.handle: AnchorPull | None = None
-        self._anchors, self._new = anchors, new
-        self._settings = {"pull": pull, "annealing": annealing, "importance": importance}
-        self.watch = Watch(probe, every, budget, stop_at, pull)
-
-    def at_anchors(self) -> AbstractContextManager[None]:
-        """As the handle's: the model with its pretrained weights; as it is, before training starts."""
-        return nullcontext() if self.handle is None else self.handle.at_anchors()
-
-    def drift(self) -> Drift:
-        """As the handle's."""
-        return Several([] if self.handle is None else [self.handle]).drift()
+    @property
+    def handle(self) -> AnchorPull | None:
+        """What `anchor` returned; None until training starts."""
+        return self.handles[0] if self.handles else None
 
     def figures(self, optimizer: Any) -> dict[str, float]:
         """The distance to the anchors, and the weight of the last step's pull."""
@@ -199,7 +173,7 @@ class AnchorCallback(_Logged):
         """Trainer's hook: the optimizer is made, and a checkpoint to resume from is loaded."""
         self._begin(args, state, kwargs["model"], kwargs["optimizer"])
         tokenizer = kwargs.get("processing_class")
-        self.watch.begin(kwargs["model"], [self.handle], tokenizer, state.max_steps - state.global_step)
+        self.watch.begin(kwargs["model"], self.handles, tokenizer, state.max_steps - state.global_step)
 
     def _begin(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> None:
         """Let there be a handle of this optimizer."""
@@ -207,18 +181,19 @@ class AnchorCallback(_Logged):
         if before is not None and before.is_of(optimizer):
             return  # trained on
         start = Start(model, optimizer, Path(args.output_dir), self._new, self._settings)
-        if self._anchors is not None:
-            self.handle = start.given(self._anchors)
+        if self._given is not None:
+            handle = start.given(self._given)
         elif before is not None and start.is_of(before):  # begun anew, as with batches that fit
-            self.handle = start.given(before.anchors)
+            handle = start.given(before.anchors)
         elif state.global_step:
-            self.handle = start.again(state.global_step)
+            handle = start.again(state.global_step)
         else:
-            self.handle = start.first(_saves(args), writes=state.is_world_process_zero)
+            handle = start.first(_saves(args), writes=state.is_world_process_zero)
+        self.handles = [handle]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer's hook: measures forgetting, if it is time."""
-        if self.watch.look([self.handle], state.global_step):
+        if self.watch.look(self.handles, state.global_step):
             control.should_training_stop = control.should_log = True
             control.should_save = control.should_save or _saves(args)
 

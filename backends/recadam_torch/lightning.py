@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import nn
 
-from recadam_core import DriftBudget, RecAdamError
+from recadam_core import RecAdamError
 
-from .anchors import Anchors, check_new
-from .drift import Drift
-from .forgetting import Watch
-from .pulling import AnchorPull, anchor, check_settings
-from .reference import Several
+from .anchors import Anchors
+from .callbacks import Anchoring
+from .pulling import anchor
 
 __all__ = ["AnchorCallback"]
 
 
-class AnchorCallback(Callback):
+class AnchorCallback(Anchoring, Callback):
     """Lets whatever optimizers a module makes pull towards the pretrained weights: `anchor` in one line.
 
     The anchors are the module's weights when `fit` begins, before a checkpoint is loaded into it; or those
@@ -49,35 +44,16 @@ class AnchorCallback(Callback):
         []
     """
 
-    def __init__(
-        self,
-        pull: float = 0.1,
-        anchors: str | Path | Mapping[str, Tensor] | None = None,
-        *,
-        new: Iterable[str] = (),
-        annealing: Any = None,
-        importance: Mapping[str, Tensor] | None = None,
-        probe: Iterable[Any] | None = None,
-        every: int = 50,
-        budget: float | DriftBudget | None = None,
-        stop_at: float | None = None,
-    ) -> None:
-        check_settings(pull, annealing)
-        check_new("AnchorCallback", anchors, new)
-        self.handles: list[AnchorPull] = []
-        self._given, self._new = anchors, new
-        self._settings = {"pull": pull, "annealing": annealing, "importance": importance}
-        self.watch = Watch(probe, every, budget, stop_at, pull)
-        self._anchors: Anchors | None = None
-        self._module: Any = lambda: None
-        self._seen = 0
+    _anchors: Anchors | None = None  # between setup and the optimizers
+    _module: weakref.ref[nn.Module] | None = None
+    _seen = 0
 
     def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
         """Lightning's hook: the module is as it was made."""
         if stage != "fit":
             return
         source: Any = self._given
-        if source is None and self._module() is pl_module:  # trained before
+        if source is None and self._module is not None and self._module() is pl_module:  # trained before
             source = {name: star for handle in self.handles for name, star in handle.anchors.items()}
         elif source is None:  # those alone that are trained: of what is frozen no copy is needed
             source = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
@@ -118,11 +94,3 @@ class AnchorCallback(Callback):
             drift, which = handle.drift(), f"_{number}" if number else ""
             pl_module.log(f"anchor/distance{which}", drift.distance)
             pl_module.log(f"anchor/pull{which}", drift.rate)
-
-    def at_anchors(self) -> AbstractContextManager[None]:
-        """As the handles': the module with its pretrained weights; as it is, before training starts."""
-        return Several(self.handles).at_anchors()
-
-    def drift(self) -> Drift:
-        """As the handles'."""
-        return Several(self.handles).drift()

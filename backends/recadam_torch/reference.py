@@ -130,8 +130,10 @@ class Several:
             yield
 
     def drift(self) -> Drift:
-        """The drift of all together, of which only the distance is one number, and of each parameter."""
-        drifts = [one.drift() for one in self._several]
+        """The drift of all together, of which only the distance is one number if they are several."""
+        drifts: list[Drift] = [one.drift() for one in self._several]
+        if len(drifts) == 1:
+            return drifts[0]
         parameters = {name: x for drift in drifts for name, x in drift.parameters.items()}
         distance = math.hypot(*(drift.distance for drift in drifts))
         unknown = dict.fromkeys(("relative", "pull_share", "task", "recall", "rate"), math.nan)
