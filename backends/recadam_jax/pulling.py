@@ -28,6 +28,7 @@ NAME = "add_anchor_pull"
 
 def add_anchor_pull(
     pull: float | jax.Array | Callable[[Any], Any] = 0.1,
+    *,
     annealing: Any = None,
     learning_rate: float | jax.Array | Callable[[Any], Any] | None = None,
     anchor: Any = None,

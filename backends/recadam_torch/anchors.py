@@ -226,12 +226,16 @@ class Anchors(Mapping[str, Tensor]):
         return placed(self.source, match.stored, p, self.dtype, self.place)
 
 
-def check_new(where: str, anchors: Any, new: Any) -> None:
-    """Raise for what can be no anchors, and where new parameters are named beside such as were matched."""
+def check_new(where: str, anchors: Any, new: Any) -> tuple[str, ...]:
+    """The names of new parameters; raises for what can be no anchors, and for names beside matched ones."""
+    names = (new,) if isinstance(new, str) else tuple(new) if isinstance(new, Iterable) else (new,)
+    if not all(isinstance(name, str) for name in names):
+        raise RecAdamError(f"{where}: new is {shown(new)}; give a list of names, or of patterns as 'head.*'")
     if not (anchors is None or isinstance(anchors, (str, Path, Mapping, nn.Module))):
         raise RecAdamError(f"{where}: anchors is {shown(anchors)}; give a path, a state dict or Anchors")
-    if isinstance(anchors, Anchors) and new:
+    if isinstance(anchors, Anchors) and names:
         raise RecAdamError(f"{where}: new and Anchors are both given; say new to Anchors.of")
+    return names
 
 
 def lora_anchors(model: nn.Module) -> dict[str, Tensor]:
@@ -297,6 +301,9 @@ def anchor_of(anchors: Mapping[str, Tensor] | None, name: str, p: Tensor) -> Ten
         return anchor
     _check_kind(name, anchor)
     infinite = (~torch.isfinite(local(anchor))).sum()
+    beyond = torch.zeros_like(infinite)
+    if torch.finfo(anchor.dtype).max > (most := torch.finfo(p.dtype).max):
+        beyond = ((local(anchor).abs() > most) & torch.isfinite(local(anchor))).sum()
     if not p.requires_grad:  # a mask, say, which nobody steps; in all processes alike
         return None if int(summed([infinite], [anchor])[0]) else anchor
     if int(infinite):
@@ -304,6 +311,8 @@ def anchor_of(anchors: Mapping[str, Tensor] | None, name: str, p: Tensor) -> Ten
         if anchors is None:
             remedy = "freeze it, or put it into a group that says 'anchored': False"
         raise RecAdamError(f"anchors: {name!r} holds NaN or infinity; {remedy}")
+    if int(beyond):
+        raise RecAdamError(f"anchors: {name!r} has values beyond {p.dtype}, the parameter's; give its own")
     return anchor
 
 

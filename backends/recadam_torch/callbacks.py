@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from recadam_core import DriftBudget
+from recadam_core import DriftBudget, RecAdamError
+from recadam_core.errors import shown
 
 from .anchors import check_new
 from .drift import Drift
@@ -37,9 +38,11 @@ class Anchoring:
         stop_at: float | None = None,
     ) -> None:
         check_settings(pull, annealing)
-        check_new(type(self).__name__, anchors, new)
+        name = type(self).__name__
+        self._given, self._new = anchors, check_new(name, anchors, new)
+        if not (importance is None or isinstance(importance, Mapping)):
+            raise RecAdamError(f"{name}: importance is {shown(importance)}; give tensors by parameter name")
         self.handles: list[AnchorPull] = []
-        self._given, self._new = anchors, new
         self._settings = {"pull": pull, "annealing": annealing, "importance": importance}
         self.watch = Watch(probe, every, budget, stop_at, pull)
 

@@ -277,6 +277,11 @@ class Watch:
         if budget is not None and not isinstance(budget, DriftBudget):
             figure = check_number("AnchorCallback", "budget", budget, low=0.0, open_low=True)
             budget = DriftBudget(figure, low=pull / 16, high=pull * 64)
+        if budget is not None and not budget.low <= pull <= budget.high:
+            raise RecAdamError(
+                f"AnchorCallback: the pull is {pull:g}, and the budget keeps it from {budget.low:g} to "
+                f"{budget.high:g}; give a DriftBudget whose low and high are around it, or a number"
+            )
         self.probe = None if probe is None else check_probe("AnchorCallback", probe)
         self.budget, self.stop_at = budget, stop_at
         self.last: Forgotten | None = None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from recadam_core import RecAdamError
+from recadam_core.errors import shown
 
 from .anchors import Anchors, check_new
 from .callbacks import Anchoring
@@ -54,7 +55,7 @@ class RecAdamFactory:
                 "RecAdamFactory: anchors is None, and Trainer may have loaded a checkpoint into the model "
                 "by now; name the pretrained weights, or give Anchors.of(model, new=[...]), taken before"
             )
-        check_new("RecAdamFactory", anchors, new)
+        new = check_new("RecAdamFactory", anchors, new)
         if not isinstance(anchors, Anchors):
             anchors = Anchors.of(model, anchors, new=new)
         groups = param_groups(
@@ -73,6 +74,10 @@ class _Logged(TrainerCallback):
     @classmethod
     def add_to(cls, trainer: Any, *args: Any, **settings: Any) -> Any:
         """Put one before the trainer's other callbacks, so that all of them report its figures."""
+        if not hasattr(trainer, "callback_handler"):
+            raise RecAdamError(
+                f"{cls.__name__}.add_to: {shown(trainer)} is no Trainer of transformers; give one"
+            )
         callback = cls(*args, **settings)
         trainer.callback_handler.callbacks.insert(0, callback)
         return callback

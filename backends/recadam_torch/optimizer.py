@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -25,7 +24,7 @@ from .checkpoints import resumed
 from .drift import Drift, at_anchors, drift_of, exchanged, weights_between
 from .kernels import chosen_fused
 from .plan import Planner
-from .settings import FLAGS, FROM, SETTINGS, named, settled
+from .settings import FLAGS, FROM, SETTINGS, named, named_apart, settled
 from .states import Left, States
 from .stepping import Work, execute
 
@@ -408,13 +407,7 @@ class RecAdam(Optimizer):
             5.0
         """
         self._states.settle()
-        return drift_of(self._everything(), self.state, self._planner.last())
-
-    def _everything(self) -> list[tuple[str, Tensor]]:
-        """All parameters, each under a name of its own: as given, or numbered where that is not one."""
-        pairs = [pair for group in self.param_groups for pair in named(group)]
-        count = Counter(name for name, _ in pairs)
-        return [(name if count[name] == 1 else f"{name} ({i})", p) for i, (name, p) in enumerate(pairs)]
+        return drift_of(named_apart(self.param_groups), self.state, self._planner.last())
 
     @torch.no_grad()
     def interpolate(self, alpha: float, anchors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

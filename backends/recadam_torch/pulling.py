@@ -30,9 +30,9 @@ from .importance import weigh
 from .kernels import fused_kernel, kernel_, one_pass_on
 from .matching import check_made
 from .memory import reshaped
-from .settings import named
+from .settings import named, named_apart
 from .shards import is_sharded, is_wrapper, local, part_of, summed
-from .sources import is_wide
+from .sources import Mapped, is_wide, mapped_files
 from .zero import is_flat_part, joined
 
 __all__ = ["AnchorPull", "anchor"]
@@ -162,6 +162,7 @@ class AnchorPull:
         self._entries = ("", AVERAGED) if averages else ("",)
         self._order = [list(group["params"]) for group in optimizer.param_groups]
         self._flat = False  # whether DeepSpeed steps parts of its own in the weights' place
+        self._mapped: set[Mapped] | None = None  # files whose pages are anchors, once they are looked for
         groups = [self._view(group) for group in optimizer.param_groups]
         if anchors is not None:
             self._check_names(groups, anchors)
@@ -169,6 +170,12 @@ class AnchorPull:
         take_hashes([s for states in made for s in states.values() if is_sharded(s["anchor"])])
         for states in made:
             self._states.update(states)
+        if not self._states:
+            warnings.warn(
+                "anchor: nothing is pulled, since no parameter of the optimizer has an anchor; give anchors "
+                "that have their names",
+                stacklevel=5,
+            )
         self._check_said(optimizer.param_groups, "anchor")  # by a state that was loaded before
         if anchors is None:
             self._copies = {p: state["anchor"] for p, state in self._states.items()}
@@ -194,8 +201,8 @@ class AnchorPull:
                         "names; give the whole model's named_parameters()"
                     )
             view["param_names"] = [self._names[p] for p in group["params"]]
-        elif len(group.get("param_names") or ()) == len(group["params"]):  # ZeRO makes one of all
-            view["param_names"] = group["param_names"]
+        elif len(own := group.get("param_names") or []) == len(group["params"]):  # ZeRO makes one of all
+            view["param_names"] = own
         return view
 
     def _check_names(self, groups: list[dict[str, Any]], anchors: Mapping[str, Tensor]) -> None:
@@ -333,6 +340,7 @@ class AnchorPull:
     def _settle(self, first: bool) -> None:
         """Let every parameter that is there now have its anchor, at the first step one anew."""
         self._put_back_rates()
+        self._check_files()
         groups = self._optimizer.param_groups
         if not all(STEP in group for group in groups):
             self._put_keys()
@@ -344,6 +352,13 @@ class AnchorPull:
         for p, state in self._states.items():
             if state["anchor"].shape != p.shape:
                 raise reshaped("of a group", p, "anchor", state["anchor"])
+
+    def _check_files(self) -> None:
+        """Raise if a file whose pages are anchors was written to."""
+        if self._mapped is None:
+            self._mapped = mapped_files(state["anchor"] for state in self._states.values())
+        for file in self._mapped:
+            file.check()
 
     def _adopt(self, order: list[list[Tensor]]) -> None:
         """Give the states of parameters that are gone to those in their places; anchor what is new."""
@@ -377,7 +392,7 @@ class AnchorPull:
         copied = {new: states[new]["anchor"] for new, old in passed.items() if old in self._copies}
         self._copies = {p: star for p, star in {**self._copies, **copied}.items() if p in current}
         kept = {p: state for p, state in self._states.items() if p in current}
-        self._states, self._order = {**kept, **states}, order
+        self._states, self._order, self._mapped = {**kept, **states}, order, None
 
     def _pass_on(self, new: Tensor, old: list[Tensor]) -> None:
         """Give a parameter the name of those in whose place it is."""
@@ -451,6 +466,14 @@ class AnchorPull:
             )
             return
         self._settle(first=False)
+        for index, (ours, theirs) in enumerate(zip(self._optimizer.param_groups, groups, strict=True)):
+            names = [group.get("param_names") or [] for group in (ours, theirs)]
+            if names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
+                one, other = next(pair for pair in zip(*names, strict=True) if pair[0] != pair[1])
+                raise RecAdamError(
+                    f"load_state_dict: group {index} has {one!r} where the state has {other!r}, and states "
+                    "are loaded by place; give the optimizer its parameters in the order of the saved one"
+                )
         self._check_said(groups, "load_state_dict")
         if any(group[STEP] for group in groups):  # else accelerate loads what it has just saved
             self._copies.clear()  # what is loaded with it may be tuned
@@ -467,7 +490,8 @@ class AnchorPull:
                 source = f" (from {group[SOURCE]})" if group.get(SOURCE) else ""
                 raise RecAdamError(
                     f"{where}: group {index} was pulled towards other anchors{source}; give those as "
-                    "anchors=..., or call anchor() before the tuned weights are loaded"
+                    "anchors=..., or call anchor() before the tuned weights are loaded; for another pull, "
+                    "which begins anew, take the entries anchor_* out of the optimizer's groups first"
                 )
 
     # What a user asks.
@@ -485,6 +509,17 @@ class AnchorPull:
             raise RecAdamError("anchor: the pull was removed and has no strength; call anchor() again")
         for group in self._optimizer.param_groups:
             group[STRENGTH] = value
+
+    def __repr__(self) -> str:
+        """Its settings, and how much it pulls."""
+        kind = type(self._optimizer).__name__
+        return f"AnchorPull({kind}, {len(self._states)} parameters, pull={self.pull:g})"
+
+    def __reduce__(self) -> Any:
+        raise RecAdamError(
+            "AnchorPull: a handle is its optimizer's, and neither copied nor pickled; save the optimizer's "
+            "state_dict(), and call anchor() again"
+        )
 
     def is_of(self, optimizer: Any) -> bool:
         """Whether it pulls this optimizer's parameters, or did before `remove`."""
@@ -528,8 +563,9 @@ class AnchorPull:
             >>> anchor(optimizer, {"w": torch.tensor([3.0, 4.0])}).drift().distance
             5.0
         """
+        self._check_files()
         views = [self._view(group) for group in self._optimizer.param_groups]
-        pairs = [(name, p) for view in views for name, p in named(view) if p in self._states]
+        pairs = [(name, p) for name, p in named_apart(views) if p in self._states]
         drift = drift_of(pairs, self._states, {})
         shares = map(float, self._shares or [math.nan] * len(views))
         rates = {
@@ -574,6 +610,7 @@ class AnchorPull:
     def _named(self, where: str) -> list[tuple[str, Tensor]]:
         """The optimizer's parameters, each with a name of its own."""
         self._check_whole(where)
+        self._check_files()
         views = [self._view(group) for group in self._optimizer.param_groups]
         pairs = list(chain.from_iterable(map(named, views)))
         if not all("param_names" in view for view in views) or len(dict(pairs)) < len(pairs):

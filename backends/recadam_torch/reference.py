@@ -88,10 +88,15 @@ def together(where: str, anchored: Any) -> Any:
 def warn_of_others(where: str, model: nn.Module, anchored: Any) -> None:
     """Warn of what in the model is not at its anchors when it should be."""
     several = anchored if isinstance(anchored, (list, tuple)) else [anchored]
-    groups = [getattr(one, "param_groups", None) for one in several]
+    groups = [_groups_of(one) for one in several]
     stepped = {p for some in groups for group in some or () for p in group["params"]}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     others = [name for name, p in trained.items() if p not in stepped]
+    if groups and all(some is not None for some in groups) and stepped.isdisjoint(model.parameters()):
+        raise RecAdamError(
+            f"{where}: what has the anchors steps none of this model's parameters; give the handle of the "
+            "optimizer that trains the model"
+        )
     if all(some is not None for some in groups) and others and len(others) < len(trained):
         warnings.warn(
             f"{where}: {some_of(others)} are stepped by an optimizer that is not among these, and stay as "
@@ -105,6 +110,15 @@ def warn_of_others(where: str, model: nn.Module, anchored: Any) -> None:
                 stacklevel=3,
             )
             return
+
+
+def _groups_of(anchored: Any) -> list[Any] | None:
+    """The groups of parameters that something has the anchors of; None where it does not say."""
+    handles = getattr(anchored, "handles", None)
+    if handles is None:
+        groups: list[Any] | None = getattr(anchored, "param_groups", None)
+        return groups
+    return [group for handle in handles for group in handle.param_groups] or None  # before training
 
 
 class Several:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ __all__ = [
     "Policy",
     "check_parameter",
     "named",
+    "named_apart",
     "policy_of",
     "rate_of",
     "settled",
@@ -197,6 +199,13 @@ def named(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
             "use add_param_group for more"
         )
     return list(zip(names, group["params"], strict=True))
+
+
+def named_apart(groups: Iterable[Mapping[str, Any]]) -> list[tuple[str, Tensor]]:
+    """All parameters, each under a name of its own: as given, or numbered where that is not one."""
+    pairs = [pair for group in groups for pair in named(group)]
+    count = Counter(name for name, _ in pairs)
+    return [(name if count[name] == 1 else f"{name} ({i})", p) for i, (name, p) in enumerate(pairs)]
 
 
 def check_parameter(name: str, p: Tensor, settings: Mapping[str, Any]) -> None:

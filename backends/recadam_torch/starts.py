@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recadam_core import RecAdamError
 from recadam_core.files import replacing
 
-from .anchors import Anchors, CoverageWarning
+from .anchors import Anchors, CoverageWarning, hashes_of
 from .matching import MODULE, matched, some_of
 from .pulling import HASH, STEP, AnchorPull, anchor, unwrapped
 from .shards import is_sharded, local
@@ -46,7 +47,7 @@ class Start:
         self, model: nn.Module, optimizer: Any, folder: Path, new: Iterable[str], settings: dict[str, Any]
     ) -> None:
         self._model, self._optimizer, self._folder, self._settings = model, optimizer, folder, settings
-        self._new = (new,) if isinstance(new, str) else tuple(new)
+        self._new = tuple(new)
         self._groups = unwrapped(optimizer).param_groups
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._ours = set(model.parameters())
@@ -73,6 +74,8 @@ class Start:
         if handle is not None and handle.drift().distance != 0:
             handle.remove()  # the model is no longer what it was loaded as
             handle = None
+        if handle is None:
+            self._warn_of_heads()
         # Checkpoints of the run's own folder are overwritten, or make room for others.
         keeps = keeps and (handle is None or self._is_of_a_run(named))
         handle = self._pulled(self._here()) if handle is None else handle
@@ -87,6 +90,18 @@ class Start:
                 ) from error
         return handle
 
+    def _warn_of_heads(self) -> None:
+        """Say that the weights as they are become anchors where a file would have known which are new."""
+        names = {getattr(module, "name_or_path", "") for module in self._model.modules()} - {"", None}
+        if self._new or len(names) != 1 or any(LORA.search(name) for name in self._trained):
+            return
+        warnings.warn(
+            f"AnchorCallback: the model is not what {names.pop()} holds, or that is not there; all its "
+            "weights as they are now become anchors, those of a new head, too: name these in new=[...]",
+            CoverageWarning,
+            stacklevel=2,
+        )
+
     def again(self, step: int) -> AnchorPull:
         """The pull of a run that is resumed, towards what its first start was."""
         said = [group for group in self._groups if group.get(HASH)]
@@ -99,6 +114,11 @@ class Start:
                 return self._pulled(self._kept(path))
             except RecAdamError as error:
                 if path == meant:
+                    if _is_whole(path):
+                        raise RecAdamError(
+                            f"AnchorCallback: {path} has the run's anchors, and with the present new=, or "
+                            "model, there would be others; resume as it was started, or give anchors=..."
+                        ) from error
                     raise RecAdamError(
                         f"AnchorCallback: {path}: damaged, it does not hold what its name says; restore it, "
                         "or give anchors=..."
@@ -130,7 +150,8 @@ class Start:
         what = f"one of {some_of(there)}" if there else "no weights but tuned ones are there"
         return RecAdamError(
             f"AnchorCallback: step {step} is resumed and nothing says which its anchors are ({what}); "
-            "give anchors=..."
+            f"give anchors=...: {KEPT.replace('{:016x}', '*')} of the folder where it was started, or the "
+            "pretrained weights"
         )
 
     def _is_of_a_run(self, named: Anchors | None) -> bool:
@@ -211,6 +232,16 @@ class Start:
         if writes:
             with replacing(path) as beside:
                 save_file(whole, beside)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file holds what its name says."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError):
+        return False
+    numbers = hashes_of([{"anchor": star} for star in tensors.values()])
+    return path.name == KEPT.format(sum(numbers) % 2**62)
 
 
 def _together(groups: Iterable[Mapping[str, Any]]) -> int:

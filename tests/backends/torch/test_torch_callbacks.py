@@ -18,8 +18,8 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from recadam_core import Linear, RecAdamError
-from recadam_torch import Anchors, CoverageWarning, RecAdam, anchor, lora_anchors, reference
+from recadam_core import DriftBudget, Linear, RecAdamError
+from recadam_torch import Anchors, CoverageWarning, Forgetting, RecAdam, anchor, lora_anchors, reference
 from recadam_torch.huggingface import AnchorCallback
 
 HERE = Path(__file__).parent
@@ -161,7 +161,8 @@ def test_a_model_that_is_no_longer_what_it_names_is_anchored_where_it_is(tmp_pat
     with torch.no_grad():
         model.classifier.weight.add_(1.0)
     changed = copy.deepcopy(model)
-    _, callback = trained(tmp_path / "run", model)
+    with pytest.warns(CoverageWarning, match=r"the model is not what .*pretrained holds, .* name these in"):
+        _, callback = trained(tmp_path / "run", model)
     assert at(changed, callback.handle.anchors)
     assert len(kept(tmp_path / "run")) == 1
 
@@ -230,6 +231,28 @@ def test_a_file_of_kept_anchors_that_is_damaged_is_told_and_written_anew(tmp_pat
 
 
 @HEAVY
+def test_a_run_that_is_resumed_with_other_new_parameters_is_told_so(tmp_path):
+    trained(tmp_path, tiny())
+    (name,) = kept(tmp_path)
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(RecAdamError, match=f"{name} has the run's anchors, and with the present new=, or mo"):
+        trained(tmp_path, tiny(3), AnchorCallback(pull=0.5, new=["classifier.*"]), start="checkpoint-6")
+    assert (tmp_path / name).read_bytes() == before
+
+
+@HEAVY
+def test_a_run_that_goes_on_in_another_folder_is_told_what_to_give(tmp_path):
+    trained(tmp_path / "a", tiny())
+    start = tmp_path / "a" / "checkpoint-6"
+    with pytest.raises(RecAdamError, match=r"give anchors=...: _recadam_anchors-\*.safetensors of the"):
+        trained(tmp_path / "b", tiny(3), start=start)
+    given = AnchorCallback(pull=0.5, anchors=tmp_path / "a" / kept(tmp_path / "a")[0])
+    made, callback = trained(tmp_path / "b", tiny(3), given, start=start)
+    assert made.state.global_step == 12
+    assert at(tiny(), callback.handle.anchors)
+
+
+@HEAVY
 def test_what_peft_trains_whole_is_new_if_the_base_has_it_not(tmp_path, folder):
     peft = pytest.importorskip("peft")
     tiny().bert.save_pretrained(folder)
@@ -292,12 +315,26 @@ def test_a_trainer_that_trains_twice_keeps_the_first_anchors(tmp_path):
         ({"probe": {"input_ids": torch.ones(1)}}, "AnchorCallback: the probe is {"),
         ({"probe": []}, "AnchorCallback: the probe is empty"),
         ({"probe": 5}, "AnchorCallback: the probe is 5"),
+        ({"new": 5}, "AnchorCallback: new is 5; give a list of names, or of patterns"),
+        ({"new": ["head", 5]}, r"AnchorCallback: new is \['head', 5\]; give a list of names"),
+        ({"importance": 5}, "AnchorCallback: importance is 5; give tensors by parameter name"),
+        (
+            {"probe": ["a text"], "budget": DriftBudget(1.0)},
+            "the pull is 0.1, and the budget keeps it from 1 to 1e\\+06; give a DriftBudget whose low and",
+        ),
     ],
 )
 def test_a_wrong_setting_is_refused_at_once(settings, message):
     for kind in (AnchorCallback, *(lightning_kind() or ())):
         with pytest.raises(RecAdamError, match=message):
             kind(**settings)
+
+
+def test_it_is_put_before_the_others_of_a_trainer_alone():
+    with pytest.raises(
+        RecAdamError, match=r"AnchorCallback.add_to: None is no Trainer of transformers; give one"
+    ):
+        AnchorCallback.add_to(None)
 
 
 def lightning_kind():
@@ -592,6 +629,19 @@ def test_a_reference_by_one_of_two_optimizers_is_warned_of():
     handle = anchor(torch.optim.SGD(normed.parameters(), lr=0.1))
     with pytest.warns(UserWarning, match="the running statistics of '1' have no anchors"):
         reference(normed, handle)
+
+
+def test_a_reference_of_another_model_is_refused():
+    """Or the policy would be its own reference, and a meter would say that nothing was forgotten."""
+    model = nn.Linear(2, 2)
+    other, rows = copy.deepcopy(model), [torch.ones(1, 2)]
+    recadam = RecAdam(copy.deepcopy(model).named_parameters())
+    for known in (anchor(torch.optim.SGD(model.parameters(), lr=0.1)), recadam):
+        for make in (lambda known: reference(other, known), lambda known: Forgetting(other, known, rows)):
+            with pytest.raises(
+                RecAdamError, match="what has the anchors steps none of this model's parameters"
+            ):
+                make(known)
 
 
 def test_a_reference_that_raises_leaves_the_model_as_it_was():

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib.util
+import os
+import pickle
 import re
 import subprocess
 import sys
 import time
 import warnings
 import weakref
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +22,7 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from recadam_core import Constant, Linear, RecAdamError, apply, pull
@@ -377,3 +382,119 @@ def test_a_loop_that_is_killed_ends_where_the_uninterrupted_one_does(tmp_path):
 
 def _step(path):
     return torch.load(path, weights_only=True)["step"] if path.exists() else 0
+
+
+def changed(file: Path, how: str) -> None:
+    """Do something to a file whose pages are mapped."""
+    if how == "cut short":
+        os.truncate(file, 100)
+    elif how == "overwritten":
+        size = file.stat().st_size
+        with file.open("r+b") as opened:
+            opened.seek(size // 2)
+            opened.write(bytes(size - size // 2))
+    else:
+        os.utime(file)
+
+
+@pytest.mark.parametrize("how", ["cut short", "overwritten", "touched"])
+def test_a_file_whose_pages_are_anchors_is_looked_at_before_each_use(tmp_path, how):
+    model, file = net(), tmp_path / "model.safetensors"
+    save_file(copies(model), file)
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    handle = anchor(optimizer, Anchors.of(model, file, place="file"))
+    step(model, optimizer, 1)
+    before = copies(model)
+    changed(file, how)
+    with pytest.raises(RecAdamError, match="was written to while it was mapped"):
+        step(model, optimizer, 2)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    for use in (handle.drift, partial(handle.interpolate, 0.5), handle.at_anchors().__enter__):
+        with pytest.raises(RecAdamError, match="was written to while it was mapped"):
+            use()
+
+
+@pytest.mark.parametrize("make", [lambda part: part.parameters(), lambda part: part.named_parameters()])
+def test_each_parameter_of_groups_without_full_names_has_its_drift(make):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD([{"params": make(part)} for part in model], lr=0.1)
+    handle = anchor(optimizer)
+    model(torch.ones(2, 4)).square().sum().backward()
+    optimizer.step()
+    drift = handle.drift()
+    assert len(drift.parameters) == 4
+    assert sum(x.distance**2 for x in drift.parameters.values()) == pytest.approx(drift.distance**2)
+
+
+def test_a_state_of_the_same_parameters_in_another_order_is_refused():
+    def made(names):
+        layers = nn.ModuleDict({name: nn.Linear(4, 4) for name in "ab"})
+        known = dict(layers.named_parameters())
+        optimizer = torch.optim.AdamW([(name, known[name]) for name in names], lr=0.1)
+        handle = anchor(optimizer)
+        sum(p.sum() for p in known.values()).backward()
+        optimizer.step()
+        return optimizer, handle
+
+    names = ["a.weight", "a.bias", "b.weight", "b.bias"]
+    (saved, _), (other, handle) = made(names), made(names[2:] + names[:2])
+    before = other.state_dict()
+    with pytest.raises(RecAdamError, match=r"group 0 has 'b.weight' where the state has 'a.weight', and s"):
+        other.load_state_dict(saved.state_dict())
+    assert str(other.state_dict()) == str(before)
+    assert list(handle.anchors) == names[2:] + names[:2]
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float32, 1e300), (torch.float16, 1e5)])
+@pytest.mark.parametrize(
+    "pulls", [anchor, lambda optimizer, anchors: RecAdam(optimizer.named, anchors=anchors)]
+)
+def test_anchors_that_the_parameters_cannot_be_are_refused(pulls, dtype, value):
+    model = nn.Linear(2, 2).to(dtype)
+    anchors = {name: p.detach().double() for name, p in model.named_parameters()}
+    anchors["bias"][0] = -value
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    optimizer.named = list(model.named_parameters())
+    with pytest.raises(
+        RecAdamError, match=f"'bias' has values beyond {dtype}, the parameter's; give its own"
+    ):
+        pulls(optimizer, anchors)
+
+
+def test_a_pull_of_nothing_is_warned_of_where_it_is_called():
+    optimizer = torch.optim.SGD(net().named_parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="nothing is pulled, since no parameter of the optimizer") as said:
+        anchor(optimizer, {})
+    assert said[0].filename == __file__
+
+
+def test_an_empty_group_needs_no_names():
+    model = net()
+    optimizer = torch.optim.SGD([{"params": list(model.parameters())}, {"params": [], "lr": 0.01}], lr=0.1)
+    handle = anchor(optimizer)
+    step(model, optimizer, 1)
+    assert handle.drift().distance > 0
+
+
+def test_a_handle_is_neither_copied_nor_pickled():
+    optimizer = torch.optim.SGD(net().named_parameters(), lr=0.1)
+    handle = anchor(optimizer)
+    for use in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(RecAdamError, match="a handle is its optimizer's, and neither copied nor pickled"):
+            use(handle)
+    assert repr(handle) == f"AnchorPull(SGD, {len(handle.parameters)} parameters, pull=0.1)"
+
+
+def test_after_a_checkpoint_in_a_plain_optimizer_another_pull_begins_as_the_error_says():
+    model = net()
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    anchor(optimizer)
+    step(model, optimizer, 1)
+    again = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    again.load_state_dict(optimizer.state_dict())
+    with pytest.raises(RecAdamError, match=r"take the entries anchor_\* out of the optimizer's groups first"):
+        anchor(again, copies(model))
+    for group in again.param_groups:
+        for key in [key for key in group if key.startswith("anchor_")]:
+            del group[key]
+    assert anchor(again, copies(model)).drift().distance == 0
