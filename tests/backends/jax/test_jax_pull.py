@@ -170,7 +170,7 @@ def test_in_schedule_free_it_holds_both_the_mean_and_what_is_stepped(pulls):
 
 def test_after_its_annealing_the_state_needs_no_anchors():
     curve = Linear(t0=4)
-    tx = optax.chain(optax.adam(0.1), add_anchor_pull(0.5, curve))
+    tx = optax.chain(optax.adam(0.1), add_anchor_pull(0.5, annealing=curve))
     params, star = tree(), tree()
     state = tx.init(params)
     step = jax.jit(lambda p, s, g: _stepped(tx, p, s, g))
@@ -186,7 +186,7 @@ def test_after_its_annealing_the_state_needs_no_anchors():
     with pytest.raises(RecAdamError, match=r"the anchors are released, and Constant.* reads them in every"):
         add_anchor_pull(0.5).update(params, less[-1], params)
     with pytest.raises(RecAdamError, match=r"step 9: the anchors are released, and Linear.* still reads"):
-        add_anchor_pull(0.5, Linear(t0=20)).update(params, less[-1], params)
+        add_anchor_pull(0.5, annealing=Linear(t0=20)).update(params, less[-1], params)
 
 
 def test_an_infinite_update_under_apply_if_finite_moves_nothing():
