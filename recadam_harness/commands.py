@@ -22,12 +22,14 @@ from recadam_core.hyperparameters import FORMS
 from .archives import ARCHIVES, fetch_all
 from .compare import PREDICTIONS, Comparison, compare_runs
 from .config import RunConfig, check_read
+from .decoders import decoder_folder
 from .demo import PLAN, plan_demo, run_demo
 from .directory import CHECKPOINT, Run, claim, load_run
 from .engines import OPTIMIZERS, UNREAD, announced
 from .experiments.data import TARGETS
+from .experiments.experiment import Options
 from .experiments.glue import TASKS as GLUE
-from .experiments.grids import EXPERIMENTS, Options
+from .experiments.grids import EXPERIMENTS
 from .folders import Folder, owned
 from .run import finetune
 from .schedules import SCHEDULES
@@ -83,9 +85,13 @@ def finetune_command(
     checkpoint_every: Annotated[
         int, typer.Option(help="Keep what a resume needs every so many steps; 0 for never.")
     ] = 0,
+    accept_gemma_terms: Annotated[
+        bool, typer.Option(help="reviews-decoder: its weights are under the Gemma Terms of Use.")
+    ] = False,
 ) -> None:
     """Fine-tune on a task; settings that are not given are the task's own."""
-    others = ("task", "backend", "optimizer", "out", "overwrite", "resume", "checkpoint_every", "annealing")
+    others = ("task", "backend", "optimizer", "out", "overwrite", "resume", "checkpoint_every", "annealing",
+              "accept_gemma_terms")  # fmt: skip
     changes = _settings(context, *others)
     if annealing:
         check_read(optimizer, ["annealing"])
@@ -96,6 +102,8 @@ def finetune_command(
     directory = out or Path("runs") / f"{task}-{backend}-{optimizer}-{seed}"
     # Before the bar, since pip shows one of its own.
     fetch_all(get_task(task).archives(**config.options))
+    if accept_gemma_terms:
+        decoder_folder(accept_terms=True)
     earlier = None
     with contextlib.suppress(RecAdamError):  # which is raised again where the folder is this process's alone
         earlier = claim(directory, config, overwrite, resume) if resume else None
@@ -362,6 +370,9 @@ def experiment(
     ),
     data: Annotated[str, typer.Option(help="glue: the folder of the official files, or 'hub'.")] = "",
     preset: Annotated[str, typer.Option(help="glue: bert-base (default) or albert-xxlarge.")] = "",
+    accept_gemma_terms: Annotated[
+        bool, typer.Option(help="decoder: its weights are under the Gemma Terms of Use.")
+    ] = False,
 ) -> None:
     """Run one of the paper's experiments, or go on with it, and write its table and its page."""
     from .experiments.report import write_experiment
@@ -371,14 +382,13 @@ def experiment(
         raise unknown("experiment", name, EXPERIMENTS)
     if name != "glue" and (data or preset):
         raise RecAdamError(f"experiment {name!r} reads no --data and no --preset; they are for 'glue'")
-    defaults = Options()
+    if accept_gemma_terms:
+        decoder_folder(accept_terms=True)
+    chosen, defaults = EXPERIMENTS[name], Options()
     options = Options(
         seeds=tuple(range(seeds)) if seeds else defaults.seeds[: 2 if quick else None],
-        models=tuple(dict.fromkeys(x.rstrip("/") or x for x in model or ()))
-        or (() if name == "glue" else defaults.models),
-        targets=tuple(f"glue/{x}" for x in target or GLUE)
-        if name == "glue"
-        else tuple(target or defaults.targets),
+        models=tuple(dict.fromkeys(x.rstrip("/") or x for x in model or ())) or chosen.models,
+        targets=tuple(f"glue/{x}" if name == "glue" else x for x in target or ()) or chosen.targets,
         arms=tuple(arm or ()),
         quick=quick,
         data=data,

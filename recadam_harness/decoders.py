@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from recadam_core.errors import RecAdamError
-from recadam_core.files import cache_folder, making, naming, replacing, write_json
+from recadam_core.files import cache_folder, making, naming, parse_json, replacing, write_json
 
 from .archives import DIGESTS, fetch, fetch_all
 from .folders import sha256_of
 
-__all__ = ["Vocabulary", "decoder_folder", "load_decoder", "tokenizer_of"]
+__all__ = ["Vocabulary", "cut_decoder", "decoder_folder", "load_decoder", "quiet", "tokenizer_of"]
 
 FILE = "gemma-3-270m-q4_k_m.gguf"
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -114,6 +116,38 @@ class Vocabulary:
         return self._new.get(old)
 
 
+def cut_decoder(folder: Path, vocabulary: Vocabulary) -> Path:
+    """A checkpoint folder of the model with that vocabulary alone, made once beside the weights."""
+    name = hashlib.sha256(json.dumps(vocabulary.ids).encode()).hexdigest()[:12]
+    target = folder.parent / f"{folder.name}-{name}"
+    files = ("config.json", "model.safetensors")
+    listed = target / DIGESTS
+    if not target.exists():
+        with (
+            making(folder.parent),
+            naming(target),
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".gemma-") as beside_name,
+        ):
+            beside = Path(beside_name) / name
+            with quiet():
+                load_decoder(folder, vocabulary).save_pretrained(beside)
+            write_json(beside / DIGESTS, {file: sha256_of(beside / file) for file in files})
+            try:
+                beside.replace(target)
+            except OSError:
+                # Another process was first; its folder has the same files.
+                if not target.exists():
+                    raise
+    again = f"delete {target} and run again"
+    if not listed.is_file():
+        raise RecAdamError(f"{listed}: damaged or missing; {again}")
+    digests = parse_json(listed, listed.read_bytes(), dict, again)
+    for file in files:
+        if not (target / file).is_file() or sha256_of(target / file) != digests.get(file):
+            raise RecAdamError(f"{target / file}: damaged or missing; {again}")
+    return target
+
+
 def load_decoder(folder: Path, vocabulary: Vocabulary) -> Any:
     """The model in float32 with that vocabulary alone, as `transformers` has it."""
     import torch
@@ -131,6 +165,23 @@ def load_decoder(folder: Path, vocabulary: Vocabulary) -> Any:
     weights = {name: x[rows] if x.shape[:1] == (size,) else x for name, x in whole.state_dict().items()}
     model.load_state_dict(weights)
     return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing is said of what transformers loads but errors."""
+    from transformers.utils import logging
+
+    loud: Any = logging
+    level, bars = loud.get_verbosity(), loud.is_progress_bar_enabled()
+    loud.set_verbosity_error()
+    loud.disable_progress_bar()
+    try:
+        yield
+    finally:
+        loud.set_verbosity(level)
+        if bars:
+            loud.enable_progress_bar()
 
 
 def _transformers() -> Any:

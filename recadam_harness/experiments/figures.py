@@ -13,7 +13,15 @@ from .grids import ARMS
 from .statistics import SOURCE, Summary
 from .table import Row
 
-__all__ = ["curves_figure", "label_of", "lines_figure", "pareto_figure"]
+__all__ = [
+    "INK",
+    "curves_figure",
+    "label_of",
+    "lines_figure",
+    "panels_of",
+    "pareto_figure",
+    "place_labels",
+]
 
 FAMILIES = {
     "AdamW": (COLOURS["adamw"], ("adamw", "adamw-careful", "AdamW")),
@@ -56,7 +64,7 @@ def _plain(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _panels(rows: int, columns: int, width: float, height: float, **shared: Any) -> tuple[Any, Any]:
+def panels_of(rows: int, columns: int, width: float, height: float, **shared: Any) -> tuple[Any, Any]:
     """A figure without a display, and its panels by row and column."""
     from matplotlib.figure import Figure
 
@@ -67,7 +75,7 @@ def _panels(rows: int, columns: int, width: float, height: float, **shared: Any)
 @styled
 def pareto_figure(summaries: Sequence[Summary], title: str) -> Any:
     """Target accuracy against the source loss, every run a point, every median with its label."""
-    figure, ((panel,),) = _panels(1, 1, 10.5, 6.4)
+    figure, ((panel,),) = panels_of(1, 1, 10.5, 6.4)
     panel.set_xscale("log")
     panel.invert_xaxis()
     reference = next((s for s in summaries if s.arm == "adamw"), None)
@@ -103,7 +111,7 @@ def pareto_figure(summaries: Sequence[Summary], title: str) -> Any:
     panel.margins(0.06, 0.08)
     left, right = panel.get_xlim()
     panel.set_xlim(right=right * (right / left) ** 0.2)  # room for the labels of those that forget nothing
-    _place_labels(panel, places)
+    place_labels(panel, places)
     present = {_family(s.arm) for s in summaries}
     for name, (colour, _) in FAMILIES.items():
         if name in present:
@@ -122,7 +130,7 @@ def _labelled(summaries: Sequence[Summary]) -> list[tuple[str, Summary]]:
     return list(labels.values())
 
 
-def _place_labels(panel: Any, places: Sequence[tuple[float, float, str, str]]) -> None:
+def place_labels(panel: Any, places: Sequence[tuple[float, float, str, str]]) -> None:
     """A label beside each point, where it lies on no other label and on no point."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.patheffects import withStroke
@@ -173,7 +181,7 @@ def curves_figure(rows: Sequence[Row], groups: dict[str, Sequence[str]]) -> Any:
     """Target loss, source loss and distance along the way: a row of panels a group of arms."""
     from matplotlib import colormaps
 
-    figure, panels = _panels(len(groups), 3, 12.3, 3.4 * len(groups))
+    figure, panels = panels_of(len(groups), 3, 12.3, 3.4 * len(groups))
     names = {
         "loss": "target loss (training)",
         "source_loss": "source loss (SNLI pairs)",
@@ -204,7 +212,7 @@ def curves_figure(rows: Sequence[Row], groups: dict[str, Sequence[str]]) -> Any:
 @styled
 def lines_figure(panels: Sequence[tuple[str, str, dict[str, list[tuple[float, Summary]]]]]) -> Any:
     """Target accuracy above, source loss below, as one setting moves: a column a setting."""
-    figure, grid = _panels(2, len(panels), 3.6 * len(panels), 6.2, sharex="col", sharey="row")
+    figure, grid = panels_of(2, len(panels), 3.6 * len(panels), 6.2, sharex="col", sharey="row")
     shades = (COLOURS["recadam"], COLOURS["adamw"], "#1a7f37")
     for (title, scale, lines), above, below in zip(panels, grid[0], grid[1], strict=True):
         for (label, points), colour in zip(lines.items(), shades, strict=False):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,75 +12,12 @@ from recadam_core.errors import unknown
 
 from . import glue
 from .data import HELD_OUT, TARGETS
+from .experiment import TUNING_SEED, Arm, Experiment, Options
+from .front_grids import FRONTS
 from .table import Entry, Results, Row
 from .trial import Trial
 
-__all__ = ["ARMS", "EXPERIMENTS", "Arm", "Experiment", "Options", "choose"]
-
-TUNING_SEED = 1000
-"""Of the trials by which settings are chosen; no seed of a test."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How much of an experiment is run."""
-
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    models: tuple[str, ...] = ("minilm-l3",)
-    targets: tuple[str, ...] = ("movie-reviews",)
-    arms: tuple[str, ...] = ()
-    quick: bool = False
-    data: str = ""
-    preset: str = "bert-base"
-
-    def chosen(self, known: Collection[str], otherwise: Collection[str] = ()) -> tuple[str, ...]:
-        """The arms that are asked for, each once, of those that are known; else `otherwise`, or all."""
-        for arm in self.arms:
-            if arm not in known:
-                raise unknown("arm", arm, known)
-        return tuple(dict.fromkeys(self.arms or otherwise or known))
-
-
-Stage = Callable[[Options, Results], list[Entry]]
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A grid of trials in stages; a later stage may read what an earlier one found.
-
-    Args:
-        name: on the command line.
-        about: one line on the question that it answers.
-        arms: what its rows may be of.
-        stages: from options and results so far to the entries of the stage.
-        count: from options to the number of entries of each stage, for the progress bar.
-    """
-
-    name: str
-    about: str
-    arms: Collection[str]
-    stages: tuple[Stage, ...]
-    count: Callable[[Options], tuple[int, ...]] = lambda options: ()
-
-    def planned(self, options: Options, results: Results) -> list[list[Entry]]:
-        """The entries of each stage."""
-        return [stage(options, results) for stage in self.stages]
-
-    def later(self, options: Options, stage: Stage) -> int:
-        """How many entries the stages after this one will have."""
-        counts = self.count(options)
-        return sum(counts[self.stages.index(stage) + 1 :])
-
-
-@dataclass(frozen=True)
-class Arm:
-    """Something that is compared."""
-
-    label: str
-    method: str
-    trials: tuple[dict[str, Any], ...]
-    rule: str = "careful"
-    shares: str = ""
+__all__ = ["ARMS", "EXPERIMENTS", "choose"]
 
 
 def _product(*names: str, rows: Sequence[Sequence[Any]]) -> tuple[dict[str, Any], ...]:
@@ -392,7 +328,10 @@ EXPERIMENTS = {
             "the paper's own tasks and settings, on GLUE's files or the hub's",
             GLUE_ARMS,
             (_glue_tuning, _glue_test),
+            targets=tuple(f"glue/{name}" for name in glue.TASKS),
+            models=(),
         ),
+        *FRONTS.values(),
     )
 }
 """The experiments, by name."""

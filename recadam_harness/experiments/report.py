@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -13,10 +12,12 @@ import numpy as np
 from recadam_core.errors import RecAdamError
 
 from ..folders import Folder, owned
-from ..pages import Table, markdown_table, write_page, write_picture
+from ..pages import Table, markdown_table, picture_of, write_page
+from .experiment import Options
 from .figures import curves_figure, label_of, lines_figure, pareto_figure
+from .front_report import front_pictures, front_section
 from .glue import PAPER, TASKS
-from .grids import EXPERIMENTS, Options
+from .grids import EXPERIMENTS
 from .statistics import Summary, summarize
 from .table import Results, Row
 
@@ -31,8 +32,9 @@ def files_of(options: Options) -> list[str]:
     for model, place in models.items():
         if list(models.values()).count(place) > 1:
             raise RecAdamError(f"model {model!r}: another one has a folder of that name, too; rename one")
-    pictures = [f"{_place(model, target)}.png" for model in options.models for target in options.targets]
-    return [PAGE, SUMMARY, *pictures]
+    places = [_place(model, target) for model in options.models for target in options.targets]
+    pictures = [[f"{place}.png", *front_pictures(place)] for place in places]
+    return [PAGE, SUMMARY, *chain(*pictures)]
 
 
 def _place(model: str, target: str) -> str:
@@ -58,7 +60,8 @@ def write_experiment(name: str, results: Results, options: Options) -> Path:
         for model, target in dict.fromkeys((row.trial.model, row.trial.target) for row in tested):
             rows = [row for row in tested if (row.trial.model, row.trial.target) == (model, target)]
             tuned = [row for row in tuning if (row.trial.model, row.trial.target) == (model, target)]
-            sections.append(_section(name, model, target, rows, tuned, folder))
+            make = front_section if EXPERIMENTS[name].fronts else _section
+            sections.append(make(name, model, target, _place(model, target), rows, tuned, folder))
         text = "\n".join(_markdown(section) for section in sections)
         folder.write(SUMMARY, text.encode(errors="backslashreplace"))
         return write_page(
@@ -67,6 +70,7 @@ def write_experiment(name: str, results: Results, options: Options) -> Path:
             "experiment.html.j2",
             title=name,
             about=EXPERIMENTS[name].about,
+            fronts=EXPERIMENTS[name].fronts,
             sections=sections,
             failed=failed,
             quick=options.quick,
@@ -74,10 +78,9 @@ def write_experiment(name: str, results: Results, options: Options) -> Path:
 
 
 def _section(
-    name: str, model: str, target: str, rows: Sequence[Row], tuned: Sequence[Row], folder: Folder
+    name: str, model: str, target: str, place: str, rows: Sequence[Row], tuned: Sequence[Row], folder: Folder
 ) -> dict[str, Any]:
     summaries = summarize(rows)
-    place = _place(model, target)
     draw: Callable[[], Any] | None = None
     if name == "comparison":
         draw = lambda: pareto_figure(summaries, f"{target}, {model}")  # noqa: E731
@@ -85,21 +88,18 @@ def _section(
         draw = lambda: curves_figure(rows, _curve_groups(rows))  # noqa: E731
     elif name == "sensitivity":
         draw = lambda: lines_figure(_panels(summaries))  # noqa: E731
-    picture = ""
-    if draw is not None:
-        picture = base64.b64encode(write_picture(folder, f"{place}.png", draw(), dpi=130)).decode()
+    pictures = [picture_of(folder, f"{place}.png", draw())] if draw else []
     first = rows[0].trial
     seeds = sorted({row.trial.seed for row in rows})
     return {
         "model": model,
         "target": target,
-        "place": place,
-        "picture": picture,
+        "pictures": pictures,
         "seeds": seeds,
         "size": f"{first.rows or 'all'} rows, {first.steps} steps of {first.batch_size}",
         "before": _before(summaries[0]),
         "varies": len({(row.trial.rows, row.trial.steps) for row in rows}) > 1,
-        "table": _glue_table(summaries, target) if target.startswith("glue/") else _table(summaries),
+        "tables": [("", _glue_table(summaries, target) if target.startswith("glue/") else _table(summaries))],
         "runs": [(row, _figures(row)) for row in rows],
         "tuned": [(row, _figures(row)) for row in tuned],
     }
@@ -194,15 +194,17 @@ def _panels(summaries: Sequence[Summary]) -> list[tuple[str, str, dict[str, list
 
 
 def _markdown(section: dict[str, Any]) -> str:
-    header, lines = section["table"]
     seeds = ", ".join(map(str, section["seeds"]))
     size = "" if section["varies"] else f"; {section['size']}"
     text = [f"### {section['target']}, {section['model']}", ""]
     about = f"Seeds {seeds}{size}. Medians, and 95% bootstrap intervals (of few seeds: their range)."
     text += [f"{about} {section['before']}".rstrip(), ""]
-    if section["picture"]:
-        text += [f"![{section['target']}, {section['model']}]({section['place']}.png)", ""]
-    text += markdown_table(
-        header, [[cell.replace(" to ", "&nbsp;to&nbsp;") for cell in line] for line in lines]
-    )
-    return "\n".join([*text, ""])
+    for file, _ in section["pictures"]:
+        text += [f"![{section['target']}, {section['model']}]({file})", ""]
+    for title, (header, lines) in section["tables"]:
+        text += [f"{title}:", ""] if title else []
+        text += markdown_table(
+            header, [[cell.replace(" to ", "&nbsp;to&nbsp;") for cell in line] for line in lines]
+        )
+        text += [""]
+    return "\n".join(text)

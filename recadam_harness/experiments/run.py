@@ -10,11 +10,12 @@ from typing import Any
 from recadam_core.errors import RecAdamError
 
 from ..archives import MODELS, check_encoder, digests_of, fetch_all, model_folder
+from ..decoders import decoder_folder
 from ..folders import Folder, owned
 from ..processes import Each, pool
 from . import run_trial
-from .data import archives, target_of
-from .grids import Experiment, Options
+from .data import DECODER, archives, target_of
+from .experiment import Experiment, Options
 from .report import files_of
 from .table import CURVES, INPUTS, TABLE, Entry, Results, Row
 from .trial import Trial
@@ -74,7 +75,10 @@ def _run(
 def _prepare(trials: Sequence[Trial]) -> None:
     """Fetch what they read, and find what is wrong with it before any of them has run."""
     for model in dict.fromkeys(t.model for t in trials):
-        check_encoder(model_folder(model))
+        if model == DECODER:
+            decoder_folder()
+        else:
+            check_encoder(model_folder(model))
     fetch_all(name for t in trials for name in archives(t.target, t.model))
     for target, data in dict.fromkeys((t.target, t.data) for t in trials if t.data):
         target_of(target, data)
@@ -87,7 +91,7 @@ def _bind(results: Results, planned: Sequence[Trial], waiting: Sequence[Trial]) 
     """
     found: dict[str, Any] = {}
     needed = {x for t in waiting for x in (t.model, (t.target, t.data))}
-    for model in dict.fromkeys(t.model for t in planned if t.model not in MODELS):
+    for model in dict.fromkeys(t.model for t in planned if t.model not in (*MODELS, DECODER)):
         if model in needed or Path(model).is_dir():
             found[f"model {model}"] = digests_of(model_folder(model))
     for place in dict.fromkeys((t.target, t.data) for t in planned if t.data):

@@ -9,10 +9,11 @@ import numpy as np
 
 from .glue import headline
 from .grids import ARMS
+from .intervals import Interval, median_of
 from .table import Row
 from .trial import Trial
 
-__all__ = ["REFERENCE", "SOURCE", "TITLES", "Interval", "Summary", "median_of", "summarize"]
+__all__ = ["REFERENCE", "SOURCE", "TITLES", "Summary", "summarize"]
 
 REFERENCE = ("adamw", "AdamW", "AdamW, pretrained")
 """Names of the arm that the others are held against, the first that is there."""
@@ -27,34 +28,6 @@ LITTLE = 0.05
 """Share of the figure before; of less that is forgotten, no share that is kept means anything."""
 
 COMMON = ("target", "model", "method", "seed", "split", "rows", "steps", "max_length", "curve_every", "data")
-
-
-class Interval(NamedTuple):
-    """A median and its bootstrap interval."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """Three digits."""
-        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
-
-    @property
-    def signed(self) -> str:
-        """Three digits and the sign."""
-        return f"{self.median:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
-
-
-def median_of(values: Sequence[float]) -> Interval:
-    """The median, and where 95% of the medians of resampled values are (percentile bootstrap).
-
-    With five values or fewer that is from the least to the greatest: the range of the seeds, no more.
-    """
-    x = np.asarray(values, dtype=float)
-    drawn = np.random.default_rng(0).choice(x, (10_000, len(x)))
-    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
-    return Interval(float(np.median(x)), float(low), float(high))
 
 
 class Summary(NamedTuple):

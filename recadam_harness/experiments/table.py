@@ -16,6 +16,7 @@ from recadam_core.errors import RecAdamError
 from recadam_core.files import check_regular, parse_json, replacing
 
 from ..folders import Folder
+from .data import kind_of
 from .trial import Trial
 
 __all__ = ["CURVES", "FIGURES", "INPUTS", "TABLE", "Entry", "Results", "Row"]
@@ -28,13 +29,23 @@ FIGURES = (
     "snli_mnr_before", "snli_recall_at_1_before", "snli_auc_before", "bbc_recall_at_1_before",
     "distance", "loss", "seconds",
 )  # fmt: skip
+LATER = ("share", "weight")
+MEASURES = (
+    "learned", "learned_before", "forgotten", "moved", "kl",
+    "recall_at_1", "mnr", "bbc_mnr", "topics_accuracy", "news_nats", "posts_nats",
+    "recall_at_1_before", "mnr_before", "bbc_mnr_before", "topics_accuracy_before", "news_nats_before",
+    "posts_nats_before",
+)  # fmt: skip
+"""Settings and figures that a table has a column for where a row has them."""
 POINTS = ("step", "loss", "source_loss", "distance")
 CHECK = "sha256"
 """The column that tells whether a row, or its curve, is as it was written."""
-COLUMNS = ("stage", "arm", *FIELDS, *FIGURES, "error", "command", CHECK)
+NAMES = ("stage", "arm", *FIELDS, *FIGURES, *MEASURES, "error", "command", CHECK)
 RANGES = {
     **dict.fromkeys(("matthews", "pearson", "spearman"), (-1.0, 1.0)),
     **dict.fromkeys(("snli_mnr", "distance", "loss", "seconds"), (0.0, math.inf)),
+    **dict.fromkeys(("mnr", "bbc_mnr", "news_nats", "posts_nats"), (0.0, math.inf)),
+    **dict.fromkeys(("forgotten", "moved", "kl"), (-math.inf, math.inf)),
 }
 """Least and largest values of the figures that are no shares."""
 STAGES = ("tune", "test")
@@ -73,8 +84,11 @@ class Row:
         """What keeps the figures of a trial without an error from being used; empty where nothing does."""
         if self.error:
             return ""
-        glue = self.trial.target.startswith("glue/")
-        needed = ("seconds",) if glue else ("accuracy", "snli_mnr", "snli_mnr_before", "distance")
+        kind = "glue" if self.trial.target.startswith("glue/") else kind_of(self.trial.target)
+        needed = {
+            "glue": ("seconds",),
+            "classification": ("accuracy", "snli_mnr", "snli_mnr_before", "distance"),
+        }.get(kind, ("learned", "learned_before", "forgotten", "moved", "distance"))
         for name in needed:
             if name not in self.figures:
                 return f"no {name}"
@@ -87,7 +101,9 @@ class Row:
     @property
     def check(self) -> str:
         """The first digits of the sha256 of all that it says, however it is written."""
-        figures = {name: _digits(self.figures[name]) for name in FIGURES if name in self.figures}
+        figures = {
+            name: _digits(x) for name in (*FIGURES, *MEASURES) if (x := self.figures.get(name)) is not None
+        }
         curve = [[_digits(point.get(name)) for name in POINTS] for point in self.curve]
         said = json.dumps([*self.entry.name, figures, self.error, curve])
         return hashlib.sha256(said.encode()).hexdigest()[:16]
@@ -158,13 +174,14 @@ class Results:
         return curves
 
     def _read_table(self, curves: Mapping[str, list[dict[str, float]]]) -> Iterable[Row]:
-        for number, line in self._lines(TABLE, COLUMNS, ("stage", "arm", "method", *FIGURES, *COLUMNS[-3:])):
+        needed = ("stage", "arm", "method", *FIGURES, *NAMES[-3:])
+        for number, line in self._lines(TABLE, NAMES, needed):
             try:
                 read = Trial.reads(line["method"], line.get("head", ""))
                 trial = Trial.parse(
                     f"{name}={line[name]}" for name in FIELDS if name in line and name in read
                 )
-                figures = {name: float(line[name]) for name in FIGURES if line[name]}
+                figures = {name: float(line[name]) for name in (*FIGURES, *MEASURES) if line.get(name)}
                 row = Row(
                     Entry(line["stage"], line["arm"], trial),
                     figures,
@@ -218,15 +235,18 @@ class Results:
                 for key, curve in curves.items():
                     writer.writerows([key, *(_digits(point.get(name)) for name in POINTS)] for point in curve)
         with replacing(self.folder / TABLE) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+            used = {name for row in self.rows.values() for name in (*row.trial.changed, *row.figures)}
+            columns = [name for name in NAMES if name in used or name not in (*LATER, *MEASURES)]
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
+            writer.writerow(columns)
             for row in self.rows.values():
-                settings = (getattr(row.trial, name) for name in FIELDS)
-                figures = (_digits(row.figures.get(name)) for name in FIGURES)
-                entry = row.entry
-                values = ["None" if x is None else x for x in settings]
-                written = [entry.stage, entry.arm, *values, *figures, row.error, row.trial.command]
-                writer.writerow([*written, row.check])
+                said = {
+                    **{name: _said(getattr(row.trial, name)) for name in FIELDS},
+                    **{name: _digits(x) for name, x in row.figures.items()},
+                    "stage": row.entry.stage, "arm": row.entry.arm, "error": row.error,
+                    "command": row.trial.command, CHECK: row.check,
+                }  # fmt: skip
+                writer.writerow([said.get(name, "") for name in columns])
 
     def of(self, entries: Iterable[Entry]) -> list[Row]:
         """Rows of these entries, in their order; without those that failed or are still to come."""
@@ -248,6 +268,10 @@ class Results:
                 f"{first.error}; mend that, and run again"
             )
         return rows
+
+
+def _said(value: Any) -> Any:
+    return "None" if value is None else value
 
 
 def _digits(value: float | None) -> str:

@@ -18,6 +18,7 @@ from recadam_core.hyperparameters import Hyperparameters
 from recadam_core.strength import gamma_for
 
 from ..memory import check_memory
+from .data import DECODER, TARGETS, kind_of
 
 __all__ = ["METHODS", "Method", "Trial"]
 
@@ -34,6 +35,8 @@ class Method:
         constant: whether both weights are 1 throughout.
         sentences: whether it needs an encoder of sentences with a linear head, as GLUE's classifiers are not.
         trains: whether the encoder is trained, and fields in `TRAINING` are read.
+        kinds: of targets that it is for; all where none is named.
+        needs: what it asks for besides the new task's rows and the pretrained weights.
 
     Example:
         >>> METHODS["l2sp"].label
@@ -47,8 +50,11 @@ class Method:
     constant: bool = False
     sentences: bool = False
     trains: bool = True
+    kinds: tuple[str, ...] = ()
+    needs: str = ""
 
 
+CLASSIFYING = ("head", "init", "dropout", "curve_every", "data")
 TRAINING = ("lr", "warmup", "clip", "dropout", "curve_every")
 ANNEALED = ("center", "width", "k", "t0", "floor")
 PULLED = ("pull", *ANNEALED)
@@ -72,20 +78,45 @@ METHODS = {
     ),
     "ewc": Method(
         "EWC", "the constant pull, weighted by the source task's Fisher information", ("pull",), "decoupled",
-        constant=True, sentences=True,
+        constant=True, sentences=True, needs="old data",
+    ),
+    "ewc-dr": Method(
+        "EWC-DR", "EWC, with the scores reversed while the Fisher information is found", ("pull",),
+        "decoupled", constant=True, sentences=True, needs="old data",
     ),
     "feature-pull": Method(
         "feature-weighted pull", "the constant pull, weighted by what moves the target texts' features",
         ("pull",), "decoupled", constant=True, sentences=True,
     ),
+    "muon-pull": Method("constant pull, Muon", "the pull around torch.optim.Muon", ("pull",)),
+    "spd": Method("SPD", "selective projection decay: Adam, and back where it goes on away", ("pull",)),
+    "mofo": Method("MoFO", "AdamW that moves the weights with the largest momentum alone", ("share",)),
+    "half": Method("half fine-tuning", "AdamW on a random part of the matrices", ("share",)),
+    "finch": Method("FINCH", "AdamW at a rate that is lower where the loss is high"),
+    "lwf": Method(
+        "LwF", "AdamW, and the divergence from what the pretrained weights say", ("weight",),
+        sentences=True, needs="a second forward pass",
+    ),
     "wiseft": Method("WiSE-FT", "AdamW, then a part of the way back to the pretrained weights", ("alpha",)),
+    "fapm": Method("FAPM", "AdamW, then only a part of the change is kept, by its share", ("share",)),
     "lora": Method("LoRA", "AdamW on adapters of low rank (peft)", ("rank",), sentences=True),
+    "osf": Method(
+        "OSF", "AdamW on the lesser singular directions of each matrix (peft)", ("share",), sentences=True
+    ),
+    "replay": Method(
+        "replay", "AdamW, and some of the batches are old data", ("share",), sentences=True, needs="old data"
+    ),
+    "self-replay": Method(
+        "self-replay", "the same with texts that the pretrained model wrote", ("share",), sentences=True,
+        kinds=("decoder",), needs="texts to be written",
+    ),
     "frozen": Method(
         "frozen encoder", "logistic regression on its features", ("inverse_strength",),
-        sentences=True, trains=False,
+        sentences=True, trains=False, kinds=("classification",),
     ),
     "multitask": Method(
-        "multi-task", "AdamW on target and source data together", ("source_weight",), sentences=True
+        "multi-task", "AdamW on target and source data together", ("source_weight",), sentences=True,
+        needs="old data",
     ),
 }  # fmt: skip
 """The methods that are compared, by name."""
@@ -97,7 +128,8 @@ class Trial:
 
     Args:
         target: a name in `recadam_harness.experiments.data.TARGETS`, or "glue/TASK".
-        model: "minilm-l3", "minilm-l6", a checkpoint folder, or "org/model" on the hub.
+        model: "minilm-l3", "minilm-l6", a checkpoint folder, or "org/model" on the hub; of decoders
+            "gemma-270m".
         method: a name in `METHODS`.
         rows: training rows, drawn by the seed; 0 for all.
         steps: steps of training.
@@ -108,7 +140,7 @@ class Trial:
         split: "validation" or "test": where target and source task are measured.
         head: "new", random and small; or "probed", the logistic regression on the pretrained features.
         init: "pretrained", or "random" weights to start from; the anchors are pretrained either way.
-        pull: lr * gamma at the peak: the share of the way to the anchor in a step.
+        pull: lr * gamma at the peak: the share of the way to the anchor in a step; of `spd` its strength.
         center: middle of the annealing, as a share of the steps.
         width: share of the steps in which the task weight rises from a tenth to nine tenths.
         k: slope of the annealing per step; with `t0` instead of center and width.
@@ -119,6 +151,10 @@ class Trial:
         rank: of the adapters of `lora`.
         inverse_strength: C of the logistic regression of `frozen`, or of a probed head.
         source_weight: weight of the source loss in `multitask`.
+        share: of the weights that move in a step (`mofo`), of the matrices that are trained (`half`), of
+            the change that is kept (`fapm`), of the directions that are trained (`osf`), or of the batches
+            that are replayed (`replay`, `self-replay`).
+        weight: of the divergence in `lwf`.
         dropout: in training; None for the model's own.
         clip: largest norm of the gradient.
         max_length: tokens a text is cut to.
@@ -156,6 +192,8 @@ class Trial:
     rank: int = 8
     inverse_strength: float = 0.1
     source_weight: float = 1.0
+    share: float = 0.1
+    weight: float = 1.0
     dropout: float | None = 0.0
     clip: float = 1.0
     max_length: int = 48
@@ -183,15 +221,17 @@ class Trial:
         check_memory(batches, 16.0 * self.steps * self.batch_size)
         for name in ("lr", "clip", "inverse_strength", "budget", "width"):
             check_number("trial", name, getattr(self, name), low=0.0, open_low=True)
-        for name in ("pull", "center", "floor", "source_weight"):
+        for name in ("pull", "center", "floor", "source_weight", "weight"):
             check_number("trial", name, getattr(self, name), low=0.0)
         check_number("trial", "alpha", self.alpha, low=0.0, high=1.0)
+        check_number("trial", "share", self.share, low=0.0, high=1.0, open_low=True)
         if self.dropout is not None:
             check_number("trial", "dropout", self.dropout, low=0.0, high=1.0, open_high=True)
-        if self.method == "lora" and self.curve_every:
+        if self.method in ("lora", "osf") and self.curve_every:
             raise RecAdamError(
-                "trial: lora has no curve, since its adapters are merged at the end; leave it out"
+                f"trial: {self.method} has no curve, since its adapters are merged at the end; leave it out"
             )
+        self._check_kind()
         if self.init == "random" and (self.head == "probed" or self.method == "feature-pull"):
             raise RecAdamError(
                 "trial: init=random goes with no probed head and no feature-pull, which read the pretrained "
@@ -210,6 +250,22 @@ class Trial:
             if name not in self.reads(self.method, self.head):
                 reads = ", ".join(METHODS[self.method].settings) or "none of its kind"
                 raise RecAdamError(f"trial: method {self.method!r} does not read {name} (it reads {reads})")
+
+    def _check_kind(self) -> None:
+        """What goes with the kind of the target."""
+        kinds, kind = METHODS[self.method].kinds, kind_of(self.target)
+        if kinds and kind not in kinds:
+            raise RecAdamError(
+                f"trial: method {self.method!r} is for {' and '.join(kinds)}; {self.target} is {kind}"
+            )
+        if (self.model == DECODER) != (kind == "decoder"):
+            raise RecAdamError(
+                f"trial: target {self.target} and model {self.model}; the targets of {DECODER}, and of no "
+                f"other, are {', '.join(name for name in TARGETS if kind_of(name) == 'decoder')}"
+            )
+        for name in CLASSIFYING if kind != "classification" else ():
+            if name in self.changed:
+                raise RecAdamError(f"trial: {name} is of classification, and {self.target} is {kind}")
 
     @classmethod
     def reads(cls, method: str, head: str = "new") -> set[str]:
@@ -240,7 +296,9 @@ class Trial:
     @property
     def key(self) -> str:
         """A name for its file: the method, and a hash of every field."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        later = {"share", "weight"} - self.changed.keys()  # fields that older keys are without
+        values = {name: x for name, x in dataclasses.asdict(self).items() if name not in later}
+        text = json.dumps(values, sort_keys=True)
         return f"{self.method}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property

@@ -16,7 +16,7 @@ from recadam_core.files import parse_json
 from ..memory import check_memory
 from .ops import Model, Ops, gelu, layer_norm, linear, softmax
 
-__all__ = ["Bert", "BertConfig", "load_checkpoint"]
+__all__ = ["Bert", "BertConfig", "load_checkpoint", "read_parameters"]
 
 Array = np.ndarray[Any, Any]
 
@@ -132,9 +132,6 @@ class Bert(Model):
 
 def load_checkpoint(folder: Path) -> tuple[BertConfig, dict[str, Array]]:
     """The encoder in a Hugging Face checkpoint folder (config.json and model.safetensors)."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     try:
         text = (folder / "config.json").read_bytes()
     except FileNotFoundError:
@@ -142,18 +139,27 @@ def load_checkpoint(folder: Path) -> tuple[BertConfig, dict[str, Array]]:
     config = _config_of(
         folder / "config.json", parse_json(folder / "config.json", text, dict, "fetch it again")
     )
-    path = folder / "model.safetensors"
+    return config, read_parameters(folder / "model.safetensors", config.shapes(), "bert.")
+
+
+def read_parameters(path: Path, shapes: Mapping[str, tuple[int, ...]], prefix: str = "") -> dict[str, Array]:
+    """The parameters of these names and shapes in a file, in float32; a prefix of their names is left out."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
     try:
         stored = load_file(path)
     except FileNotFoundError:
-        raise RecAdamError(f"{folder}: no model.safetensors; save the checkpoint in that format") from None
+        raise RecAdamError(
+            f"{path.parent}: no model.safetensors; save the checkpoint in that format"
+        ) from None
     except (SafetensorError, ValueError, OSError) as error:
         raise RecAdamError(f"{path}: damaged ({error}); fetch it again") from None
-    stored = {name.removeprefix("bert."): array for name, array in stored.items()}
+    stored = {name.removeprefix(prefix): array for name, array in stored.items()}
     params = {}
-    for name, shape in config.shapes().items():
+    for name, shape in shapes.items():
         if name not in stored:
-            raise RecAdamError(f"{path}: parameter {name!r} is missing; give a complete BERT checkpoint")
+            raise RecAdamError(f"{path}: parameter {name!r} is missing; give a complete checkpoint")
         if stored[name].shape != shape:
             raise RecAdamError(
                 f"{path}: parameter {name!r} has shape {stored[name].shape}, config.json says {shape}; "
@@ -164,7 +170,7 @@ def load_checkpoint(folder: Path) -> tuple[BertConfig, dict[str, Array]]:
         params[name] = stored[name].astype(np.float32)
         if not np.isfinite(params[name]).all():
             raise RecAdamError(f"{path}: parameter {name!r} has numbers that are not finite; fetch it again")
-    return config, params
+    return params
 
 
 def _config_of(path: Path, values: dict[str, Any]) -> BertConfig:

@@ -5,10 +5,11 @@ from recadam_core.errors import unknown
 from .base import Problem, Task
 from .digits import Digits
 from .movie_reviews import MovieReviews
+from .reviews_decoder import ReviewsDecoder
 
 __all__ = ["TASKS", "Problem", "Task", "get_task"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (Digits(), MovieReviews())}
+TASKS: dict[str, Task] = {task.name: task for task in (Digits(), MovieReviews(), ReviewsDecoder())}
 """The tasks by name."""
 
 

@@ -1,0 +1,122 @@
+"""The section of a page on one target's fronts: pictures, tables, and the answers in figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..folders import Folder
+from ..pages import Table, picture_of
+from .front_figures import cost_figure, front_figure, meter_figure
+from .front_grids import KEENEST, UNTUNED, front_arms, untuned
+from .fronts import Standing, meters_of, scale_of, standings_of
+from .table import Row
+from .trial import METHODS, Trial
+
+__all__ = ["front_pictures", "front_section"]
+
+LEARNED = {
+    "embeddings": "learned: mean reciprocal rank of held-out pairs",
+    "decoder": "learned: accuracy of held-out answers",
+    "classification": "learned: accuracy on held-out rows",
+}
+"""What an axis says of the figure that is learned."""
+
+
+def front_pictures(place: str) -> list[str]:
+    """The files of a section's pictures."""
+    return [f"{place}-{name}.png" for name in ("fronts", "cost", "meters")]
+
+
+def front_section(
+    name: str, model: str, target: str, place: str, rows: Sequence[Row], tuned: Sequence[Row], folder: Folder
+) -> dict[str, Any]:
+    """What a page says of one target and model."""
+    arms = front_arms(name)
+    of = {arm: [row for row in rows if row.entry.arm == arm] for arm in (*arms, KEENEST)}
+    faster = {arm: [row for row in rows if row.entry.arm == untuned(arm)] for arm in arms}
+    scale = scale_of(of.pop(KEENEST))
+    standings = standings_of({arm: some for arm, some in of.items() if some}, faster, arms, scale)
+    meters = meters_of([*tuned, *rows])
+    title, learned = f"{target}, {model}", LEARNED[name]
+    figures = [front_figure(standings, title, learned), cost_figure(standings, title, learned)]
+    figures += [meter_figure(meters, title)] if meters else []
+    drawn = zip(front_pictures(place), figures, strict=False)
+    first = rows[0].trial
+    return {
+        "model": model,
+        "target": target,
+        "pictures": [picture_of(folder, file, figure) for file, figure in drawn],
+        "seeds": sorted({row.trial.seed for row in rows}),
+        "size": f"{first.rows or 'all'} rows, {first.steps} steps of {first.batch_size}",
+        "before": (
+            f"AdamW, where it learns most, gains {scale.gained:.3f} over {standings[0].before:.3f} and "
+            f"forgets {scale.forgotten:.3f} nats: the unit of the areas."
+        ),
+        "varies": False,
+        "tables": [
+            ("Fronts on test rows", _fronts(standings)),
+            (f"At {UNTUNED:g} times the chosen rate", _costs(standings)),
+            ("What tells what is forgotten", _meters(meters)),
+        ],
+        "runs": [(row, _figures(row)) for row in rows],
+        "tuned": [(row, _figures(row)) for row in tuned],
+    }
+
+
+def _figures(row: Row) -> str:
+    names = ("learned", "forgotten", "moved", "kl", "distance", "loss")
+    return ", ".join(f"{name} {row.figures[name]:.4g}" for name in names if name in row.figures)
+
+
+def _fronts(standings: Sequence[Standing]) -> Table:
+    header = ["", "needs", "settings tested", "area", "over AdamW's", "its own choice: learned", "forgotten",
+              "time"]  # fmt: skip
+    reference = next(s.seconds for s in standings if s.arm == "adamw")
+    lines = []
+    for s in standings:
+        lines.append(
+            [
+                s.label,
+                s.needs,
+                "; ".join(_settings(trial) for trial in s.settings),
+                str(s.area),
+                s.over.signed if s.arm != "adamw" else "",
+                f"{s.choice.learned.median:.3f}",
+                f"{s.choice.forgotten.median:.3f}",
+                f"{s.seconds / reference:.2f}",
+            ]
+        )
+    return header, lines
+
+
+def _settings(trial: Trial) -> str:
+    names = ["lr", *(x for x in METHODS[trial.method].settings if x not in ("width", "k", "t0", "floor"))]
+    return " ".join(f"{name}={getattr(trial, name):g}" for name in names)
+
+
+def _costs(standings: Sequence[Standing]) -> Table:
+    header = ["", "learned", "at four times the rate", "forgotten", "at four times the rate"]
+    shown = [(s.label, s.choice, s.untuned) for s in standings if s.untuned is not None]
+    lines = [
+        [
+            label,
+            f"{choice.learned.median:.3f}",
+            str(faster.learned),
+            f"{choice.forgotten.median:.3f}",
+            str(faster.forgotten),
+        ]
+        for label, choice, faster in sorted(shown, key=lambda x: x[2].forgotten.median)
+    ]
+    return header, lines
+
+
+def _meters(meters: Any) -> Table:
+    header = ["meter", "rank correlation with what is forgotten, all runs", "within a method, median"]
+    lines = [
+        [name, str(meter.correlation), "" if np.isnan(meter.within) else f"{meter.within:.2f}"]
+        for name, meter in meters.items()
+    ]
+    return header, lines
