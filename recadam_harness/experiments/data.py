@@ -139,20 +139,28 @@ def _newsgroups() -> Splits:
 
 
 def _newsgroup_pairs() -> Splits:
-    """The beginning and the middle of each post that is long enough, in the archive's own parts."""
+    """The beginning and the middle of each post that is long enough, in the archive's own parts.
+
+    A beginning or a middle that another post has, too, counts once, in the test part if it is there.
+    """
+    seen: set[str] = set()
 
     def pairs(part: str, seed: int) -> Texts:
         posts = list(_posts()[part])
-        words = [posts[i].split() for i in np.random.default_rng(seed).permutation(len(posts))]
-        long = [row for row in words if len(row) > 70]
-        first, second = ([" ".join(row[part]) for row in long] for part in (slice(12), slice(25, 70)))
-        return Texts(first, second, np.zeros(len(long), dtype=int))
+        rows: list[tuple[str, str]] = []
+        for i in np.random.default_rng(seed).permutation(len(posts)):
+            words = posts[i].split()
+            pair = " ".join(words[:12]), " ".join(words[25:70])
+            if len(words) > 70 and seen.isdisjoint(pair):
+                rows.append(pair)
+                seen.update(pair)
+        return Texts([a for a, _ in rows], [b for _, b in rows], np.zeros(len(rows), dtype=int))
 
-    train = pairs("train", 0)
+    test, train = pairs("test", 1), pairs("train", 0)
     return Splits(
         train=train.part(slice(HELD_OUT, None)),
         validation=train.part(slice(0, HELD_OUT)),
-        test=pairs("test", 1).part(slice(0, HELD_OUT)),
+        test=test.part(slice(0, HELD_OUT)),
         classes=0,
     )
 

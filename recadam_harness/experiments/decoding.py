@@ -17,7 +17,7 @@ from recadam_core import RecAdamError
 from ..decoders import Vocabulary, cut_decoder, decoder_folder, quiet, tokenizer_of
 from ..run import batch_order
 from .data import TARGETS, news, posts, target_of
-from .subject import Old, Subject, drawn, ordered
+from .subject import Old, Subject, drawn, few, ordered
 from .texts import Texts, accuracy_of
 from .trial import Trial
 
@@ -190,18 +190,21 @@ class Decoding(Subject):
     def measure(self, split: str) -> dict[str, float]:
         """Accuracy of answers; nats a token of news and of posts; accuracy of topics, which nobody taught."""
         self.module.eval()
-        held, wanted = self._with.rows[split], self._with.labels[split]
-        scores = self._scores([row[-self.trial.max_length :] for row in held], self._with.answers)
-        where = TITLES[split]
-        topics = self._scores(self._with.titles[where], self._with.topics)
-        news, posts = (self._mean(part[ARTICLES[split]]) for part in (self._with.news, self._with.posts))
-        accuracy = accuracy_of(scores, wanted)["accuracy"]
+        known, trial = self._with, self.trial
+
+        def accuracy(rows: Sequence[Sequence[int]], wanted: Array, answers: Sequence[int]) -> float:
+            some = [row[-trial.max_length :] for row in few(trial, rows)]
+            return accuracy_of(self._scores(some, answers), few(trial, wanted))["accuracy"]
+
+        learned = accuracy(known.rows[split], known.labels[split], known.answers)
+        topics = accuracy(known.titles[TITLES[split]], known.subjects[TITLES[split]], known.topics)
+        news, posts = (self._mean(few(trial, part[ARTICLES[split]])) for part in (known.news, known.posts))
         return {
-            "accuracy": accuracy,
-            "topics_accuracy": accuracy_of(topics, self._with.subjects[where])["accuracy"],
+            "accuracy": learned,
+            "topics_accuracy": topics,
             "news_nats": news,
             "posts_nats": posts,
-            "learned": accuracy,
+            "learned": learned,
             "lost": (news + posts) / 2,
         }
 

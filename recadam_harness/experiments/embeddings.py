@@ -16,7 +16,7 @@ from ..tasks.movie_reviews import read_bbc, retrieval_figures
 from .classification import likeness, turned
 from .classifiers import set_dropout
 from .data import Source, target_of
-from .subject import Old, Subject, drawn, grouped, ordered
+from .subject import Old, Subject, drawn, few, grouped, ordered
 from .trial import Trial
 
 __all__ = ["Embeddings"]
@@ -88,6 +88,9 @@ class Embeddings(Subject):
         found: Array = self.module.eval().encode(list(texts), batch_size=64, show_progress_bar=False)
         return found
 
+    def _few(self, texts: Sequence[str]) -> Array:
+        return self.each(few(self.trial, texts))
+
     def probed(self) -> dict[str, Array]:
         """Embeddings of held-out passages."""
         return {"moved": self.each((self._splits.validation.second or [])[:PROBED])}
@@ -100,11 +103,11 @@ class Embeddings(Subject):
     def measure(self, split: str) -> dict[str, float]:
         """Retrieval of the new pairs, of SNLI's, and of BBC's articles by their titles."""
         texts, source = getattr(self._splits, split), Source(split)
-        sides = self.each(texts.first), self.each(texts.second or [])
+        sides = [self._few(texts.first), self._few(texts.second or [])]
         new = {**retrieval_figures(*sides), "mrr": reciprocal_rank(*sides)}
-        snli = [self.each(part) for part in (source.premises, source.entailed, source.contradicted)]
+        snli = [self._few(part) for part in (source.premises, source.entailed, source.contradicted)]
         titles, bodies = (part[ARTICLES[split]] for part in read_bbc(512))
-        bbc = retrieval_figures(self.each(titles), self.each(bodies))
+        bbc = retrieval_figures(self._few(titles), self._few(bodies))
         figures = {**new, **{f"snli_{name}": x for name, x in retrieval_figures(*snli).items()}}
         figures |= {f"bbc_{name}": x for name, x in bbc.items()}
         return {**figures, "learned": new["mrr"], "lost": (figures["snli_mnr"] + bbc["mnr"]) / 2}

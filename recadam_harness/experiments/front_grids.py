@@ -75,8 +75,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "classification": {"head": "probed"},
 }
 QUICK_SIZES: dict[str, dict[str, Any]] = {
-    "embeddings": {"rows": 256, "steps": 8},
-    "decoder": {"rows": 48, "steps": 6},
+    "embeddings": {"rows": 256, "steps": 8, "held_out": 200},
+    "decoder": {"rows": 48, "steps": 6, "held_out": 24},
     "classification": {"rows": 250, "steps": 15},
 }
 QUICK = ("adamw", "l2sp", "replay-5")
@@ -107,6 +107,8 @@ def _experiment(kind: str, about: str) -> Experiment:
         for target in options.targets:
             if target not in targets:
                 raise unknown("target", target, targets)
+        if options.quick:
+            return [(options.targets[0], model) for model in options.models]
         return [(target, model) for target in options.targets for model in options.models]
 
     def names(options: Options) -> tuple[str, ...]:

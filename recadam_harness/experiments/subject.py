@@ -16,7 +16,7 @@ from ..run import batch_order
 from .texts import Texts
 from .trial import Trial
 
-__all__ = ["Old", "Subject", "drawn", "grouped", "ordered"]
+__all__ = ["Old", "Subject", "drawn", "few", "grouped", "ordered"]
 
 Array = np.ndarray[Any, Any]
 POOL = 8  # batches whose rows are sorted by length together
@@ -114,6 +114,11 @@ class Subject:
         grads = {name: p.grad for name, p in named.items() if p.grad is not None}
         for name, grad in coupled_gradients(grads, named, self.anchors, trial.hp, t).items():
             named[name].grad = grad
+
+
+def few(trial: Trial, rows: Any) -> Any:
+    """As many held-out rows as are to be measured on."""
+    return rows[: trial.held_out] if trial.held_out else rows
 
 
 def drawn(trial: Trial, train: Texts) -> Texts:

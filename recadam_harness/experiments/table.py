@@ -29,7 +29,7 @@ FIGURES = (
     "snli_mnr_before", "snli_recall_at_1_before", "snli_auc_before", "bbc_recall_at_1_before",
     "distance", "loss", "seconds",
 )  # fmt: skip
-LATER = ("share", "weight")
+LATER = ("share", "weight", "held_out")
 MEASURES = (
     "learned", "learned_before", "forgotten", "moved", "kl",
     "recall_at_1", "mnr", "bbc_mnr", "topics_accuracy", "news_nats", "posts_nats",

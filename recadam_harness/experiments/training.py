@@ -82,15 +82,14 @@ def _before(trial: Trial, device: str) -> Mapping[str, float]:
         return {}
     if kind_of(trial.target) == "classification":
         return source_before(trial.model, trial.split, trial.max_length, device)
-    return _measured(trial.target, trial.model, trial.split, trial.max_length, device)
+    names = ("target", "model", "split", "max_length", "held_out")
+    return _measured(Trial(**{name: getattr(trial, name) for name in names}), device)
 
 
 @lru_cache(maxsize=4)
-def _measured(target: str, model: str, split: str, length: int, device: str) -> Mapping[str, float]:
+def _measured(trial: Trial, device: str) -> Mapping[str, float]:
     """Figures of a pretrained model."""
-    return subject_of(Trial(target=target, model=model, max_length=length), torch.device(device)).measure(
-        split
-    )
+    return subject_of(trial, torch.device(device)).measure(trial.split)
 
 
 def _train(trial: Trial, subject: Subject) -> dict[str, Any]:

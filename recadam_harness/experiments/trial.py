@@ -159,6 +159,7 @@ class Trial:
         clip: largest norm of the gradient.
         max_length: tokens a text is cut to.
         curve_every: measure along the way every so many steps; 0 for never.
+        held_out: rows of each kind that are measured on, at most; 0 for all. Of embeddings and decoders.
         data: folder of the official GLUE files, or "hub"; for targets "glue/TASK".
 
     Raises:
@@ -198,6 +199,7 @@ class Trial:
     clip: float = 1.0
     max_length: int = 48
     curve_every: int = 0
+    held_out: int = 0
     data: str = ""
 
     def __post_init__(self) -> None:
@@ -212,7 +214,7 @@ class Trial:
             if getattr(self, name) not in choices:
                 raise unknown(name, getattr(self, name), choices)
         for name, low in (("rows", 0), ("steps", 1), ("batch_size", 1), ("seed", 0), ("rank", 1),
-                          ("max_length", 4), ("curve_every", 0), ("warmup", 0)):  # fmt: skip
+                          ("max_length", 4), ("curve_every", 0), ("held_out", 0), ("warmup", 0)):  # fmt: skip
             value = getattr(self, name)
             if name == "warmup" and value is None:
                 continue
@@ -263,6 +265,8 @@ class Trial:
                 f"trial: target {self.target} and model {self.model}; the targets of {DECODER}, and of no "
                 f"other, are {', '.join(name for name in TARGETS if kind_of(name) == 'decoder')}"
             )
+        if kind == "classification" and self.held_out:
+            raise RecAdamError(f"trial: held_out is of embeddings and decoders, and {self.target} is {kind}")
         for name in CLASSIFYING if kind != "classification" else ():
             if name in self.changed:
                 raise RecAdamError(f"trial: {name} is of classification, and {self.target} is {kind}")
@@ -296,7 +300,7 @@ class Trial:
     @property
     def key(self) -> str:
         """A name for its file: the method, and a hash of every field."""
-        later = {"share", "weight"} - self.changed.keys()  # fields that older keys are without
+        later = {"share", "weight", "held_out"} - self.changed.keys()  # fields that older keys are without
         values = {name: x for name, x in dataclasses.asdict(self).items() if name not in later}
         text = json.dumps(values, sort_keys=True)
         return f"{self.method}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

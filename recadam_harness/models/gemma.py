@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from recadam_core.errors import RecAdamError, shown
+from recadam_core.errors import RecAdamError, check_number, check_whole, shown
 from recadam_core.files import parse_json
 
 from ..memory import check_memory
@@ -66,13 +66,32 @@ class GemmaConfig:
                 raise RecAdamError(
                     f"{where}: rotary positions are scaled; the harness trains those that are not"
                 )
-            return cls(
-                **{name: values[name] for name in names},
-                full=tuple(kind == "full_attention" for kind in values["layer_types"]),
-                bases=(float(rotary[0]["rope_theta"]), float(rotary[1]["rope_theta"])),
-            )
+            full = tuple(kind == "full_attention" for kind in values["layer_types"])
+            bases = (rotary[0]["rope_theta"], rotary[1]["rope_theta"])
+            sizes = {name: values[name] for name in names}
         except (KeyError, TypeError) as error:
             raise RecAdamError(f"{where}: no {error}; give the config.json of a Gemma 3 decoder") from None
+        for name, value in sizes.items():
+            if name in ("query_pre_attn_scalar", "rms_norm_eps"):
+                check_number(where, name, value, low=0.0, open_low=True)
+            else:
+                check_whole(f"{where}: {name}", value, 1)
+        low, high = (check_number(where, "rope_theta", base, low=1.0, open_low=True) for base in bases)
+        config = cls(**sizes, full=full, bases=(low, high))
+        heads, keys = config.num_attention_heads, config.num_key_value_heads
+        if heads % keys:
+            raise RecAdamError(
+                f"{where}: num_attention_heads is {heads}, of {keys} heads of keys; give a number that they "
+                "divide"
+            )
+        if config.head_dim % 2:
+            raise RecAdamError(f"{where}: head_dim is {config.head_dim}; rotary positions want an even one")
+        if len(full) != config.num_hidden_layers:
+            raise RecAdamError(
+                f"{where}: layer_types has {len(full)} of {config.num_hidden_layers} layers; give files that "
+                "belong together"
+            )
+        return config
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each parameter by its name in the checkpoint; the head is the embedding."""

@@ -95,3 +95,34 @@ def test_a_model_with_the_vocabulary_of_some_texts_says_what_the_whole_one_says(
     assert model.lm_head.weight is model.model.embed_tokens.weight
     with pytest.raises(RecAdamError, match="Vocabulary: 'w5' is in none of its texts"):
         vocabulary(["w5"])
+
+
+def test_a_cut_model_is_made_once_and_checked(tmp_path, monkeypatch):
+    made = []
+
+    def load(folder, vocabulary):
+        made.append(folder)
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(vocab_size=len(vocabulary.ids), hidden_size=8, intermediate_size=8,
+                                     num_hidden_layers=1, num_attention_heads=1)
+        )  # fmt: skip
+
+    monkeypatch.setattr(decoders, "load_decoder", load)
+    vocabulary, other = (type("Vocabulary", (), {"ids": list(range(n))}) for n in (5, 6))
+    folder = tmp_path / "gemma-270m"
+    cut = decoders.cut_decoder(folder, vocabulary)
+    assert cut.parent == tmp_path
+    assert cut.name.startswith("gemma-270m-")
+    assert decoders.cut_decoder(folder, vocabulary) == cut
+    assert len(made) == 1
+    assert decoders.cut_decoder(folder, other) != cut
+    assert len(list(tmp_path.iterdir())) == 2  # nothing else is left
+    for name in ("model.safetensors", "config.json"):
+        whole = (cut / name).read_bytes()
+        (cut / name).write_bytes(whole[:-1] + b"x")
+        with pytest.raises(RecAdamError, match=rf"{name}: damaged or missing; delete .*{cut.name} and run"):
+            decoders.cut_decoder(folder, vocabulary)
+        (cut / name).write_bytes(whole)
+    (cut / "sha256.json").unlink()
+    with pytest.raises(RecAdamError, match=r"sha256.json: damaged or missing; delete"):
+        decoders.cut_decoder(folder, vocabulary)

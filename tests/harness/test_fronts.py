@@ -195,6 +195,11 @@ def test_a_meter_is_told_by_ranks():
             "trial: head is of classification, and newsgroup-pairs i",
         ),
         (["target=newsgroup-pairs", "curve_every=5"], "trial: curve_every is of classification, and newsgro"),
+        (
+            ["held_out=5"],
+            "trial: held_out is of embeddings and decoders, and movie-reviews is classification",
+        ),
+        (["target=newsgroup-pairs", "held_out=-1"], "trial: held_out is -1; give a whole number from 0"),
         (["method=mofo", "share=0"], "trial: share is 0.0; give a finite number > 0 and <= 1"),
         (["method=lwf", "weight=-1"], "trial: weight is -1.0; give a finite number >= 0"),
         (["share=0.5"], "trial: method 'adamw' does not read share (it reads none of its kind)"),
@@ -212,7 +217,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(pairs, message):
 
 def test_a_target_of_another_kind_is_refused():
     options = Options(targets=("movie-reviews",), models=("minilm-l3",))
-    with pytest.raises(RecAdamError, match="unknown target 'movie-reviews': choose one of .newsgroup-pairs."):
+    with pytest.raises(RecAdamError, match=r"unknown target 'movie-reviews': choose one of .newsgroup-pair"):
         FRONTS["embeddings"].stages[0](options, Results(None))
     with pytest.raises(RecAdamError, match="unknown arm 'l2'"):
         FRONTS["embeddings"].stages[0](

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -15,12 +16,15 @@ import torch
 from safetensors.numpy import save_file
 
 from recadam_core import Hyperparameters, RecAdamError, get_backend
+from recadam_core.files import cache_folder
 from recadam_harness.archives import model_folder
 from recadam_harness.engines import coupled_gradient, make_engine
 from recadam_harness.engines.jax import OPS as JAX_OPS
 from recadam_harness.engines.torch import OPS as TORCH_OPS
 from recadam_harness.models import MLP, Bert, Ops
 from recadam_harness.models.bert import load_checkpoint
+from recadam_harness.models.gemma import Gemma, load_gemma
+from recadam_harness.tasks import get_task
 
 RNG = np.random.default_rng(0)
 
@@ -98,6 +102,124 @@ def test_both_frameworks_step_alike_through_bert(tiny):
         weights = [e.weights() for e in engines]
     for name in weights[0]:
         np.testing.assert_allclose(weights[0][name], weights[1][name], rtol=0, atol=1e-13)
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """A tiny random Gemma 3 of transformers with a full layer and sliding ones, saved, and what it says."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=4, query_pre_attn_scalar=12,
+    )  # fmt: skip
+    net = Gemma3ForCausalLM(config).eval()
+    for p in net.parameters():  # norms away from their trivial start, too
+        p.data += 0.1 * torch.randn_like(p)
+    folder = tmp_path_factory.mktemp("decoder")
+    net.save_pretrained(folder)
+    ids = RNG.integers(0, 50, (4, 9))
+    mask = (np.arange(9) < np.array([9, 5, 2, 7])[:, None]).astype(float)
+    with torch.no_grad():
+        logits = net(input_ids=torch.tensor(ids)).logits.numpy()
+    return folder, {"ids": ids, "mask": mask, "targets": np.eye(2)[[0, 1, 1, 0]]}, logits
+
+
+def decoding(backend, folder, dtype="float32", optimizer="recadam"):
+    config, params = load_gemma(folder)
+    hp = Hyperparameters(lr=1e-3, gamma=100.0)
+    return make_engine(backend, Gemma(config, (3, 7)), params, frozenset(params), optimizer, hp, dtype)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_gemma_is_transformers_gemma(backend, decoder):
+    folder, batch, logits = decoder
+    ours = decoding(backend, folder)
+    last = batch["mask"].sum(1).astype(int) - 1
+    ends = logits[np.arange(4), last]
+    np.testing.assert_allclose(ours.call("words", batch), ends, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(ours.call("logits", batch), ends[:, [3, 7]], rtol=0, atol=1e-5)
+    shifted = logits[:, :-1] - logits[:, :-1].max(-1, keepdims=True)
+    said = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    costs = -np.take_along_axis(said, batch["ids"][:, 1:, None], -1)[..., 0] * batch["mask"][:, 1:]
+    found = ours.call("nats", batch)
+    np.testing.assert_allclose(found[:, 0], costs.sum(1), rtol=1e-5)
+    np.testing.assert_array_equal(found[:, 1], last)
+    # What fills a row up reaches nothing.
+    changed = {**batch, "ids": np.where(batch["mask"] > 0, batch["ids"], 11)}
+    np.testing.assert_array_equal(ours.call("words", batch), ours.call("words", changed))
+    record = ours.step(batch, 1e-3)
+    whole = np.log(np.exp(ends).sum(1)) - ends[np.arange(4), np.array([3, 7, 7, 3])]
+    assert record.loss == pytest.approx(whole.mean(), rel=1e-5)
+
+
+def test_both_frameworks_step_alike_through_gemma(decoder):
+    folder, batch, _ = decoder
+    with get_backend("jax").precision("float64"):
+        engines = [decoding(b, folder, "float64") for b in ("torch", "jax")]
+        for _ in range(5):
+            records = [e.step(batch, 1e-3) for e in engines]
+        np.testing.assert_allclose(records[0], records[1], rtol=1e-9)
+        weights = [e.weights() for e in engines]
+    for name in weights[0]:
+        np.testing.assert_allclose(weights[0][name], weights[1][name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gemma2"}, "model_type is 'gemma2'; the harness trains those of 'gemma3_text'"),
+        (
+            {"hidden_activation": "silu"},
+            "hidden_activation is 'silu'; the harness trains those of 'gelu_pyto",
+        ),
+        (
+            {"attn_logit_softcapping": 50.0},
+            "attn_logit_softcapping is 50.0; the harness trains those of None",
+        ),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False; the harness trains those of True"),
+        ({"head_dim": None}, "head_dim is None; give a whole number from 1"),
+        ({"hidden_size": 0}, "hidden_size is 0; give a whole number from 1"),
+        ({"num_key_value_heads": 3}, "num_attention_heads is 4, of 3 heads of keys; give a number that they"),
+        ({"rope_parameters": {}}, "no 'sliding_attention'; give the config.json of a Gemma 3 decoder"),
+        (
+            {"layer_types": ["full_attention"]},
+            "layer_types has 1 of 6 layers; give files that belong together",
+        ),
+        ({"sliding_window": 10**40}, "sliding_window is 1"),
+    ],
+)
+def test_a_decoder_of_another_kind_is_refused(change, message, decoder, tmp_path):
+    folder, *_ = decoder
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(RecAdamError) as caught:
+        load_gemma(tmp_path)
+    assert message in str(caught.value)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif("RECADAM_GEMMA" not in os.environ, reason="asks for --accept-gemma-terms")
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_gemma_270m_is_transformers_gemma(backend):
+    from transformers import AutoModelForCausalLM
+
+    problem = get_task("reviews-decoder").prepare(0, train_rows=8, test_rows=1, bbc_rows=2)
+    (folder,) = (
+        path for path in (cache_folder() / "models").glob("gemma-270m-*")
+        if json.loads((path / "config.json").read_text())["vocab_size"] == problem.model.config.vocab_size
+    )  # fmt: skip
+    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    rows = {name: column[:4] for name, column in problem.train.items()}
+    last = rows["mask"].sum(1).astype(int) - 1
+    with torch.no_grad():
+        logits = net(input_ids=torch.tensor(rows["ids"])).logits.numpy()[np.arange(4), last]
+    hp = Hyperparameters(lr=1e-3, gamma=100.0)
+    start = problem.model, problem.params, problem.anchored
+    ours = make_engine(backend, *start, "recadam", hp, "float32").call("words", rows)
+    assert np.abs(ours - logits).max() < 1e-4
 
 
 @pytest.mark.heavy
