@@ -18,6 +18,7 @@ from recadam_torch import RecAdam, anchor, feature_importance, importance_of
 from ..schedules import learning_rate
 from .data import kind_of
 from .subject import Subject
+from .subjects import subject_of
 from .trial import METHODS, Trial
 
 __all__ = [
@@ -246,8 +247,6 @@ def importance_for(trial: Trial, subject: Subject) -> dict[str, Tensor] | None:
 @lru_cache(maxsize=2)
 def _fisher(target: str, model: str, length: int, device: str, sign: float) -> dict[str, Tensor]:
     """Importance to what the model was trained for, by that loss at the pretrained weights."""
-    from .training import subject_of
-
     trial = Trial(target=target, model=model, max_length=length, steps=WEIGHING_BATCHES)
     subject = subject_of(trial, torch.device(device))
     subject.module.eval()

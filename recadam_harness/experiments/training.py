@@ -27,9 +27,10 @@ from .methods import (
     replayed,
 )
 from .subject import Subject
+from .subjects import subject_of
 from .trial import METHODS, Trial
 
-__all__ = ["run", "subject_of"]
+__all__ = ["run"]
 
 
 def run(trial: Trial) -> dict[str, Any]:
@@ -45,20 +46,6 @@ def run(trial: Trial) -> dict[str, Any]:
             return _run(trial, where)
     finally:
         torch.set_num_threads(threads)
-
-
-def subject_of(trial: Trial, where: torch.device) -> Subject:
-    """What a trial trains."""
-    kind = kind_of(trial.target)
-    if kind == "classification":
-        return Classification(trial, where)
-    if kind == "embeddings":
-        from .embeddings import Embeddings
-
-        return Embeddings(trial, where)
-    from .decoding import Decoding
-
-    return Decoding(trial, where)
 
 
 def _run(trial: Trial, where: torch.device) -> dict[str, Any]:
