@@ -98,6 +98,7 @@ def _prompts(texts: Texts) -> list[str]:
 class Decoding(Subject):
     """Gemma 3 270M, cut to the words of the texts, that learns which word answers."""
 
+    precision = "medium"  # bfloat16 where the processor has it, as decoders are trained; measured in float32
     adapted = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     def __init__(self, trial: Trial, device: torch.device) -> None:

@@ -39,6 +39,7 @@ class Subject:
     """
 
     adapted: Sequence[str]  # how the linear layers that adapters go onto are called
+    precision = "highest"  # of matrix products in training, as torch calls it
     module: Any
 
     def __init__(self, trial: Trial, module: nn.Module, new: set[str], device: torch.device) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -54,13 +55,25 @@ def _run(trial: Trial, where: torch.device) -> dict[str, Any]:
     before = _before(trial, str(where))
     figures: dict[str, Any] = {f"{name}_before": value for name, value in before.items()}
     probed = subject.probed() if before and trial.init == "pretrained" else {}
-    figures.update(_train(trial, subject))
+    with _multiplying(subject.precision):
+        figures.update(_train(trial, subject))
     figures.update(subject.measure(trial.split))
     now = subject.probed() if probed else {}
     figures.update({name: subject.moved(said, now[name]) for name, said in probed.items()})
     if "lost" in figures:
         figures["forgotten"] = figures.pop("lost") - figures.pop("lost_before")
     return {**figures, "seconds": time.perf_counter() - began}
+
+
+@contextmanager
+def _multiplying(precision: str) -> Iterator[None]:
+    """Matrix products of float32 in this precision."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _before(trial: Trial, device: str) -> Mapping[str, float]:
