@@ -21,6 +21,10 @@ FAMILIES = {
 """Colours of arms, by family."""
 
 
+LINEAR = 0.03
+TICKS = (-0.3, -0.1, -0.03, 0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+
 def _family(arm: str) -> str:
     return next((name for name, (_, arms) in FAMILIES.items() if arm in arms), "other methods")
 
@@ -35,6 +39,16 @@ def _legend(panel: Any, arms: Sequence[str], **where: Any) -> None:
         if name in present:
             panel.plot([], [], "o-", color=colour, label=name)
     panel.legend(fontsize=8, **where)
+
+
+def _around_zero(panel: Any, name: str) -> None:
+    """An axis that is straight about zero and logarithmic beyond, in plain figures."""
+    axis = getattr(panel, f"{name}axis")
+    getattr(panel, f"set_{name}scale")("symlog", linthresh=LINEAR)
+    low, high = axis.get_view_interval()
+    ticks = [tick for tick in TICKS if low <= tick <= high]
+    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_ticks([], minor=True)
 
 
 @styled
@@ -53,7 +67,10 @@ def front_figure(standings: Sequence[Standing], title: str, learned: str) -> Any
         places.append((x, y, standing.label, colour))
     panel.axvline(0.0, color=INK, linewidth=0.9)
     panel.axhline(standings[0].before, color=INK, linewidth=0.9)
-    widest = 1.15 * scale.forgotten
+    most = scale.forgotten, standings[0].before + scale.gained
+    panel.plot(*most, "o", color=COLOURS["adamw"], markersize=8, markerfacecolor="white")
+    places.append((*most, "AdamW where it learns most", COLOURS["adamw"]))
+    widest = 1.08 * scale.forgotten
     least = min(0.0, *(x for standing in standings for x, _ in standing.points))
     panel.set_xlim(widest, least - 0.25 * widest)  # room for the labels of those that forget nothing
     panel.set(
@@ -85,7 +102,7 @@ def cost_figure(standings: Sequence[Standing], title: str, learned: str) -> Any:
     left.set_title(f"{title}: ● as chosen, ○ at four times the rate")
     right.set(xlabel="forgotten, in nats")
     right.axvline(0.0, color=INK, linewidth=0.9)
-    right.set_xscale("symlog", linthresh=0.1)
+    _around_zero(right, "x")
     return figure
 
 
@@ -97,7 +114,7 @@ def meter_figure(meters: Mapping[str, Meter], title: str) -> Any:
         for row, value in zip(meter.rows, meter.values, strict=True):
             panel.plot(value, forgotten(row), ".", color=_colour(row.entry.arm.partition(",")[0]), alpha=0.5)
         panel.set(xlabel=name, title=f"ρ = {meter.correlation.median:+.2f}")
-        panel.set_yscale("symlog", linthresh=0.05)
+        _around_zero(panel, "y")
         if min(meter.values) > 0.0:
             panel.set_xscale("log")
     panels[0].set_ylabel("forgotten, in nats")

@@ -110,6 +110,10 @@ def _costs(standings: Sequence[Standing]) -> Table:
         ]
         for label, choice, faster in sorted(shown, key=lambda x: x[2].forgotten.median)
     ]
+    for s in standings:
+        if s.untuned is None:
+            learned, forgotten = (f"{x.median:.3f}" for x in (s.choice.learned, s.choice.forgotten))
+            lines.append([s.label, learned, "diverges", forgotten, "diverges"])
     return header, lines
 
 
