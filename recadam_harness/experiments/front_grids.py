@@ -15,13 +15,16 @@ from .fronts import MOST, chosen, front, keenest, scale_of
 from .table import Entry, Results, Row
 from .trial import METHODS, Trial
 
-__all__ = ["FRONTS", "KEENEST", "UNTUNED", "front_arms", "untuned"]
+__all__ = ["DEFAULT", "FRONTS", "KEENEST", "UNTUNED", "front_arms", "untuned"]
 
 UNTUNED = 4.0
 """How many times its chosen rate a method is tried at, once it is chosen."""
 
 KEENEST = "adamw, learning most"
 """The setting of AdamW that the others are held against."""
+
+DEFAULT = "pull=0.1, AdamW's rate"
+"""The same with the pull that `anchor` has where none is given."""
 
 RATES = {
     "encoder": (2e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4),
@@ -130,7 +133,7 @@ def _experiment(kind: str, about: str) -> Experiment:
     def picked(options: Options, results: Results, place: tuple[str, str]) -> dict[str, list[Row]]:
         most = keenest(results.some(tuned(options, "adamw", *place)))
         scale = scale_of([most])
-        found: dict[str, list[Row]] = {KEENEST: [most]}
+        found: dict[str, list[Row]] = {KEENEST: [most], DEFAULT: [_pulled(most)]}
         for name in names(options):
             rows = results.of(tuned(options, name, *place))
             if rows:
@@ -149,12 +152,14 @@ def _experiment(kind: str, about: str) -> Experiment:
 
     def count(options: Options) -> tuple[int, int]:
         many = len(places(options)) * len(names(options))
-        return many * (2 if options.quick else 6), many * (MOST + 1) * len(options.seeds)
+        return many * (2 if options.quick else 6), (many * (MOST + 1) + 2 * len(places(options))) * len(
+            options.seeds
+        )
 
     return Experiment(
         kind,
         about,
-        [KEENEST, *(x for name in arms for x in (name, untuned(name)))],
+        [KEENEST, DEFAULT, *(x for name in arms for x in (name, untuned(name)))],
         (tuning, test),
         count,
         targets=("movie-reviews",) if kind == "classification" else tuple(targets),
@@ -164,7 +169,16 @@ def _experiment(kind: str, about: str) -> Experiment:
 
 
 def _faster(row: Row) -> Row:
-    trial = dataclasses.replace(row.trial, lr=UNTUNED * row.trial.lr)
+    return _with(row, lr=UNTUNED * row.trial.lr)
+
+
+def _pulled(row: Row) -> Row:
+    return _with(row, method="l2sp", pull=0.1)
+
+
+def _with(row: Row, **settings: Any) -> Row:
+    """The row of a trial with other settings, which nobody has run."""
+    trial = dataclasses.replace(row.trial, **settings)
     return dataclasses.replace(row, entry=dataclasses.replace(row.entry, trial=trial))
 
 

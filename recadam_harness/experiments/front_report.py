@@ -10,8 +10,9 @@ import numpy as np
 from ..folders import Folder
 from ..pages import Table, picture_of
 from .front_figures import cost_figure, front_figure, meter_figure
-from .front_grids import KEENEST, UNTUNED, front_arms, untuned
-from .fronts import Standing, meters_of, scale_of, standings_of
+from .front_grids import DEFAULT, KEENEST, UNTUNED, front_arms, untuned
+from .fronts import Standing, forgotten, gained, measured, meters_of, scale_of, standings_of
+from .intervals import median_of
 from .table import Row
 from .trial import METHODS, Trial
 
@@ -35,8 +36,9 @@ def front_section(
 ) -> dict[str, Any]:
     """What a page says of one target and model."""
     arms = front_arms(name)
-    of = {arm: [row for row in rows if row.entry.arm == arm] for arm in (*arms, KEENEST)}
+    of = {arm: [row for row in rows if row.entry.arm == arm] for arm in (*arms, KEENEST, DEFAULT)}
     faster = {arm: [row for row in rows if row.entry.arm == untuned(arm)] for arm in arms}
+    default = _default(of[KEENEST], of.pop(DEFAULT))
     scale = scale_of(of.pop(KEENEST))
     standings = standings_of({arm: some for arm, some in of.items() if some}, faster, arms, scale)
     meters = meters_of([*tuned, *rows])
@@ -58,6 +60,7 @@ def front_section(
         "varies": False,
         "tables": [
             ("Fronts on test rows", _fronts(standings)),
+            ("What the default pull costs and keeps, at the rate at which AdamW learns most", default),
             (f"At {UNTUNED:g} times the chosen rate", _costs(standings)),
             ("What tells what is forgotten", _meters(meters)),
         ],
@@ -95,6 +98,22 @@ def _fronts(standings: Sequence[Standing]) -> Table:
 def _settings(trial: Trial) -> str:
     names = ["lr", *(x for x in METHODS[trial.method].settings if x not in ("width", "k", "t0", "floor"))]
     return " ".join(f"{name}={getattr(trial, name):g}" for name in names)
+
+
+def _default(without: Sequence[Row], pulled: Sequence[Row]) -> Table:
+    by_seed = {row.trial.seed: row for row in without}
+    pairs = [(row, by_seed[row.trial.seed]) for row in pulled if row.trial.seed in by_seed]
+    lines = []
+    for label, some in (("AdamW", without), ("the same with pull=0.1", pulled)):
+        if some:
+            found = measured(some)
+            lines.append([label, str(found.learned), str(found.forgotten)])
+    if pairs:
+        gains = (
+            median_of([figure(row) - figure(other) for row, other in pairs]) for figure in (gained, forgotten)
+        )
+        lines.append(["seed by seed", *(x.signed for x in gains)])
+    return ["", "learned", "forgotten"], lines
 
 
 def _costs(standings: Sequence[Standing]) -> Table:

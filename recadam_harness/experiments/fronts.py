@@ -29,6 +29,7 @@ __all__ = [
     "front",
     "gained",
     "keenest",
+    "measured",
     "meters_of",
     "scale_of",
     "standings_of",
