@@ -64,7 +64,8 @@ def make(**kept):
 def pulled(**kept):
     """The pull around another optimizer."""
     anchor = {"encoder": draw(1)["encoder"], "head": None}
-    pull = add_anchor_pull(0.5, HP.annealing, optax.linear_schedule(1e-2, 0.0, 20), anchor=anchor, **kept)
+    rate = optax.linear_schedule(1e-2, 0.0, 20)
+    pull = add_anchor_pull(0.5, annealing=HP.annealing, learning_rate=rate, anchor=anchor, **kept)
     return optax.chain(optax.adam(1e-2), pull)
 
 

@@ -21,7 +21,7 @@ from recadam_jax import add_anchor_pull, recadam, release
 ANNEALING = Linear(t0=8)
 TXS = (
     recadam(1e-2, gamma=20.0, annealing=ANNEALING),
-    optax.chain(optax.lion(1e-2), add_anchor_pull(0.5, ANNEALING)),
+    optax.chain(optax.lion(1e-2), add_anchor_pull(0.5, annealing=ANNEALING)),
 )
 
 
