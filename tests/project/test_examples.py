@@ -50,6 +50,7 @@ def test_an_example_ends_with_its_accuracy(words):
 
 def test_the_example_of_sentences_finds_what_it_found():
     pytest.importorskip("sentence_transformers")
+    pytest.importorskip("datasets")
     printed = run(EXAMPLES / "sentences.py", "--steps", 4)
     pattern = r"^(before|after): finds (0\.\d{3}) of posts, (0\.\d{3}) of SNLI, (0\.\d{3}) of news$"
     lines = re.findall(pattern, printed, re.M)

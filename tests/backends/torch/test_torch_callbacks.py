@@ -461,8 +461,7 @@ def test_lora_in_a_trainer_of_trl(tmp_path):
 @HEAVY
 def test_sentence_transformers_are_anchored_to_the_file_of_their_encoder(tmp_path):
     st = pytest.importorskip("sentence_transformers")
-    from datasets import Dataset
-
+    Dataset = pytest.importorskip("datasets").Dataset
     from recadam_harness.archives import model_folder
 
     modules = importlib.import_module("sentence_transformers.sentence_transformer.modules")
