@@ -9,8 +9,8 @@ import torch
 
 from recadam_harness.decoders import Vocabulary, decoder_folder, load_decoder, tokenizer_of
 from recadam_harness.tasks.movie_reviews import read_bbc, read_reviews
+from recadam_harness.tasks.reviews_decoder import WORDS, review_prompt
 
-WORDS = (" negative", " positive")
 NEWS, HELD_OUT, LENGTH = 64, 200, 64
 
 
@@ -38,7 +38,7 @@ class Reviews:
         folder = decoder_folder(accepted)
         self.tokenizer = tokenizer_of(folder)
         texts, self._labels = read_reviews()
-        prompts = [f"Review: {text.strip()}\nSentiment:" for text in texts[: count + HELD_OUT]]
+        prompts = [review_prompt(text) for text in texts[: count + HELD_OUT]]
         _, bodies = read_bbc(NEWS)
         self.vocabulary = Vocabulary(self.tokenizer, [*prompts, *bodies, *WORDS])
         self._prompts = [row[-LENGTH:] for row in self.vocabulary(prompts)]

@@ -24,6 +24,7 @@ __all__ = [
     "MODELS",
     "Archive",
     "check_encoder",
+    "check_unpacked",
     "digests_of",
     "fetch",
     "fetch_all",
@@ -198,20 +199,25 @@ def model_folder(name: str) -> Path:
         folder = cache_folder() / "models" / name
         if not folder.exists():
             _unpack(name, folder)
-        again = f"delete {folder} and run again"
-        listed = folder / DIGESTS
-        if not listed.is_file():
-            raise RecAdamError(f"{listed}: damaged or missing; {again}")
-        digests = parse_json(listed, listed.read_bytes(), dict, again)
-        for file in UNPACKED:
-            if not (folder / file).is_file() or sha256_of(folder / file) != digests.get(file):
-                raise RecAdamError(f"{folder / file}: damaged or missing; {again}")
+        check_unpacked(folder, UNPACKED)
         return folder
     if name and Path(name).is_dir():
         return Path(name)
     if name.count("/") == 1 and not name.startswith((".", "/")):
         return _from_hub(name)
     raise unknown("model", name, [*MODELS, "a folder", "org/model"])
+
+
+def check_unpacked(folder: Path, files: Iterable[str]) -> None:
+    """Raise unless these files of a folder in the cache are what was written there."""
+    again = f"delete {folder} and run again"
+    listed = folder / DIGESTS
+    if not listed.is_file():
+        raise RecAdamError(f"{listed}: damaged or missing; {again}")
+    digests = parse_json(listed, listed.read_bytes(), dict, again)
+    for file in files:
+        if not (folder / file).is_file() or sha256_of(folder / file) != digests.get(file):
+            raise RecAdamError(f"{folder / file}: damaged or missing; {again}")
 
 
 def check_encoder(folder: Path) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from recadam_core.errors import RecAdamError
-from recadam_core.files import cache_folder, making, naming, parse_json, replacing, write_json
+from recadam_core.files import cache_folder, making, naming, replacing, write_json
 
-from .archives import DIGESTS, fetch, fetch_all
+from .archives import DIGESTS, check_unpacked, fetch, fetch_all
 from .folders import sha256_of
 
 __all__ = ["Vocabulary", "cut_decoder", "decoder_folder", "load_decoder", "quiet", "tokenizer_of"]
@@ -121,7 +121,6 @@ def cut_decoder(folder: Path, vocabulary: Vocabulary) -> Path:
     name = hashlib.sha256(json.dumps(vocabulary.ids).encode()).hexdigest()[:12]
     target = folder.parent / f"{folder.name}-{name}"
     files = ("config.json", "model.safetensors")
-    listed = target / DIGESTS
     if not target.exists():
         with (
             making(folder.parent),
@@ -138,13 +137,7 @@ def cut_decoder(folder: Path, vocabulary: Vocabulary) -> Path:
                 # Another process was first; its folder has the same files.
                 if not target.exists():
                     raise
-    again = f"delete {target} and run again"
-    if not listed.is_file():
-        raise RecAdamError(f"{listed}: damaged or missing; {again}")
-    digests = parse_json(listed, listed.read_bytes(), dict, again)
-    for file in files:
-        if not (target / file).is_file() or sha256_of(target / file) != digests.get(file):
-            raise RecAdamError(f"{target / file}: damaged or missing; {again}")
+    check_unpacked(target, files)
     return target
 
 

@@ -40,7 +40,7 @@ LIGHT = {
     "test_backends_lists_what_is_installed": 1,
     "test_bad_input_is_one_line": 4,
     "test_bad_input_is_one_line_and_exit_code_2": 8,
-    "test_both_frameworks_step_alike_through_bert": 0,
+    "test_both_frameworks_step_alike": 1,
     "test_compare_finds_where_two_runs_part": 0,
     "test_conformance_table_and_json": 0,
     "test_defaults_of_torch_change_no_tensor_that_is_made": 0,

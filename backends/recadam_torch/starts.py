@@ -92,11 +92,11 @@ class Start:
 
     def _warn_of_heads(self) -> None:
         """Say that the weights as they are become anchors where a file would have known which are new."""
-        names = {getattr(module, "name_or_path", "") for module in self._model.modules()} - {"", None}
-        if self._new or len(names) != 1 or any(LORA.search(name) for name in self._trained):
+        name = self._name()
+        if self._new or not name or any(LORA.search(name) for name in self._trained):
             return
         warnings.warn(
-            f"AnchorCallback: the model is not what {names.pop()} holds, or that is not there; all its "
+            f"AnchorCallback: the model is not what {name} holds, or that is not there; all its "
             "weights as they are now become anchors, those of a new head, too: name these in new=[...]",
             CoverageWarning,
             stacklevel=2,
@@ -206,11 +206,16 @@ class Start:
         except RecAdamError:
             return None
 
+    def _name(self) -> str:
+        """Where the model says that its weights are from; empty where it does not, or several places."""
+        names = {getattr(module, "name_or_path", "") for module in self._model.modules()} - {"", None}
+        return names.pop() if len(names) == 1 else ""
+
     def _file(self) -> Source | None:
         """The file that the model names, if it is on this machine."""
-        names = {getattr(module, "name_or_path", "") for module in self._model.modules()} - {"", None}
+        name = self._name()
         try:
-            return open_source(_on_this_machine(names.pop())) if len(names) == 1 else None
+            return open_source(_on_this_machine(name)) if name else None
         except RecAdamError:
             return None
 

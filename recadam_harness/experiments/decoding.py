@@ -16,6 +16,7 @@ from recadam_core import RecAdamError
 
 from ..decoders import Vocabulary, cut_decoder, decoder_folder, quiet, tokenizer_of
 from ..run import batch_order
+from ..tasks.reviews_decoder import review_prompt
 from .data import TARGETS, news, posts, target_of
 from .subject import Old, Subject, drawn, few, ordered
 from .texts import Texts, accuracy_of
@@ -90,7 +91,7 @@ def _material(target: str) -> _Material:
 def _prompts(texts: Texts) -> list[str]:
     """Rows as text that the answer ends."""
     if texts.second is None:
-        return [f"Review: {text.strip()}\nSentiment:" for text in texts.first]
+        return [review_prompt(text) for text in texts.first]
     pairs = zip(texts.first, texts.second, strict=True)
     return [f"{first.strip()}\nQuestion: {second.strip()}\nAnswer:" for first, second in pairs]
 

@@ -26,6 +26,10 @@ LEARNED = {
 """What an axis says of the figure that is learned."""
 
 
+TOLD = ("learned", "forgotten", "moved", "kl", "distance", "loss")
+"""The figures of a run that a page has beside its command."""
+
+
 def front_pictures(place: str) -> list[str]:
     """The files of a section's pictures."""
     return [f"{place}-{name}.png" for name in ("fronts", "cost", "meters")]
@@ -64,14 +68,9 @@ def front_section(
             (f"At {UNTUNED:g} times the chosen rate", _costs(standings)),
             ("What tells what is forgotten", _meters(meters)),
         ],
-        "runs": [(row, _figures(row)) for row in rows],
-        "tuned": [(row, _figures(row)) for row in tuned],
+        "runs": [(row, row.told(TOLD)) for row in rows],
+        "tuned": [(row, row.told(TOLD)) for row in tuned],
     }
-
-
-def _figures(row: Row) -> str:
-    names = ("learned", "forgotten", "moved", "kl", "distance", "loss")
-    return ", ".join(f"{name} {row.figures[name]:.4g}" for name in names if name in row.figures)
 
 
 def _fronts(standings: Sequence[Standing]) -> Table:

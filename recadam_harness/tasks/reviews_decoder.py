@@ -13,7 +13,7 @@ from ..models.gemma import Gemma, load_gemma
 from .base import Call, Problem, Rows, Task, in_batches
 from .movie_reviews import read_bbc, read_reviews
 
-__all__ = ["ReviewsDecoder"]
+__all__ = ["WORDS", "ReviewsDecoder", "review_prompt"]
 
 WORDS = (" negative", " positive")
 BODY = 60  # words of an article
@@ -58,7 +58,7 @@ class ReviewsDecoder(Task):
             )
         folder = decoder_folder()
         parts = {"train": slice(HELD_OUT, HELD_OUT + train_rows), "test": slice(0, test_rows)}
-        prompts = {name: [_prompt(text) for text in texts[part]] for name, part in parts.items()}
+        prompts = {name: [review_prompt(text) for text in texts[part]] for name, part in parts.items()}
         bodies = [" ".join(body.split()[:BODY]) for body in read_bbc(bbc_rows)[1]]
         vocabulary = Vocabulary(tokenizer_of(folder), [*prompts["train"], *prompts["test"], *bodies, *WORDS])
         config, params = load_gemma(cut_decoder(folder, vocabulary))
@@ -87,7 +87,8 @@ class ReviewsDecoder(Task):
         )
 
 
-def _prompt(text: str) -> str:
+def review_prompt(text: str) -> str:
+    """A review that one of `WORDS` ends."""
     return f"Review: {text.strip()}\nSentiment:"
 
 

@@ -92,16 +92,18 @@ def test_padding_does_not_reach_the_embedding(backend, tiny):
     np.testing.assert_array_equal(e.call("features", batch), e.call("features", changed))
 
 
-def test_both_frameworks_step_alike_through_bert(tiny):
-    folder, batch, _ = tiny
+@pytest.mark.parametrize(("fixture", "atol"), [("decoder", 1e-12), ("tiny", 1e-13)])
+def test_both_frameworks_step_alike(fixture, atol, request):
+    make = {"tiny": engine, "decoder": decoding}[fixture]
+    folder, batch, _ = request.getfixturevalue(fixture)
     with get_backend("jax").precision("float64"):
-        engines = [engine(b, folder, "float64") for b in ("torch", "jax")]
+        engines = [make(b, folder, "float64") for b in ("torch", "jax")]
         for _ in range(5):
             records = [e.step(batch, 1e-3) for e in engines]
         np.testing.assert_allclose(records[0], records[1], rtol=1e-9)
         weights = [e.weights() for e in engines]
     for name in weights[0]:
-        np.testing.assert_allclose(weights[0][name], weights[1][name], rtol=0, atol=1e-13)
+        np.testing.assert_allclose(weights[0][name], weights[1][name], rtol=0, atol=atol)
 
 
 @pytest.fixture(scope="module")
@@ -152,18 +154,6 @@ def test_gemma_is_transformers_gemma(backend, decoder):
     record = ours.step(batch, 1e-3)
     whole = np.log(np.exp(ends).sum(1)) - ends[np.arange(4), np.array([3, 7, 7, 3])]
     assert record.loss == pytest.approx(whole.mean(), rel=1e-5)
-
-
-def test_both_frameworks_step_alike_through_gemma(decoder):
-    folder, batch, _ = decoder
-    with get_backend("jax").precision("float64"):
-        engines = [decoding(b, folder, "float64") for b in ("torch", "jax")]
-        for _ in range(5):
-            records = [e.step(batch, 1e-3) for e in engines]
-        np.testing.assert_allclose(records[0], records[1], rtol=1e-9)
-        weights = [e.weights() for e in engines]
-    for name in weights[0]:
-        np.testing.assert_allclose(weights[0][name], weights[1][name], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
