@@ -265,7 +265,7 @@ CASES = [
     ),
     Case(
         "`add_anchor_pull` by `inject_hyperparams`",
-        lambda: optax.chain(adamw(), optax.inject_hyperparams(add_anchor_pull)(PULL, ANNEALING)),
+        lambda: optax.chain(adamw(), optax.inject_hyperparams(add_anchor_pull)(PULL, annealing=ANNEALING)),
         base=adamw,
     ),
     around(adamw, "`adamw` in `flax.nnx.Optimizer`", loop=Nnx),
