@@ -9,9 +9,9 @@ import numpy as np
 
 from ..folders import Folder
 from ..pages import Table, picture_of
-from .front_figures import cost_figure, front_figure, meter_figure
+from .front_figures import FAMILIES, cost_figure, front_figure, meter_figure
 from .front_grids import DEFAULT, KEENEST, UNTUNED, front_arms, untuned
-from .fronts import Standing, forgotten, gained, measured, meters_of, scale_of, standings_of
+from .fronts import Standing, ahead, forgotten, gained, measured, meters_of, scale_of, standings_of
 from .intervals import median_of
 from .table import Row
 from .trial import METHODS, Trial
@@ -25,6 +25,9 @@ LEARNED = {
 }
 """What an axis says of the figure that is learned."""
 
+
+OTHERS = {"adamw": "AdamW's", "replay-5": "replay of 5%'s", "lwf": "KL's"}
+"""Whose areas the pulls' are held against."""
 
 TOLD = ("learned", "forgotten", "moved", "kl", "distance", "loss")
 """The figures of a run that a page has beside its command."""
@@ -46,6 +49,13 @@ def front_section(
     scale = scale_of(of.pop(KEENEST))
     standings = standings_of({arm: some for arm, some in of.items() if some}, faster, arms, scale)
     meters = meters_of([*tuned, *rows])
+    tables = {
+        "Is a pull ahead? Its area less another's, seed by seed": _answers(standings),
+        "Fronts on test rows": _fronts(standings),
+        "What the default pull costs and keeps, at the rate at which AdamW learns most": default,
+        f"At {UNTUNED:g} times the chosen rate": _costs(standings),
+        "What tells what is forgotten": _meters(meters),
+    }
     title, learned = f"{target}, {model}", LEARNED[name]
     figures = [front_figure(standings, title, learned), cost_figure(standings, title, learned)]
     figures += [meter_figure(meters, title)] if meters else []
@@ -62,21 +72,31 @@ def front_section(
             f"forgets {scale.forgotten:.3f} nats: the unit of the areas."
         ),
         "varies": False,
-        "tables": [
-            ("Fronts on test rows", _fronts(standings)),
-            ("What the default pull costs and keeps, at the rate at which AdamW learns most", default),
-            (f"At {UNTUNED:g} times the chosen rate", _costs(standings)),
-            ("What tells what is forgotten", _meters(meters)),
-        ],
+        "tables": [(heading, table) for heading, table in tables.items() if table[1]],
         "runs": [(row, row.told(TOLD)) for row in rows],
         "tuned": [(row, row.told(TOLD)) for row in tuned],
     }
 
 
+def _answers(standings: Sequence[Standing]) -> Table:
+    others = [(name, s) for arm, name in OTHERS.items() for s in standings if s.arm == arm]
+    fast = f"over AdamW's, both at {UNTUNED:g} times their rate"
+    lines = [
+        [
+            s.label,
+            *(ahead(s.areas, other.areas).signed for _, other in others),
+            ahead(s.untuned_areas, others[0][1].untuned_areas).signed,
+        ]
+        for s in standings
+        if s.arm in FAMILIES["a pull"][1]
+    ]
+    return ["", *(f"over {name}" for name, _ in others), fast], lines
+
+
 def _fronts(standings: Sequence[Standing]) -> Table:
     header = ["", "needs", "settings tested", "area", "over AdamW's", "its own choice: learned", "forgotten",
               "time"]  # fmt: skip
-    reference = next(s.seconds for s in standings if s.arm == "adamw")
+    (adamw,) = (s for s in standings if s.arm == "adamw")
     lines = []
     for s in standings:
         lines.append(
@@ -85,10 +105,10 @@ def _fronts(standings: Sequence[Standing]) -> Table:
                 s.needs,
                 "; ".join(_settings(trial) for trial in s.settings),
                 str(s.area),
-                s.over.signed if s.arm != "adamw" else "",
+                ahead(s.areas, adamw.areas).signed if s is not adamw else "",
                 f"{s.choice.learned.median:.3f}",
                 f"{s.choice.forgotten.median:.3f}",
-                f"{s.seconds / reference:.2f}",
+                f"{s.seconds / adamw.seconds:.2f}",
             ]
         )
     return header, lines

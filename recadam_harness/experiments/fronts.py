@@ -120,12 +120,10 @@ def chosen(rows: Sequence[Row], scale: Scale) -> Row:
     return max(rows, key=lambda row: (area_of([scale.point(row)]), gained(row)))
 
 
-def areas(rows: Sequence[Row], scale: Scale) -> dict[int, float]:
-    """The area of each seed."""
-    seeds: dict[int, list[Point]] = {}
-    for row in rows:
-        seeds.setdefault(row.trial.seed, []).append(scale.point(row))
-    return {seed: area_of(points) for seed, points in seeds.items()}
+def areas(rows: Sequence[Row], scale: Scale, seeds: Iterable[int]) -> dict[int, float]:
+    """The area of each seed; 0 of one in which nothing came to an end."""
+    points = {seed: [scale.point(row) for row in rows if row.trial.seed == seed] for seed in seeds}
+    return {seed: area_of(some) for seed, some in points.items()}
 
 
 def ahead(ours: dict[int, float], others: dict[int, float]) -> Interval:
@@ -150,11 +148,16 @@ class Standing(NamedTuple):
     before: float  # what could be done without training
     settings: list[Trial]  # of its front
     points: list[tuple[float, float]]  # medians of these: forgotten and learned
-    area: Interval
-    over: Interval  # area over AdamW's, seed by seed
+    areas: dict[int, float]  # by seed
     choice: Measured  # the setting of the front with the largest area of its own
     untuned: Measured | None  # the chosen setting at a higher rate
+    untuned_areas: dict[int, float]  # what that setting alone dominates, by seed
     seconds: float
+
+    @property
+    def area(self) -> Interval:
+        """The area of its front."""
+        return median_of(list(self.areas.values()))
 
 
 def measured(rows: Sequence[Row]) -> Measured:
@@ -179,14 +182,13 @@ def standings_of(
     scale: Scale,
 ) -> list[Standing]:
     """How methods stand on test rows, the largest area first, by rows of their fronts and at higher rates."""
-    reference = areas(rows["adamw"], scale)
+    seeds = {row.trial.seed for row in rows["adamw"]}
     standings = []
     for arm, some in rows.items():
         settings = _by_setting(some)
         found = {trial: measured(members) for trial, members in settings.items()}
-        mine = areas(some, scale)
         best = max(settings, key=lambda trial: median_area(settings[trial], scale))
-        faster = untuned.get(arm)
+        faster = untuned.get(arm, ())
         standings.append(
             Standing(
                 arm=arm,
@@ -196,10 +198,10 @@ def standings_of(
                 before=some[0].figures["learned_before"],
                 settings=list(settings),
                 points=[(x.forgotten.median, x.learned.median) for x in found.values()],
-                area=median_of(list(mine.values())),
-                over=ahead(mine, reference),
+                areas=areas(some, scale, seeds),
                 choice=found[best],
                 untuned=measured(faster) if faster else None,
+                untuned_areas=areas(faster, scale, seeds),
                 seconds=float(np.median([row.figures["seconds"] for row in some])),
             )
         )

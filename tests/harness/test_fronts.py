@@ -25,6 +25,7 @@ from recadam_harness.experiments.fronts import (
     Point,
     Scale,
     area_of,
+    areas,
     chosen,
     front,
     keenest,
@@ -84,14 +85,19 @@ def test_a_front_has_the_two_settings_of_the_largest_area():
     rows = [row("l2sp", g, f, lr=lr) for g, f, lr in ((1.0, 0.5, 1e-4), (0.5, 0.0, 2e-4), (0.8, 0.2, 4e-4))]
     scale = Scale(1.0, 1.0)
     picked = front(rows, scale)
-    areas = {
+    found = {
         some: area_of(scale.point(rows[i]) for i in some) for some in combinations(range(len(rows)), MOST)
     }
     assert len(picked) == MOST == 2
-    assert area_of(map(scale.point, picked)) == max(areas.values()) == pytest.approx(0.5 * 1.0 + 0.5 * 0.5)
+    assert area_of(map(scale.point, picked)) == max(found.values()) == pytest.approx(0.5 * 1.0 + 0.5 * 0.5)
     assert chosen(rows, scale) is rows[2]  # 0.5, 0.5 and 0.64
     # What another setting does as well is not run twice.
     assert front([rows[0], row("l2sp", 0.5, 0.9, lr=2e-4)], scale) == [rows[0]]
+
+
+def test_a_seed_in_which_everything_diverged_has_no_area():
+    scale, rows = Scale(1.0, 1.0), [row("l2sp", 0.5, 0.5, seed=0), row("l2sp", 0.2, 0.0, seed=0)]
+    assert areas(rows, scale, (0, 1)) == {0: pytest.approx(0.25 + 0.2 * 0.5), 1: 0.0}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -149,6 +155,7 @@ def test_a_page_has_the_fronts_the_costs_and_the_meters(tmp_path, kind):
     page = write_experiment(kind, results, options)
     text = (tmp_path / "summary.md").read_text()
     for said in (
+        "Is a pull ahead?",
         "Fronts on test rows:",
         "What the default pull costs and keeps",
         "At 4 times the chosen rate:",
@@ -165,6 +172,11 @@ def test_a_page_has_the_fronts_the_costs_and_the_meters(tmp_path, kind):
     # Constant pull keeps half of what AdamW loses at each rate, and its area is larger in every seed.
     (line,) = [line for line in text.splitlines() if line.startswith("| constant pull | ") and "lr=" in line]
     assert "+0." in line.split("|")[5]
+    answer, *_ = (line for line in text.splitlines() if line.startswith("| constant pull | "))
+    assert (
+        answer.split("|")[2] == line.split("|")[5]
+    )  # over AdamW's; then over replay's and at 4 times the rate
+    assert len(answer.split("|")) == 6  # over replay's, too, and at 4 times the rate
     # Read again, the same page.
     again = Results(tmp_path)
     assert {name: r.check for name, r in again.rows.items()} == {n: r.check for n, r in results.rows.items()}
