@@ -60,7 +60,6 @@ LIGHT = {
     "test_the_second_is_refused_before_it_writes": 2,
     "test_the_table_of_uses_is_what_holds": 1,
     "test_trainer_that_resumes_without_the_optimizer_keeps_the_pretrained_anchors": 0,
-    "test_triton_compiles_for_cuda_without_contraction": 0,
     "test_two_processes_walk_the_path_of_one": 1,
     "test_weights_that_come_after_the_optimizer_are_the_anchors_of_every_process": 1,
     "test_what_a_command_wrote_it_replaces_when_asked": 0,

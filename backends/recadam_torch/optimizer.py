@@ -231,9 +231,9 @@ class RecAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = self._plan(torch.compiler.is_compiling())
         # A GradScaler leaves these to optimizers that say they see to them.
         scale, infinite = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        work = self._plan(torch.compiler.is_compiling(), scale, infinite)
         for some in work:
             execute(some, scale, infinite)
         self._finish(work)
@@ -243,15 +243,22 @@ class RecAdam(Optimizer):
     # so; torch.compiler.disable would take two seconds of every import.
 
     @_disable_dynamo
-    def _plan(self, compiling: bool) -> list[Work]:
+    def _plan(self, compiling: bool, scale: Tensor | None, infinite: Tensor | None) -> list[Work]:
         """What the step has to do; all of it is checked, and what is refused has changed nothing."""
+        if compiling and not (scale is None and infinite is None):
+            raise RecAdamError(
+                "RecAdam: a compiled step does not unscale what a GradScaler has scaled; compile the step "
+                "without capturable=True, or call it as it is"
+            )
         if self._interpolates:
             raise RecAdamError("RecAdam: the weights are interpolated; step after the context has ended")
         states = self._states
         before = states.anchor_anew()
         try:
             states.check_files()
-            return self._planner.plan(self.param_groups, self.state, states.settle, compiling)
+            return self._planner.plan(
+                self.param_groups, self.state, states.settle, compiling, scale is not None
+            )
         except BaseException:
             states.put_back(before)
             raise

@@ -17,9 +17,11 @@ from recadam_core.importance import check_weighable
 
 from .kernels import chosen_fused, fused_kernel, kernel_
 from .matching import bare
+from .memory import is_capturing
 from .rounding import residual_of
 from .settings import Policies, Policy, named, rate_of
 from .shards import is_wrapper, local
+from .staging import Staging
 from .stepping import Work, check_alike, check_written, looked_at
 
 __all__ = ["Planner", "steps_taken"]
@@ -33,6 +35,7 @@ class Planner:
         self._prepared: dict[int, LastStep] = {}
         self._seen: list[Any] = []
         self._kernels: dict[Any, Callable[..., None]] = {}
+        self._staging: dict[torch.device, Staging] = {}
         # What was stepped last: of each list of parameters, by the first of them.
         self._last: dict[Tensor, tuple[list[Tensor], Hyperparameters, Any, bool]] = {}
 
@@ -45,14 +48,21 @@ class Planner:
         state: Mapping[Tensor, dict[str, Any]],
         settle: Callable[[], None],
         compiling: bool,
+        scaled: bool = False,
     ) -> list[Work]:
         """The parameters that have a gradient, in lists that share their coefficients; all of it checked.
 
-        `settle` is called, once, before anything is looked up anew.
+        `settle` is called, once, before anything is looked up anew; `scaled` says that gradients are, still.
         """
         same = len(state) == len(self._seen) and all(map(is_, state.values(), self._seen))
         alike: dict[Any, tuple[Policy, float | None, list[dict[str, Any]]]] = {}
+        capturing = not compiling and is_capturing(p for group in groups for p in group["params"][:1])
         for group, policy in zip(groups, self._policies.of(groups), strict=True):
+            if capturing and not policy.ways["capturable"]:
+                raise RecAdamError(
+                    "RecAdam: a CUDA graph is being captured, and would take this one step again and again; "
+                    "give capturable=True"
+                )
             rate = rate_of(group["lr"], reads=not policy.ways["capturable"])
             learned = isinstance(group["lr"], Tensor) and group["lr"].requires_grad
             # Groups of one policy and rate are stepped as one; a rate that is on the device is a group's own.
@@ -73,7 +83,7 @@ class Planner:
                 settled = True
             every += self._anew(some, policy, rate, state, compiling)
         self._seen = list(state.values())
-        return every if compiling else list(map(looked_at, every))
+        return every if compiling else [looked_at(work, scaled) for work in every]
 
     def remember(self, work: list[Work]) -> None:
         """Keep of a step what its figures are found from."""
@@ -120,8 +130,7 @@ class Planner:
             names.append(bare(name))
             params.append(p)
         if traced:
-            lr = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
-            lr = lr.double()
+            lr = _double(lr)
         every = []
         for i, (key, (names, params)) in enumerate(lists.items()):
             t, anchored, freed, _, device, weighed, wrapper = key
@@ -175,6 +184,10 @@ class Planner:
                 fused=fused,
                 together=bool(fused or traced or _by_lists(ways, device)),
             )
+            if work.anchors and device.type == "cuda" and not compiling and not work.anchors[0].is_cuda:
+                if device not in self._staging:
+                    self._staging[device] = Staging(device)
+                work = work._replace(staging=self._staging[device])
             check_alike(work)
             check_written(work)
             if len(lists) == 1 and LastStep.may_be(groups, work):
@@ -210,9 +223,10 @@ class LastStep:
         """Whether this is work that can be kept: one pass over all parameters of the groups, none sharded."""
         whole = len(work.params) == sum(len(group["params"]) for group in groups)
         # Kernels that look at all that they get, which are the tensors themselves.
-        looks = work.fused in ("numba", "triton") and work.ways["rounding"] == "nearest"
-        plain = looks and not work.ways["maximize"] and all(map(is_, work.params, work.thetas))
-        return whole and plain and work.t is not None
+        looks = work.fused == "triton" or (work.fused == "numba" and not work.ways["maximize"])
+        looks = looks and work.ways["rounding"] != "compensated" and not work.staging
+        looks = looks and (work.ways["rounding"] == "nearest" or work.fused == "triton")
+        return whole and looks and all(map(is_, work.params, work.thetas))
 
     def again(
         self,
@@ -239,6 +253,8 @@ class LastStep:
         grads = list(map(_grad, params))
         if any(g is None for g in grads) or set(map(_layout, grads)) != {torch.strided}:
             return None
+        if work.t is None:
+            return work._replace(grads=grads, lr=_double(groups[0]["lr"]), release=policy.release())
         steps = set(map(Tensor.item, work.steps))
         if len(steps) > 1:
             return None
@@ -247,6 +263,12 @@ class LastStep:
         if c.pull and work.anchors is None:
             return None
         return work._replace(grads=grads, t=t, lr=rate, c=c, release=policy.release())
+
+
+def _double(lr: Any) -> Tensor:
+    """A learning rate as a tensor: a number that changed would be compiled anew."""
+    rate: Tensor = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
+    return rate.double()
 
 
 _dtype, _layout, _grad = map(attrgetter, ("dtype", "layout", "grad"))

@@ -29,10 +29,11 @@ from .drift import Drift, at_anchors, drift_of, weights_between
 from .importance import weigh
 from .kernels import fused_kernel, kernel_, one_pass_on
 from .matching import check_made
-from .memory import reshaped
+from .memory import is_capturing, reshaped, wide_dtype
 from .settings import named, named_apart
 from .shards import is_sharded, is_wrapper, local, part_of, summed
 from .sources import Mapped, is_wide, mapped_files
+from .staging import Staging
 from .zero import is_flat_part, joined
 
 __all__ = ["AnchorPull", "anchor"]
@@ -149,11 +150,13 @@ class AnchorPull:
         names: Iterable[tuple[str, Tensor]] | None,
     ) -> None:
         self.pull, self.annealing = check_settings(pull, annealing)
+        self._counts = not isinstance(self.annealing, Constant)  # whether it matters which step this is
         self._optimizer, self._anchors, self._importance = optimizer, anchors, importance
         self._names = _by_parameter(names)
         self._states: dict[Tensor, dict[str, Any]] = {}
         self._copies: dict[Tensor, Tensor] = {}  # anchors that are copies of what is unstepped
         self._kernels: dict[Any, Callable[..., None]] = {}
+        self._staging: dict[torch.device, Staging] = {}
         self._rates: list[tuple[dict[str, Any], Any]] = []  # what the task weight has scaled
         self._had_gradient: set[Tensor] = set()
         self._elsewhere = False  # whether the weights are others for now
@@ -249,6 +252,11 @@ class AnchorPull:
             raise RecAdamError("anchor: the weights are at their anchors; step after the context has ended")
         self._settle(first=True)
         groups = self._optimizer.param_groups
+        if self._counts and is_capturing(p for group in groups for p in group["params"][:1]):
+            raise RecAdamError(
+                "anchor: a CUDA graph is being captured, and would take this one step of the annealing again "
+                "and again; leave annealing out"
+            )
         weights = [annealed_weights(self.annealing, group[STEP] + 1) for group in groups]
         found = [self._share(group, recall) for group, (_, recall) in zip(groups, weights, strict=True)]
         self._shares = [share for _, share in found]
@@ -269,15 +277,17 @@ class AnchorPull:
     def _after(self, *_: Any) -> None:
         """The hook after a step: the pull."""
         self._put_back_rates()
-        infinite = getattr(self._optimizer, "found_inf", None)
-        if infinite is not None and bool(infinite):  # a GradScaler's: nothing was stepped
-            return
+        infinite = getattr(self._optimizer, "found_inf", None)  # a GradScaler's: of 1 nothing was stepped
+        if infinite is not None and (self._counts or infinite.device.type == "cpu"):
+            if bool(infinite):
+                return
+            infinite = None
         for number, (group, share) in enumerate(zip(self._optimizer.param_groups, self._shares, strict=True)):
             group[STEP] += 1
             if isinstance(share, float) and share == 0:
                 continue
             for key, params in self._alike(group).items():
-                self._pull(number, key, params, share)
+                self._pull(number, key, params, share, infinite)
 
     def _put_back_rates(self) -> None:
         """The learning rates as they were; after a step that raised, too."""
@@ -297,7 +307,12 @@ class AnchorPull:
         pull = self.pull * check_number("anchor", STRENGTH, group[STRENGTH], low=0.0)
         known = [group[PEAK], *(group[key] for key in ("initial_lr", "max_lr") if group.get(key) is not None)]
         if isinstance(lr, Tensor) and lr.device.type != "cpu":
-            peak = torch.stack([torch.as_tensor(x).to(lr) for x in (*known, lr)]).amax()
+            # Numbers are not sent: a graph that is being captured waits for no copy from the host.
+            peak = lr.clamp(min=max((float(x) for x in known if not _is_there(x, lr)), default=0.0))
+            for x in known:
+                peak = torch.maximum(peak, x) if _is_there(x, lr) else peak
+            if _is_there(group[PEAK], lr):  # where a graph looks for it again
+                peak = group[PEAK].copy_(peak)
             p = torch.where(lr > 0, scheduled(pull, recall, lr, peak), 0.0)
             return peak, proximal(p, torch)[1]
         if lr is not None:
@@ -317,7 +332,7 @@ class AnchorPull:
             alike.setdefault(key, []).append(p)
         return alike
 
-    def _pull(self, number: int, key: Any, params: list[Tensor], share: Any) -> None:
+    def _pull(self, number: int, key: Any, params: list[Tensor], share: Any, infinite: Tensor | None) -> None:
         """Pull parameters that are alike, and what an optimizer averages beside them."""
         _, device, wrapped, weighed = key
         states = [self._states[p] for p in params]
@@ -332,8 +347,20 @@ class AnchorPull:
             kernel = self._kernels.get((number, key, entry, name))
             if kernel is None:
                 kernel = self._kernels[number, key, entry, name] = fused_kernel(name) if name else kernel_
-            of_kernel = [share] * len(xs) if isinstance(share, Tensor) and not name else share
-            kernel(xs, None, None, None, stars, Coefficients(0.0, 0.0, 0.0, 0.0, of_kernel, 0.0), weights)
+            if infinite is not None:
+                share = (1 - infinite.to(device, wide_dtype(xs[0])).reshape(())) * share
+            for part, some in self._streamed(stars, device):
+                of_kernel = [share] * len(some) if isinstance(share, Tensor) and not name else share
+                c = Coefficients(0.0, 0.0, 0.0, 0.0, of_kernel, 0.0)
+                kernel(xs[part], None, None, None, some, c, weights and weights[part])
+
+    def _streamed(self, stars: list[Tensor], device: torch.device) -> Iterable[tuple[slice, list[Tensor]]]:
+        """Anchors on the parameters' device, some at a time where they are kept on the host."""
+        if device.type != "cuda" or stars[0].is_cuda:
+            return [(slice(0, len(stars)), stars)]
+        if device not in self._staging:
+            self._staging[device] = Staging(device)
+        return self._staging[device].parts(stars)
 
     # What others do to the optimizer between its steps.
 
@@ -689,6 +716,11 @@ def _is_stepping(optimizer: Optimizer) -> bool:
         if frame.f_code.co_name == "step" and frame.f_locals.get("self") is optimizer:
             return True
     return False
+
+
+def _is_there(x: Any, lr: Tensor) -> bool:
+    """Whether a number is on the device of the learning rate."""
+    return isinstance(x, Tensor) and x.device == lr.device
 
 
 def _are_same(one: list[Tensor], other: list[Tensor]) -> bool:

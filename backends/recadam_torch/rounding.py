@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .memory import cast
 from .shards import local, mix, part, positions
 
-__all__ = ["ROUNDINGS", "key_of", "noise", "residual_of", "round_", "widened"]
+__all__ = ["ROUNDINGS", "key_of", "noise", "number_of", "residual_of", "round_", "widened"]
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 """Ways to round: to the nearest; up or down by chance, right on average; keeping what was lost for later."""
 
 
-def widened(theta: Tensor, residual: Tensor | None) -> Tensor:
-    """A 16-bit parameter in float32, with what rounding has left over."""
-    wide = theta.detach().float()
-    return wide if residual is None else wide.add_(residual)
+def widened(thetas: list[Tensor], residuals: Sequence[Tensor | None]) -> list[Tensor]:
+    """16-bit parameters in float32, with what rounding has left over."""
+    wide = cast(thetas, torch.float32)
+    left = [x for x in residuals if x is not None]
+    if left:
+        torch._foreach_add_(wide, cast(left, torch.float32))
+    return wide
 
 
 def residual_of(p: Tensor, state: dict[str, Any], ways: Mapping[str, Any]) -> Tensor | None:
@@ -32,8 +36,13 @@ def residual_of(p: Tensor, state: dict[str, Any], ways: Mapping[str, Any]) -> Te
     return local(state["residual"])
 
 
-def round_(theta: Tensor, new: Tensor, residual: Tensor | None, chance: Tensor | None) -> None:
-    r"""Round a float32 sum to the parameter, in place.
+def round_(
+    thetas: list[Tensor],
+    new: list[Tensor],
+    residuals: Sequence[Tensor | None],
+    noises: Iterable[Tensor] | None,
+) -> None:
+    r"""Round float32 sums to the parameters, in place.
 
     Math:
         With chance $u$ uniform in [0, 1) of a unit in bfloat16's last place, $\lfloor x + u \rfloor$ has the
@@ -42,12 +51,16 @@ def round_(theta: Tensor, new: Tensor, residual: Tensor | None, chance: Tensor |
 
     Source: Zamirai and others, Revisiting BFloat16 Training, arXiv 2010.06192.
     """
-    if chance is not None:
-        rounded = ((new.view(torch.int32) + chance) & -65536).view(torch.float32)
-        new = torch.where(new.isfinite(), rounded, new)
-    theta.copy_(new)
-    if residual is not None:
-        residual.copy_(new.sub_(theta))
+    if noises is not None:
+        for theta, x, chance in zip(thetas, new, noises, strict=True):
+            rounded = ((x.view(torch.int32) + chance) & -65536).view(torch.float32)
+            theta.copy_(torch.where(x.isfinite(), rounded, x))
+        return
+    torch._foreach_copy_(thetas, new)
+    left = [x for x in residuals if x is not None]
+    if left:
+        torch._foreach_sub_(new, cast(thetas, torch.float32))
+        torch._foreach_copy_(left, new)
 
 
 def noise(p: Tensor, name: str, t: Any) -> Tensor:
@@ -57,4 +70,9 @@ def noise(p: Tensor, name: str, t: Any) -> Tensor:
 
 def key_of(p: Tensor, name: str, t: Any) -> Tensor:
     """What is added to each element's position, before it is mixed, for `noise`; arguments as there."""
-    return mix(torch.as_tensor(t, device=p.device).long() + (zlib.crc32(name.encode()) << 31))
+    return mix(torch.as_tensor(t, device=p.device).long() + number_of(name))
+
+
+def number_of(name: str) -> int:
+    """A number for a name, beyond all step counts."""
+    return zlib.crc32(name.encode()) << 31

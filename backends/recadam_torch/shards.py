@@ -31,7 +31,7 @@ SHARED = "_recadam_shared"
 
 _SEED = -0x61C8864680B583EB  # splitmix64's increment, as a signed number
 FIRST, SECOND = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
-_CHUNK = 2**16  # elements at once: what a core's cache holds
+_CHUNK, _LAUNCHED = 2**16, 2**22  # elements at once: what a core's cache holds; what is worth a launch
 
 
 def is_sharded(x: Any) -> bool:
@@ -125,7 +125,7 @@ def _hash(x: Tensor, where: Sequence[slice], shape: Sequence[int]) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=x.device)
     if not shape:
         return mix(x.double().view(torch.int64) + _SEED)
-    rows = max(1, _CHUNK // max(1, x[:1].numel()))
+    rows = max(1, (_CHUNK if x.device.type == "cpu" else _LAUNCHED) // max(1, x[:1].numel()))
     for start in range(0, x.shape[0], rows):
         values = x[start : start + rows].contiguous()
         first = where[0].start + start

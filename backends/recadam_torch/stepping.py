@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -14,8 +13,9 @@ from recadam_core import Coefficients, Hyperparameters, Moments, RecAdamError, a
 from recadam_core.errors import shown
 
 from .memory import is_writable, reshaped, wide_dtype
-from .rounding import key_of, noise, round_, widened
+from .rounding import noise, round_, widened
 from .shards import in_memory, is_sharded
+from .staging import Staging
 
 __all__ = ["Work", "check_alike", "check_written", "execute", "looked_at"]
 
@@ -43,7 +43,8 @@ class Work(NamedTuple):
     kernel: Callable[..., None]
     fused: str  # name of the one-pass kernel; Triton's takes what only the device knows, and rounds by chance
     together: bool  # whether the kernel gets all of them at once, or one by one
-    run: Callable[[Coefficients], None] | None = None  # of a kernel that has looked at them
+    staging: Staging | None = None  # where anchors are kept on the host, and the parameters are not
+    run: Callable[..., None] | None = None  # of a kernel that has looked at them
 
 
 _shape = attrgetter("shape")
@@ -103,19 +104,20 @@ def _columns(work: Work) -> list[tuple[str, list[Tensor]]]:
     return columns + ([("residual", residuals)] if len(residuals) == len(work.thetas) else [])
 
 
-def looked_at(work: Work) -> Work:
+def looked_at(work: Work, scaled: bool) -> Work:
     """The work, when all that it reads and writes was looked at: before any of it is written."""
     lay = getattr(work.kernel, "lay", None)
-    copied = work.ways["maximize"] or _rounding(work) != "nearest"
+    more = {"ordered": _rounding(work) == "stochastic", "scaled": scaled} if _does_all(work) else {}
+    copied = not more and (work.ways["maximize"] or _rounding(work) != "nearest")
     try:
         run = None
-        if work.c is None:
-            work = work._replace(c=_traced(work))
-            _check_known(work)
-        elif lay and not copied:
-            anchors = work.anchors if work.c.pull else None
+        c = work.c or _traced(work)
+        work = work._replace(c=c)
+        _check_known(work)
+        if lay and not copied and not work.staging:
+            anchors = work.anchors if _pulls(c) else None
             importances = work.importances if anchors else None
-            run = lay(work.thetas, work.grads, work.ms, work.vs, anchors, importances)
+            run = lay(work.thetas, work.grads, work.ms, work.vs, anchors, importances, **more)
         if run is None:
             check_memory(work)
         return work._replace(run=run)
@@ -123,6 +125,18 @@ def looked_at(work: Work) -> Work:
         for check in (check_alike, check_written, check_memory):
             check(work)
         raise
+
+
+def _pulls(c: Coefficients) -> bool:
+    """Whether there is a pull, or the device alone knows."""
+    return not isinstance(c.pull, (int, float)) or c.pull != 0
+
+
+def _does_all(work: Work) -> bool:
+    """Whether the kernel itself turns and unscales gradients, and rounds by chance."""
+    rounding = _rounding(work)
+    by_chance = rounding == "stochastic" and not any(map(is_sharded, work.params))
+    return work.fused == "triton" and (rounding == "nearest" or by_chance)
 
 
 def _rounding(work: Work) -> str:
@@ -133,43 +147,60 @@ def _rounding(work: Work) -> str:
 
 def execute(work: Work, scale: Tensor | None = None, infinite: Tensor | None = None) -> None:
     """Take the step, in place on parameters, moments, residuals and step counts."""
-    ways, anchors = work.ways, work.anchors
-    count = len(work.params)
-    c = work.c or _traced(work)
-    if c.pull == 0 if isinstance(c.pull, float) else anchors is None:
+    anchors, c = work.anchors, work.c or _traced(work)
+    if anchors is None or not _pulls(c):
         anchors, c = None, c._replace(pull=0.0)
-    rounding = _rounding(work)
     if work.run is not None:
-        work.run(c)
-    elif work.fused == "triton" and (
-        rounding == "nearest" or (rounding == "stochastic" and not any(map(is_sharded, work.params)))
-    ):
-        keys = None
-        if rounding == "stochastic":
-            t = [step + 1 for step in work.steps] if work.t is None else [work.t] * count
-            keys = torch.stack([key_of(*x) for x in zip(work.params, work.names, t, strict=True)])
-        options: dict[str, Any] = {"negates": ways["maximize"], "scale": scale, "found": infinite}
-        for part, stars in _streamed(anchors, count, work.thetas[0].device):
-            lists = [xs[part] for xs in (work.thetas, work.grads, work.ms, work.vs)]
-            c_part = Coefficients(*(x[part] if isinstance(x, Tensor) and x.ndim else x for x in c))
-            weights = work.importances and work.importances[part] if stars else None
-            options["keys"] = None if keys is None else keys[part]
-            work.kernel(*lists, stars, c_part, weights, **options)
+        work.run(c, **_more(work, scale, infinite))
+    elif anchors is not None and work.staging is not None and work.together:
+        for part, stars in work.staging.parts(anchors):
+            _step(_part_of(work, part), stars, _pick(c, part), scale, infinite)
     else:
-        _step(work, rounding, anchors, c)
+        _step(work, anchors, c, scale, infinite)
     if infinite is not None:
-        torch._foreach_add_(work.steps, 1 - infinite)
+        more = 1 - infinite.to(work.steps[0].device, non_blocking=True)
+        torch._foreach_add_(work.steps, [more] * len(work.steps))
     elif work.t is None:
         torch._foreach_add_(work.steps, 1)
     else:  # on the host a number would be made into a tensor for each of them
         torch._foreach_add_(work.steps, torch.ones((), dtype=torch.float32, device="cpu"), alpha=1.0)
 
 
-def _step(work: Work, rounding: str, anchors: list[Tensor] | None, c: Coefficients) -> None:
-    """As `execute`, by kernels that know of nothing but the formula."""
-    ways = work.ways
+def _part_of(work: Work, part: slice) -> Work:
+    """Some of the parameters' work."""
+    lists: dict[str, Any] = {name: x[part] for name, x in work._asdict().items() if isinstance(x, list)}
+    return work._replace(**lists)
+
+
+def _more(work: Work, scale: Tensor | None, infinite: Tensor | None) -> dict[str, Any]:
+    """What a kernel that does all takes beside the coefficients."""
+    if not _does_all(work):
+        return {}
+    by_chance = _rounding(work) == "stochastic"
+    return {
+        "negates": work.ways["maximize"],
+        "chance": (work.names, work.steps if work.t is None else work.t) if by_chance else None,
+        "scale": scale,
+        "found_inf": infinite,
+    }
+
+
+def _step(
+    work: Work, anchors: list[Tensor] | None, c: Coefficients, scale: Tensor | None, infinite: Tensor | None
+) -> None:
+    """As `execute`, by a kernel that has looked at nothing."""
+    if _does_all(work):
+        columns = (work.thetas, work.grads, work.ms, work.vs, anchors)
+        work.kernel(*columns, c, work.importances if anchors else None, **_more(work, scale, infinite))
+    else:
+        _step_by_formula(work, anchors, c)
+
+
+def _step_by_formula(work: Work, anchors: list[Tensor] | None, c: Coefficients) -> None:
+    """By kernels that know of nothing but the formula."""
+    ways, rounding = work.ways, _rounding(work)
     grads = list(torch._foreach_neg(work.grads)) if ways["maximize"] else work.grads
-    more: dict[str, Any] = {} if work.importances is None else {"importances": work.importances}
+    weights: dict[str, Any] = {} if work.importances is None else {"importances": work.importances}
     if not work.fused:  # the formula takes a coefficient of the device for each parameter
         c = Coefficients(*(list(x.unbind()) if isinstance(x, Tensor) else x for x in c))
     if ways["differentiable"]:
@@ -182,63 +213,20 @@ def _step(work: Work, rounding: str, anchors: list[Tensor] | None, c: Coefficien
             theta.copy_(apply(theta, delta))
     elif rounding != "nearest":
         # The kernel steps float32 copies; what is special is how they are made and rounded.
-        pairs = zip(work.thetas, work.residuals, strict=True)
-        wide = [widened(theta, residual) for theta, residual in pairs]
-        work.kernel(wide, grads, work.ms, work.vs, anchors, c, **more)
-        for i, theta in enumerate(work.thetas):
-            chance = None
-            if rounding == "stochastic":
-                t = work.steps[i] + 1 if work.t is None else work.t
-                chance = noise(work.params[i], work.names[i], t)
-            round_(theta, wide[i], work.residuals[i], chance)
+        wide = widened(work.thetas, work.residuals)
+        work.kernel(wide, grads, work.ms, work.vs, anchors, c, **weights)
+        noises = None
+        if rounding == "stochastic":
+            ts = [step + 1 for step in work.steps] if work.t is None else [work.t] * len(work.params)
+            noises = map(noise, work.params, work.names, ts)
+        round_(work.thetas, wide, work.residuals, noises)
     elif work.together:
-        work.kernel(work.thetas, grads, work.ms, work.vs, anchors, c, **more)
+        work.kernel(work.thetas, grads, work.ms, work.vs, anchors, c, **weights)
     else:
         for part in (slice(i, i + 1) for i in range(len(work.thetas))):
             lists = (work.thetas[part], grads[part], work.ms[part], work.vs[part])
-            of_part = {name: xs[part] for name, xs in more.items()}
+            of_part = {name: xs[part] for name, xs in weights.items()}
             work.kernel(*lists, anchors and anchors[part], c, **of_part)
-
-
-BUCKET = 1 << 26
-"""Bytes of anchors that are copied from the host at once."""
-
-
-def _streamed(
-    anchors: list[Tensor] | None, count: int, device: torch.device
-) -> Iterator[tuple[slice, list[Tensor] | None]]:
-    """Anchors on the device, some at a time if they are kept on the host: the next are copied meanwhile."""
-    if anchors is None or device.type != "cuda" or all(x.is_cuda for x in anchors):
-        yield slice(0, count), anchors
-        return
-    cuts, size = [0], 0
-    for i, x in enumerate(anchors):
-        size += x.nbytes
-        if size >= BUCKET or i == count - 1:
-            cuts.append(i + 1)
-            size = 0
-    parts = [slice(*cut) for cut in pairwise(cuts)]
-    main, copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    used: list[torch.cuda.Event] = []
-
-    def copy(k: int) -> tuple[list[Tensor], torch.cuda.Event]:
-        if k >= 2:  # no more than two buckets of memory
-            copies.wait_event(used[k - 2])
-        else:
-            copies.wait_stream(main)
-        with torch.cuda.stream(copies):
-            return [x.to(device, non_blocking=True) for x in anchors[parts[k]]], copies.record_event()
-
-    ahead = copy(0)
-    for k, part in enumerate(parts):
-        stars, copied = ahead
-        main.wait_event(copied)
-        for x in stars:
-            x.record_stream(main)
-        yield part, stars
-        used.append(main.record_event())
-        if k + 1 < len(parts):
-            ahead = copy(k + 1)
 
 
 def _traced(work: Work) -> Coefficients:
@@ -248,7 +236,16 @@ def _traced(work: Work) -> Coefficients:
     m, count = work.ms[0], len(work.steps)
     dtype = wide_dtype(m)
     c = coefficients(t, work.hp, work.lr, work.anchored, xp=torch)
-    return Coefficients(*(x.to(m.device, dtype).expand(count) if isinstance(x, Tensor) else x for x in c))
+
+    def there(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if x.device != m.device and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            # A copy from the host would be waited for, and cannot be captured.
+            return torch.full((count,), x.item(), dtype=dtype, device=m.device)
+        return x.to(m.device, dtype).expand(count)
+
+    return Coefficients(*map(there, c))
 
 
 def _check_known(work: Work) -> None:
@@ -264,6 +261,7 @@ def _check_known(work: Work) -> None:
             )
 
 
-def _pick(c: Coefficients, index: int) -> Coefficients:
-    """The coefficients of one parameter."""
-    return Coefficients(*(x[index] if isinstance(x, list) else x for x in c))
+def _pick(c: Coefficients, at: int | slice) -> Coefficients:
+    """The coefficients of one parameter, or of some."""
+    each = (isinstance(x, list) or (isinstance(x, Tensor) and x.ndim > 0) for x in c)
+    return Coefficients(*(x[at] if of_one else x for x, of_one in zip(c, each, strict=True)))

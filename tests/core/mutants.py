@@ -134,7 +134,7 @@ MUTATIONS = [
         ("the parameters are spent", "Lists(old),", "Lists(old, spent=True),"),
         ("torch's own root in the exact setting", "if exact else list(torch._foreach_sqrt", "if False else list(torch._foreach_sqrt"),
         ("the importance is missing", "if pulls and importances is not None else None", "if False else None"),
-        ("the pull alone stays in 16 bits", "tensors if all(map(is_, wide, tensors)) else wide", "tensors"),
+        ("the pull alone stays in 16 bits", "    dtypes = {x.dtype for x in tensors}\n", "    dtypes = set()\n"),
         ("16-bit sums are rounded twice", "torch._foreach_copy_(thetas, list(torch._foreach_add(old, delta.tensors)))",
          "torch._foreach_add_(thetas, _like(delta.tensors, thetas))"),
     ),
@@ -153,11 +153,14 @@ MUTATIONS = [
         ("the importance is missing", "importances if anchors else None]", "None]"),
         ("the pull alone stays in 16 bits", "wide_dtype(theta) if m is None", "theta.dtype if m is None"),
         ("the decay is missing", "number(c.decay) if c.decay else None", "None"),
-        ("torch's own root for a scalar alone", "star, c, weight, exact=True)", "star, c, weight)"),
     ),
     *_kernel(
         "torch", "recadam_torch.kernels.numba", "fused",
-        ("other layouts are not written back", "if new is not old and old is not None:", "if False:"),
+        ("the importance is missing", "importances is not None)", "False)"),
+    ),
+    *_kernel(
+        "torch", "recadam_torch.memory", "fused",
+        ("other layouts are not written back", "if x is not y]", "if False]"),
     ),
     *_kernel(
         "torch", "recadam_torch.plan", "fused",

@@ -52,6 +52,7 @@ def test_every_kernel_is_mutated():
         "recadam_torch.kernels.compiled",
         "recadam_torch.kernels.numba",
         "recadam_torch.kernels.triton",
+        "recadam_torch.memory",
         "recadam_jax.coefficients",
         "recadam_jax.transformation",
         "recadam_jax.backend",

@@ -7,6 +7,7 @@ the CPU, Triton's on CUDA, inductor's on both.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
@@ -21,7 +22,7 @@ from .compiled import compiled_
 from .lists import kernel_
 from .numba import NumbaKernel
 
-__all__ = ["FUSED", "chosen_fused", "fused_kernel", "kernel_", "one_pass_on"]
+__all__ = ["FUSED", "chosen_fused", "fused_kernel", "kernel_", "one_pass_on", "triton_fault"]
 
 
 def _triton() -> Callable[..., None]:
@@ -64,7 +65,39 @@ def one_pass_on(device: torch.device) -> str:
     """The one-pass kernel that is to be had on a device without a long compilation; empty for none."""
     if device.type == "cpu":
         return "numba" if _has_numba() else ""
-    return "triton" if device.type == "cuda" and find_spec("triton") is not None else ""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return ""
+    if triton_fault():
+        _warn_of_triton()
+        return ""
+    return "triton"
+
+
+@cache
+def triton_fault() -> str:
+    """Why Triton cannot launch kernels here; empty where it can.
+
+    It builds a launcher when it is first asked, by a C compiler and with Python's headers, which slim images
+    lack.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:  # whatever it is, it is Triton's
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+    return ""
+
+
+@cache
+def _warn_of_triton() -> None:
+    warnings.warn(
+        f"recadam_torch: Triton cannot launch its kernels ({triton_fault()}), and torch's own operations "
+        "take their place, which are slower; install a C compiler and Python's headers (gcc, python3-dev)",
+        stacklevel=2,
+    )
 
 
 def fused_kernel(name: str) -> Callable[..., None]:
@@ -75,6 +108,11 @@ def fused_kernel(name: str) -> Callable[..., None]:
         raise RecAdamError("RecAdam: fused='compiled' needs a C++ compiler; install g++, or give fused=False")
     if name == "triton" and find_spec("triton") is None:
         raise RecAdamError("RecAdam: fused='triton' needs 'triton'; pip install triton")
+    if name == "triton" and triton_fault():
+        raise RecAdamError(
+            f"RecAdam: Triton cannot launch its kernels ({triton_fault()}); install a C compiler and "
+            "Python's headers (gcc, python3-dev), or give fused=False"
+        )
     return FUSED[name]()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import is_
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor
 from recadam_core import Coefficients
 from recadam_core.update import formula
 
-from ..memory import wide_dtype
+from ..memory import cast, wide_dtype
 
 __all__ = ["kernel_"]
 
@@ -129,12 +128,19 @@ def _sqrt(x: Tensor) -> Tensor:
 
 def _wide(tensors: list[Tensor]) -> list[Tensor]:
     """The tensors, in float32 at least; the very list when nothing is to be done."""
-    wide = [x.to(wide_dtype(x)) for x in tensors]
-    return tensors if all(map(is_, wide, tensors)) else wide
+    dtypes = {x.dtype for x in tensors}
+    if all(dtype == torch.promote_types(dtype, torch.float32) for dtype in dtypes):
+        return tensors
+    return cast(tensors, torch.float32) if len(dtypes) == 1 else [x.to(wide_dtype(x)) for x in tensors]
 
 
 def _like(tensors: list[Tensor], others: list[Tensor]) -> list[Tensor]:
     """The tensors in the others' dtypes and devices; the very list when nothing is to be done."""
-    if all(x.dtype == y.dtype and x.device == y.device for x, y in zip(tensors, others, strict=True)):
-        return tensors
+    places, kinds = ({(x.device, x.dtype) for x in xs} for xs in (tensors, others))
+    if len(places) == len(kinds) == 1:
+        ((device, dtype),) = kinds
+        if places == kinds:
+            return tensors
+        if {place for place, _ in places} == {device}:
+            return cast(tensors, dtype)
     return [x.to(y.device, y.dtype) for x, y in zip(tensors, others, strict=True)]

@@ -10,16 +10,18 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from recadam_core import Coefficients, RecAdamError
+from recadam_core import Coefficients
 
-from ..memory import regular, wide_dtype
+from ..memory import laid, wide_dtype
 from .lists import kernel_
 
 __all__ = ["NumbaKernel", "torch_team"]
+
+WRITTEN = (0, 2, 3)
+"""Columns that a step writes: theta, m and v."""
 
 
 class NumbaKernel:
@@ -32,7 +34,6 @@ class NumbaKernel:
     def __init__(self) -> None:
         self._table: Any = None
         self._shape: Any = None
-        self._filled: Any = None
 
     def __call__(
         self,
@@ -72,34 +73,22 @@ class NumbaKernel:
         walkable = _walkable().get(wide)
         if walkable is None or {*map(_dtype, ms or ()), *map(_dtype, vs or ())} - {wide}:
             return None
-        shapes = list(map(_shape, thetas))
-        columns: list[list[Tensor]] = []
-        names: list[str | None] = []
-        places: list[list[int]] = []
-        # List by list: what is asked of a tensor a second time is in the caches then.
-        for k, xs in enumerate((thetas, grads, ms, vs, anchors, importances)):
-            if xs is None:  # never read
-                columns.append(columns[0])
-                places.append(places[0])
-            else:
-                columns.append(regular(xs, wide, walkable, shapes, _HOST, is_written=k in (0, 2, 3)))
-                places.append(list(map(Tensor.data_ptr, columns[-1])))
-            names.append(None if xs is None and k < 4 else str(columns[-1][0].dtype).removeprefix("torch."))
+        columns = (thetas, grads, ms, vs, anchors, importances)
+        found = laid(columns, wide, walkable, _HOST, WRITTEN)
+        names = [
+            None if xs is None and k < 4 else str(found.columns[k][0].dtype).removeprefix("torch.")
+            for k, xs in enumerate(columns)
+        ]
         sizes = list(map(Tensor.numel, thetas))
         shape = names, torch.get_num_threads(), sizes
         if shape != self._shape:
             self._table, self._shape = Table(sizes, names, shape[1]), shape
-            self._filled = np.array(sizes) > 0
         table = self._table
-        table.addresses[:] = places
-        if not table.addresses.all() and not table.addresses[:, self._filled].all():
-            raise RecAdamError("there is no memory to step over (a freed storage, or the meta device)")
+        table.addresses[:] = found.places
 
         def run(c: Coefficients) -> None:
             table.run(c, anchors is not None, torch_team(), importances is not None)
-            for old, new in ((thetas, columns[0]), (ms, columns[2]), (vs, columns[3])):
-                if new is not old and old is not None:
-                    torch._foreach_copy_(old, new)
+            found.put_back(WRITTEN)
             # Written behind autograd's back: say so, for graphs that still hold the old values.
             torch.autograd.graph.increment_version(thetas)
 
@@ -107,7 +96,7 @@ class NumbaKernel:
 
 
 _HOST = torch.device("cpu")
-_dtype, _shape = map(attrgetter, ("dtype", "shape"))
+_dtype = attrgetter("dtype")
 
 
 @cache
