@@ -66,15 +66,18 @@ def front_figure(standings: Sequence[Standing], title: str, learned: str) -> Any
         x, y = max(points, key=lambda p: (1.0 - p[0] / scale.forgotten) * (p[1] - standing.before))
         places.append((x, y, standing.label, colour))
     panel.axvline(0.0, color=INK, linewidth=0.9)
-    panel.axhline(standings[0].before, color=INK, linewidth=0.9)
     most = scale.forgotten, standings[0].before + scale.gained
     panel.plot(*most, "o", color=COLOURS["adamw"], markersize=8, markerfacecolor="white")
     places.append((*most, "AdamW where it learns most", COLOURS["adamw"]))
     widest = 1.08 * scale.forgotten
     least = min(0.0, *(x for standing in standings for x, _ in standing.points))
     panel.set_xlim(widest, least - 0.25 * widest)  # room for the labels of those that forget nothing
+    reached = [most[1], *(y for standing in standings for _, y in standing.points)]
+    room = 0.08 * (max(reached) - min(reached))
+    panel.set_ylim(min(reached) - room, max(reached) + room)
     panel.set(
-        xlabel="forgotten, in nats (turned: further right forgets less; the line: nothing)", ylabel=learned
+        xlabel="forgotten, in nats (turned: further right forgets less; the line: nothing)",
+        ylabel=f"{learned} (before: {standings[0].before:.3f})",
     )
     panel.set_title(title)
     place_labels(panel, [place for place in places if place[0] < widest])
@@ -115,9 +118,10 @@ def meter_figure(meters: Mapping[str, Meter], title: str) -> Any:
             panel.plot(value, forgotten(row), ".", color=_colour(row.entry.arm.partition(",")[0]), alpha=0.5)
         panel.set(xlabel=name, title=f"ρ = {meter.correlation.median:+.2f}")
         _around_zero(panel, "y")
-        if min(meter.values) > 0.0:
+        if min(meter.values) > 0.0 and max(meter.values) > 5.0 * min(meter.values):
             panel.set_xscale("log")
     panels[0].set_ylabel("forgotten, in nats")
-    _legend(panels[-1], [row.entry.arm.partition(",")[0] for row in next(iter(meters.values())).rows])
+    arms = [row.entry.arm.partition(",")[0] for row in next(iter(meters.values())).rows]
+    _legend(panels[0], arms, loc="upper left")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure

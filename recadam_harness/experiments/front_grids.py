@@ -11,14 +11,11 @@ from recadam_core.errors import unknown
 
 from .data import DECODER, TARGETS, kind_of
 from .experiment import TUNING_SEED, Arm, Experiment, Options
-from .fronts import MOST, chosen, front, keenest, scale_of
+from .fronts import MOST, UNTUNED, chosen, front, keenest, scale_of
 from .table import Entry, Results, Row
 from .trial import METHODS, Trial
 
-__all__ = ["DEFAULT", "FRONTS", "KEENEST", "UNTUNED", "front_arms", "untuned"]
-
-UNTUNED = 4.0
-"""How many times its chosen rate a method is tried at, once it is chosen."""
+__all__ = ["DEFAULT", "FRONTS", "KEENEST", "front_arms", "untuned"]
 
 KEENEST = "adamw, learning most"
 """The setting of AdamW that the others are held against."""
@@ -138,7 +135,7 @@ def _experiment(kind: str, about: str) -> Experiment:
             rows = results.of(tuned(options, name, *place))
             if rows:
                 found[name] = front(rows, scale)
-                found[untuned(name)] = [_faster(chosen(rows, scale))]
+                found[untuned(name)] = [_faster(chosen(found[name], scale))]
         return found
 
     def test(options: Options, results: Results) -> list[Entry]:

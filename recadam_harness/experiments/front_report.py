@@ -10,9 +10,19 @@ import numpy as np
 from ..folders import Folder
 from ..pages import Table, picture_of
 from .front_figures import FAMILIES, cost_figure, front_figure, meter_figure
-from .front_grids import DEFAULT, KEENEST, UNTUNED, front_arms, untuned
-from .fronts import Standing, ahead, forgotten, gained, measured, meters_of, scale_of, standings_of
-from .intervals import median_of
+from .front_grids import DEFAULT, KEENEST, front_arms, untuned
+from .fronts import (
+    UNTUNED,
+    Standing,
+    ahead,
+    by_seed,
+    forgotten,
+    gained,
+    measured,
+    meters_of,
+    scale_of,
+    standings_of,
+)
 from .table import Row
 from .trial import METHODS, Trial
 
@@ -50,7 +60,7 @@ def front_section(
     standings = standings_of({arm: some for arm, some in of.items() if some}, faster, arms, scale)
     meters = meters_of([*tuned, *rows])
     tables = {
-        "Is a pull ahead? Its area less another's, seed by seed": _answers(standings),
+        "Is a pull ahead? What it has over others, seed by seed": _answers(standings),
         "Fronts on test rows": _fronts(standings),
         "What the default pull costs and keeps, at the rate at which AdamW learns most": default,
         f"At {UNTUNED:g} times the chosen rate": _costs(standings),
@@ -80,17 +90,16 @@ def front_section(
 
 def _answers(standings: Sequence[Standing]) -> Table:
     others = [(name, s) for arm, name in OTHERS.items() for s in standings if s.arm == arm]
-    fast = f"over AdamW's, both at {UNTUNED:g} times their rate"
-    lines = [
-        [
-            s.label,
-            *(ahead(s.areas, other.areas).signed for _, other in others),
-            ahead(s.untuned_areas, others[0][1].untuned_areas).signed,
-        ]
-        for s in standings
-        if s.arm in FAMILIES["a pull"][1]
-    ]
-    return ["", *(f"over {name}" for name, _ in others), fast], lines
+    (adamw,) = (s for s in standings if s.arm == "adamw")
+    lines = []
+    for s in standings:
+        if s.arm in FAMILIES["a pull"][1]:
+            areas = [ahead(s.areas, other.areas) for _, other in others]
+            fast = [ahead(by_seed(f, s.faster), by_seed(f, adamw.faster)) for f in (gained, forgotten)]
+            lines.append([s.label, *("" if np.isnan(x.median) else x.signed for x in (*areas, *fast))])
+    at = f"at {UNTUNED:g} times both rates: "
+    header = ["", *(f"area over {name}" for name, _ in others), at + "learned", at + "forgotten"]
+    return header, lines
 
 
 def _fronts(standings: Sequence[Standing]) -> Table:
@@ -120,38 +129,35 @@ def _settings(trial: Trial) -> str:
 
 
 def _default(without: Sequence[Row], pulled: Sequence[Row]) -> Table:
-    by_seed = {row.trial.seed: row for row in without}
-    pairs = [(row, by_seed[row.trial.seed]) for row in pulled if row.trial.seed in by_seed]
     lines = []
     for label, some in (("AdamW", without), ("the same with pull=0.1", pulled)):
         if some:
             found = measured(some)
             lines.append([label, str(found.learned), str(found.forgotten)])
-    if pairs:
-        gains = (
-            median_of([figure(row) - figure(other) for row, other in pairs]) for figure in (gained, forgotten)
-        )
+    gains = [ahead(by_seed(f, pulled), by_seed(f, without)) for f in (gained, forgotten)]
+    if not np.isnan(gains[0].median):
         lines.append(["seed by seed", *(x.signed for x in gains)])
     return ["", "learned", "forgotten"], lines
 
 
 def _costs(standings: Sequence[Standing]) -> Table:
-    header = ["", "learned", "at four times the rate", "forgotten", "at four times the rate"]
-    shown = [(s.label, s.choice, s.untuned) for s in standings if s.untuned is not None]
+    header = ["", "its rate", "learned", "at four times the rate", "forgotten", "at four times the rate"]
+    shown = [(s, s.choice, s.untuned) for s in standings if s.untuned is not None]
     lines = [
         [
-            label,
+            s.label,
+            f"{s.faster[0].trial.lr / UNTUNED:g}",
             f"{choice.learned.median:.3f}",
             str(faster.learned),
             f"{choice.forgotten.median:.3f}",
             str(faster.forgotten),
         ]
-        for label, choice, faster in sorted(shown, key=lambda x: x[2].forgotten.median)
+        for s, choice, faster in sorted(shown, key=lambda x: x[2].forgotten.median)
     ]
     for s in standings:
         if s.untuned is None:
             learned, forgotten = (f"{x.median:.3f}" for x in (s.choice.learned, s.choice.forgotten))
-            lines.append([s.label, learned, "diverges", forgotten, "diverges"])
+            lines.append([s.label, "", learned, "diverges", forgotten, "diverges"])
     return header, lines
 
 

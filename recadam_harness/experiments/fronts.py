@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from .trial import METHODS, Trial
 
 __all__ = [
     "MOST",
+    "UNTUNED",
     "Measured",
     "Meter",
     "Point",
@@ -24,6 +25,7 @@ __all__ = [
     "ahead",
     "area_of",
     "areas",
+    "by_seed",
     "chosen",
     "forgotten",
     "front",
@@ -38,6 +40,9 @@ __all__ = [
 Array = np.ndarray[Any, Any]
 MOST = 2
 """Settings of a method's front that are tested."""
+
+UNTUNED = 4.0
+"""How many times its chosen rate a method is tried at, once it is chosen."""
 
 LEAST = 6
 """Fewer runs than that have no rank correlation here."""
@@ -126,9 +131,14 @@ def areas(rows: Sequence[Row], scale: Scale, seeds: Iterable[int]) -> dict[int, 
     return {seed: area_of(some) for seed, some in points.items()}
 
 
-def ahead(ours: dict[int, float], others: dict[int, float]) -> Interval:
-    """How much larger areas are than others, seed by seed."""
-    return median_of([ours[seed] - others[seed] for seed in ours if seed in others])
+def ahead(ours: Mapping[int, float], others: Mapping[int, float]) -> Interval:
+    """How much larger figures are than others, seed by seed; NaN where no seed has both."""
+    return median_of([ours[seed] - others[seed] for seed in ours if seed in others] or [np.nan])
+
+
+def by_seed(figure: Callable[[Row], float], rows: Sequence[Row]) -> dict[int, float]:
+    """A figure of each seed's row."""
+    return {row.trial.seed: figure(row) for row in rows}
 
 
 class Measured(NamedTuple):
@@ -149,9 +159,9 @@ class Standing(NamedTuple):
     settings: list[Trial]  # of its front
     points: list[tuple[float, float]]  # medians of these: forgotten and learned
     areas: dict[int, float]  # by seed
-    choice: Measured  # the setting of the front with the largest area of its own
+    choice: Measured  # the setting of the front that had the largest area of its own on validation rows
     untuned: Measured | None  # the chosen setting at a higher rate
-    untuned_areas: dict[int, float]  # what that setting alone dominates, by seed
+    faster: list[Row]  # the rows of that
     seconds: float
 
     @property
@@ -187,8 +197,13 @@ def standings_of(
     for arm, some in rows.items():
         settings = _by_setting(some)
         found = {trial: measured(members) for trial, members in settings.items()}
-        best = max(settings, key=lambda trial: median_area(settings[trial], scale))
         faster = untuned.get(arm, ())
+        slower = [dataclasses.replace(row.trial, seed=0, lr=row.trial.lr / UNTUNED) for row in faster[:1]]
+        # Where all diverged at the higher rate, it is not told which setting that was of.
+        best = next(
+            (trial for trial in settings if trial in slower),
+            max(settings, key=lambda trial: median_area(settings[trial], scale)),
+        )
         standings.append(
             Standing(
                 arm=arm,
@@ -201,7 +216,7 @@ def standings_of(
                 areas=areas(some, scale, seeds),
                 choice=found[best],
                 untuned=measured(faster) if faster else None,
-                untuned_areas=areas(faster, scale, seeds),
+                faster=list(faster),
                 seconds=float(np.median([row.figures["seconds"] for row in some])),
             )
         )

@@ -176,7 +176,8 @@ def test_a_page_has_the_fronts_the_costs_and_the_meters(tmp_path, kind):
     assert (
         answer.split("|")[2] == line.split("|")[5]
     )  # over AdamW's; then over replay's and at 4 times the rate
-    assert len(answer.split("|")) == 6  # over replay's, too, and at 4 times the rate
+    assert len(answer.split("|")) == 7  # over replay's, too, and at 4 times the rate
+    assert answer.split("|")[5].strip().startswith("-0.")  # where less is forgotten
     # Read again, the same page.
     again = Results(tmp_path)
     assert {name: r.check for name, r in again.rows.items()} == {n: r.check for n, r in results.rows.items()}
