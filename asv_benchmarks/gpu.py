@@ -1,31 +1,40 @@
 """RecAdam on a GPU: is it right, how fast is it beside its peers, and does a CUDA graph hold it?
 
-    python asv_benchmarks/gpu.py [--out docs/benchmarks] [--quick]
+    python asv_benchmarks/gpu.py [PART ...] [--out FOLDER]
 
-Takes under eight minutes. Writes NAME.json and NAME.md, NAME being the device's, whole or not at all.
-Without a CUDA device it says so, claims nothing, and ends well.
+Takes under eight minutes. Each part is a process of its own, whose findings are written at once; of what is
+there NAME.md is made at the end, NAME being the device's. Without a CUDA device it says so, claims nothing,
+and ends well. `smoke.py` comes first: whether the kernel is right there.
 """
 
 from __future__ import annotations
 
-import argparse
 import datetime
-import json
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-import torch
-from benchmarks.common import bert
+sys.path.insert(0, str(Path(__file__).parent))
+import parts
 
-from recadam_core import Constant, Sigmoid
-from recadam_core.files import replacing
-from recadam_torch import RecAdam
+if __name__ == "__main__":  # as a part, or to start them, which says what is missing
+    sys.path[:0] = [str(parts.ROOT), str(parts.ROOT / "backends")]
+
+try:
+    import torch
+    from benchmarks.common import bert
+
+    from recadam_core import Constant, Sigmoid
+    from recadam_torch import RecAdam
+    from recadam_torch.kernels import chosen_fused
+except ImportError as error:
+    sys.exit(parts.MISSING.format(name=error.name, script=Path(__file__).relative_to(parts.ROOT)))
 
 CURVE = Constant(task=1.0, recall=1.0)
 SETTINGS = {"lr": 1e-5, "gamma": 100.0, "annealing": CURVE}
@@ -70,15 +79,22 @@ def contenders(dtype: torch.dtype) -> list[Contender]:
     found = [
         Contender("torch AdamW fused", theirs, lambda p, n: adamw(p, n, fused=True)),
         Contender("torch AdamW foreach", theirs, lambda p, n: adamw(p, n, foreach=True)),
-        Contender("RecAdam", mine + size, lambda p, n: ours(p, n)),
-        Contender("RecAdam, 16-bit anchors", mine + 2, lambda p, n: ours(p, n, anchor=B16)),
-        Contender("RecAdam, anchors freed", mine, lambda p, n: ours(p, n, freed=True)),
-        Contender("RecAdam capturable", mine + size, lambda p, n: ours(p, n, capturable=True)),
+        Contender("RecAdam", mine + size, lambda p, n: ours(p, n, fused="triton")),
+        Contender("RecAdam, 16-bit anchors", mine + 2, lambda p, n: ours(p, n, anchor=B16, fused="triton")),
+        Contender("RecAdam, anchors freed", mine, lambda p, n: ours(p, n, freed=True, fused="triton")),
+        Contender(
+            "RecAdam capturable", mine + size, lambda p, n: ours(p, n, capturable=True, fused="triton")
+        ),
         Contender("RecAdam foreach", mine + size, lambda p, n: ours(p, n, foreach=True)),
     ]
     if dtype == B16:
         found.insert(
-            5, Contender("RecAdam, stochastic", mine + 2, lambda p, n: ours(p, n, rounding="stochastic"))
+            5,
+            Contender(
+                "RecAdam, stochastic",
+                mine + 2,
+                lambda p, n: ours(p, n, rounding="stochastic", fused="triton"),
+            ),
         )
     return found
 
@@ -123,6 +139,9 @@ def timed(name, dtype):
     for contender in contenders(dtype):
         try:
             optimizer = contender.make(params, named)
+            kernel = "torch's"
+            if isinstance(optimizer, RecAdam):
+                kernel = chosen_fused(optimizer.param_groups[0], params[0].device) or "foreach"
             torch.cuda.reset_peak_memory_stats()
             for _ in range(2):
                 optimizer.step()
@@ -143,48 +162,55 @@ def timed(name, dtype):
             torch.cuda.empty_cache()
         speed = contender.bytes * size / ms * 1e3
         rows.append(
-            {"step": contender.name, "ms": ms, "host_ms": host, "bytes": contender.bytes,
+            {"step": contender.name, "kernel": kernel, "ms": ms, "host_ms": host, "bytes": contender.bytes,
              "bytes_per_second": speed, "extra_bytes_per_parameter": extra}
         )  # fmt: skip
     return {"shapes": name, "dtype": str(dtype).removeprefix("torch."), "parameters": size, "rows": rows}
 
 
-def beside_optax(name):
+def beside_optax() -> dict[str, Any]:
     """JAX's step over optax's, if JAX has the GPU."""
-    code = (
-        "import json, jax\n"
-        "assert jax.default_backend() == 'gpu'\n"
-        "from benchmarks.common import ratio, turns\n"
-        "from benchmarks.contenders import JAX, made\n"
-        f"import gpu\nprint(json.dumps(ratio(turns(made(list(JAX), gpu.SHAPES[{name!r}])), 'JAX RecAdam', "
-        "'optax AdamW')))"
-    )
-    folder = Path(__file__).parent
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False
-    )
-    return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else None
+    import jax
+
+    if jax.default_backend() != "gpu":
+        return {"left out": "JAX has no GPU here"}
+    from benchmarks.common import ratio, turns
+    from benchmarks.contenders import JAX
+    from benchmarks.contenders import made as contenders_made
+
+    return {
+        "ratio": ratio(turns(contenders_made(list(JAX), SHAPES["BERT-base"])), "JAX RecAdam", "optax AdamW")
+    }
 
 
-def conformance():
-    """The kit on the CUDA device: exact and fast, and what did not hold."""
-    # The steppers' tensors are on the CPU in the kit, so what is held here is the optimizer on the device
-    # against the specification on the host, over the kit's settings.
-    found = {}
-    for level, flags in {
+BOUNDS = {"triton, exact": 0.0, "triton, capturable": 1e-5, "foreach": 1e-5}
+"""How far a trajectory may come from the exact one, as a share of the way: coefficients that are computed on
+the device differ in their last digits."""
+
+
+def conformance() -> dict[str, Any]:
+    """The optimizer on the device against the specification's bits on the host, over forms and dtypes."""
+    flags: dict[str, dict[str, Any]] = {
         "triton, exact": {"fused": "triton"},
         "triton, capturable": {"fused": "triton", "capturable": True},
-        "foreach": {"foreach": True},
-    }.items():
-        worst = 0.0
-        for form in ("decoupled", "released", "proximal"):
-            for dtype in (F32, torch.float64):
-                worst = max(worst, apart(form, dtype, flags))
-        found[level] = worst
-    return found
+        "foreach": {"foreach": True, "fused": False},
+    }
+    rows: dict[str, float] = {}
+    for level, settings in flags.items():
+        found = [
+            apart(form, dtype, settings)
+            for form in ("decoupled", "released", "proximal")
+            for dtype in (F32, torch.float64)
+        ]
+        rows[level] = max(found, key=lambda x: (x != x, x))  # NaN is worse than everything
+    wrong = [f"{level}: {worst} of the way" for level, worst in rows.items() if not worst <= BOUNDS[level]]
+    return {"rows": rows, "wrong": wrong}
 
 
-def apart(form, dtype, flags, steps=200):
+STEPS = 200 if parts.device() == "cuda" else 10  # the interpreter takes its time
+
+
+def apart(form, dtype, flags, steps=STEPS):
     """Largest share of the way by which a trajectory on the device leaves the exact one on the host."""
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(s, generator=generator, dtype=dtype) for s in ((300, 7), (1,), (65, 1025))]
@@ -197,7 +223,7 @@ def apart(form, dtype, flags, steps=200):
         "annealing": Sigmoid(k=0.1, t0=60),
     }
     sides = []
-    for device, more in (("cpu", {"exact": True}), ("cuda", flags)):
+    for device, more in (("cpu", {"exact": True}), (parts.device(), flags)):
         params = [torch.nn.Parameter(x.clone().to(device)) for x in start]
         named = [(str(i), p) for i, p in enumerate(params)]
         optimizer = RecAdam(named, anchors=anchors, **settings, **more)
@@ -209,97 +235,100 @@ def apart(form, dtype, flags, steps=200):
                 p.grad = g.to(device)
             optimizer.step()
     pairs = list(zip(sides[0][0], sides[1][0], start, strict=True))
-    return max(((p - q.cpu()).norm() / (p - x).norm()).item() for p, q, x in pairs)
+    return max(
+        (((p - q.cpu()).norm() / (p - x).norm()).item() for p, q, x in pairs), key=lambda x: (x != x, x)
+    )
 
 
-def captured():
-    """Does a CUDA graph replay the steps that are taken one by one? The largest difference."""
-    sides = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(s, device="cuda")) for s in ((100, 100), (7,))]
-        named = [(str(i), p) for i, p in enumerate(params)]
-        flags = {"lr": 1e-2, "gamma": 10.0, "annealing": Sigmoid(k=0.3, t0=10), "capturable": True}
-        sides.append((params, RecAdam(named, **flags)))
-    grads = [[torch.randn_like(p) for p in sides[0][0]] for _ in range(23)]
-    static = [torch.zeros_like(p) for p in sides[0][0]]
-    for p, g in zip(sides[0][0], static, strict=True):
-        p.grad = g
-
-    def feed(t):
-        for g, new in zip(static, grads[t], strict=True):
-            g.copy_(new)
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for t in range(3):
-            feed(t)
-            sides[0][1].step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        sides[0][1].step()
-    for t in range(3, 23):
-        feed(t)
-        graph.replay()
-    for t in range(23):
-        for p, g in zip(sides[1][0], grads[t], strict=True):
-            p.grad = g
-        sides[1][1].step()
-    return max((p - q).abs().max().item() for p, q in zip(sides[0][0], sides[1][0], strict=True))
-
-
-def scaled():
+def scaled() -> dict[str, Any]:
     """Does a GradScaler that finds infinity leave everything as it is, without asking the device?"""
     p = torch.nn.Parameter(torch.ones(5, device="cuda"))
     anchors = {"p": torch.zeros(5)}
-    optimizer = RecAdam([("p", p)], anchors=anchors, capturable=True, lr=1e-2, gamma=10.0)
+    optimizer = RecAdam([("p", p)], anchors=anchors, capturable=True, fused="triton", lr=1e-2, gamma=10.0)
     scaler = torch.amp.GradScaler("cuda", init_scale=8.0)
     before = p.detach().clone()
     scaler.scale((p * float("inf")).sum()).backward()
     scaler.step(optimizer)
     scaler.update()
-    return bool(torch.equal(p, before)) and float(optimizer.state[p]["step"]) == 0
+    kept = bool(torch.equal(p, before)) and float(optimizer.state[p]["step"]) == 0
+    return {"kept": kept, "wrong": [] if kept else ["infinite gradients have moved something"]}
 
 
-def markdown(found) -> str:
+def about() -> dict[str, Any]:
+    """The device, and what a copy moves on it."""
+    return {
+        "device": torch.cuda.get_device_name(),
+        "date": str(datetime.date.today()),
+        "versions": versions(),
+        "copy_bytes_per_second": bandwidth(),
+    }
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The page of what was found; what is not there is said."""
+    here = found["about"]
     lines = [
-        f"# {found['device']}",
+        f"# {here['device']}",
         "",
-        f"Measured {found['date']} by `python asv_benchmarks/gpu.py`: {found['versions']}. A copy moves "
-        f"{found['copy_bytes_per_second'] / 1e9:,.0f} GB/s here, read and written.",
+        f"Measured {here['date']} by `python asv_benchmarks/gpu.py`: {here['versions']}. A copy moves "
+        f"{here['copy_bytes_per_second'] / 1e9:,.0f} GB/s here, read and written.",
         "",
-        "| held against the exact step on the host, 200 steps | largest difference, of the way |",
-        "|---|---|",
-        *(f"| {name} | {worst:.1e} |" for name, worst in found["conformance"].items()),
-        "",
-        f"A CUDA graph of the step against steps one by one: {found['graph_difference']:.1e} apart after 20 "
-        f"replays. A GradScaler that found infinity changed {'nothing' if found['scaler'] else 'SOMETHING'}.",
     ]
-    for table in found["tables"]:
-        peer = table["rows"][0]
+    missing = [name for name in PARTS if name not in found]
+    wrong = [f"{name}: {line}" for name, part in found.items() for line in part.get("wrong", [])]
+    lines += [f"Not measured: {', '.join(missing)}.", ""] if missing else []
+    lines += ["**Wrong:**", "", *(f"- {line}" for line in wrong), ""] if wrong else []
+    if "conformance" in found:
         lines += [
-            "",
-            f"## {table['shapes']}, {table['dtype']}: {table['parameters'] / 1e6:,.1f} million parameters",
-            "",
-            "| step | ms | over torch AdamW fused | floor by bytes | of the copy's bandwidth "
-            "| ms on the host | more bytes a parameter |",
-            "|---|---|---|---|---|---|---|",
+            "| held against the exact step on the host, 200 steps | largest difference, of the way |",
+            "|---|---|",
         ]
-        for row in table["rows"]:
-            if row["ms"] is None:
-                lines.append(f"| {row['step']} | out of memory | | | | | |")
-                continue
-            over = row["ms"] / peer["ms"] if peer["ms"] else float("nan")
-            share = row["bytes_per_second"] / found["copy_bytes_per_second"]
-            lines.append(
-                f"| {row['step']} | {row['ms']:.2f} | {over:.2f} | {row['bytes'] / peer['bytes']:.2f} | "
-                f"{share:.0%} | {row['host_ms']:.2f} | {row['extra_bytes_per_parameter']:.1f} |"
-            )
-    if found["optax_ratio"] is not None:
-        lines += ["", f"JAX: {found['optax_ratio']:.2f} of optax.adamw at BERT-base shapes."]
+        lines += [f"| {name} | {worst:.1e} |" for name, worst in found["conformance"]["rows"].items()]
+    for name, part in found.items():
+        if name in TABLES:
+            lines += ["", *table_of(part, here["copy_bytes_per_second"])]
+    if "ratio" in found.get("optax", {}):
+        lines += ["", f"JAX: {found['optax']['ratio']:.2f} of optax.adamw at BERT-base shapes."]
     return "\n".join(lines) + "\n"
+
+
+def table_of(part: Mapping[str, Any], copied: float) -> list[str]:
+    """A table of contenders, as Markdown."""
+    peer = part["rows"][0]
+    lines = [
+        f"## {part['shapes']}, {part['dtype']}: {part['parameters'] / 1e6:,.1f} million parameters",
+        "",
+        "| step | kernel | ms | over torch AdamW fused | floor by bytes | of the copy's bandwidth "
+        "| ms on the host | more bytes a parameter |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in part["rows"]:
+        if row["ms"] is None:
+            lines.append(f"| {row['step']} | | out of memory | | | | | |")
+            continue
+        over = row["ms"] / peer["ms"] if peer["ms"] else float("nan")
+        floor, share = row["bytes"] / peer["bytes"], row["bytes_per_second"] / copied
+        cells = [
+            row["step"],
+            row["kernel"],
+            f"{row['ms']:.2f}",
+            f"{over:.2f}",
+            f"{floor:.2f}",
+            f"{share:.0%}",
+        ]
+        cells += [f"{row['host_ms']:.2f}", f"{row['extra_bytes_per_parameter']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def finish(out: Path, found: Mapping[str, Any]) -> None:
+    """Write the page."""
+    if "about" not in found:
+        return
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", found["about"]["device"]).strip("-").lower()
+    (out / f"{stem}.md").write_text(markdown(found), encoding="utf-8")
+    print(markdown(found))
+    print(out / f"{stem}.md")
 
 
 def versions() -> str:
@@ -312,37 +341,14 @@ def versions() -> str:
     return ", ".join(f"{k} {v}" for k, v in {"Python": platform.python_version(), **names}.items())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder of what is written")
-    parser.add_argument("--quick", action="store_true", help="BERT-base alone")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no CUDA device here: nothing was measured, nothing is claimed")
-        return
-    name = torch.cuda.get_device_name()
-    found = {
-        "device": name,
-        "date": str(datetime.date.today()),
-        "versions": versions(),
-        "copy_bytes_per_second": bandwidth(),
-        "conformance": conformance(),
-        "graph_difference": captured(),
-        "scaler": scaled(),
-        "tables": [],
-    }
-    plan = [("BERT-base", F32)] if options.quick else [(s, d) for d in (F32, B16) for s in SHAPES]
-    for shapes, dtype in plan:
-        print(f"{shapes}, {dtype}", file=sys.stderr, flush=True)
-        found["tables"].append(timed(shapes, dtype))
-    found["optax_ratio"] = beside_optax("BERT-base")
-    stem = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
-    for suffix, text in ((".json", json.dumps(found, indent=1) + "\n"), (".md", markdown(found))):
-        with replacing(options.out / (stem + suffix)) as beside:
-            beside.write_text(text, encoding="utf-8")
-    print(markdown(found))
-    print(options.out / (stem + ".md"))
-
+TABLES = {f"{shapes} {str(dtype)[6:]}": (shapes, dtype) for dtype in (F32, B16) for shapes in SHAPES}
+PARTS: dict[str, parts.Part] = {
+    "about": about,
+    "conformance": conformance,
+    "scaler": scaled,
+    **{name: lambda place=place: timed(*place) for name, place in TABLES.items()},
+    "optax": beside_optax,
+}
 
 if __name__ == "__main__":
-    main()
+    parts.main(__file__, PARTS, __doc__.splitlines()[0], seconds=120, finish=finish)
