@@ -222,10 +222,12 @@ class LastStep:
     def may_be(groups: Sequence[Mapping[str, Any]], work: Work) -> bool:
         """Whether this is work that can be kept: one pass over all parameters of the groups, none sharded."""
         whole = len(work.params) == sum(len(group["params"]) for group in groups)
+        rounding, turned = work.ways["rounding"], work.ways["maximize"]
         # Kernels that look at all that they get, which are the tensors themselves.
-        looks = work.fused == "triton" or (work.fused == "numba" and not work.ways["maximize"])
-        looks = looks and work.ways["rounding"] != "compensated" and not work.staging
-        looks = looks and (work.ways["rounding"] == "nearest" or work.fused == "triton")
+        looks = {
+            "numba": rounding == "nearest" and not turned,
+            "triton": rounding != "compensated" and not work.staging,
+        }.get(work.fused, False)
         return whole and looks and all(map(is_, work.params, work.thetas))
 
     def again(

@@ -338,6 +338,8 @@ class AnchorPull:
         states = [self._states[p] for p in params]
         stars = [local(state["anchor"]) for state in states]
         weights = [local(state["importance"]) for state in states] if weighed else None
+        if infinite is not None:
+            share = (1 - infinite.to(device, wide_dtype(params[0])).reshape(())) * share
         own = self._optimizer.state
         for entry in self._entries:
             xs = [local(own[p][entry]) if entry else local(p) for p in params]
@@ -347,8 +349,6 @@ class AnchorPull:
             kernel = self._kernels.get((number, key, entry, name))
             if kernel is None:
                 kernel = self._kernels[number, key, entry, name] = fused_kernel(name) if name else kernel_
-            if infinite is not None:
-                share = (1 - infinite.to(device, wide_dtype(xs[0])).reshape(())) * share
             for part, some in self._streamed(stars, device):
                 of_kernel = [share] * len(some) if isinstance(share, Tensor) and not name else share
                 c = Coefficients(0.0, 0.0, 0.0, 0.0, of_kernel, 0.0)

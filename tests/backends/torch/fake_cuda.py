@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -142,13 +141,3 @@ def fake_cuda() -> Iterator[Counts]:
         for name, answer in READERS.items():
             put(Tensor, name, asked(name, answer, getattr(Tensor, name)))
         yield stack.enter_context(counts)
-
-
-def seconds(step: Any, calls: int = 5) -> float:
-    """The host's time for a step, the least of some."""
-    times = []
-    for _ in range(calls):
-        began = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - began)
-    return min(times)
